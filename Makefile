@@ -1,0 +1,37 @@
+# Every target sets itself up: the first one makes the virtual environment and installs into it, once.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: setup train compare test test-all lint bench clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: setup
+	$(RUN) -m mnistnorm.train --fused $(ARGS)
+
+compare: setup
+	$(RUN) -m mnistnorm.compare $(ARGS)
+
+test: setup
+	$(RUN) -m pytest -m 'not slow' $(ARGS)
+
+test-all: setup
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: setup
+	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,32 @@
+"""Metadata and dependencies of mnistnorm; the build system and the tools' settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+DEV = ["build", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "setuptools>=77", "tensorboard"]
+
+setup(
+    name="mnistnorm",
+    version="0.1.0",
+    description="Fused normalization + dropout + residual + ReLU for PyTorch, and the MNIST CNN that proves it",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT AND CC-BY-SA-3.0",
+    license_files=["LICENSE", "mnistnorm/mnist/README.md"],
+    python_requires=">=3.10",
+    # mnistnorm/kernels is a link to the top-level kernels/, so that no top-level `kernels` is ever installed:
+    # that name belongs to another distribution.
+    packages=["mnistnorm", "mnistnorm.kernels"],
+    package_data={"mnistnorm": ["py.typed", "mnist/*"], "mnistnorm.kernels": ["py.typed"]},
+    install_requires=[
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "torch>=2.9",
+        "torchinfo>=1.8",
+        "torchvision>=0.24",
+        "tqdm>=4.66",
+        "triton>=3.5; platform_system == 'Linux'",
+    ],
+    extras_require={"tensorboard": ["tensorboard"], "dev": DEV},
+)
