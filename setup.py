@@ -4,7 +4,17 @@ from pathlib import Path
 
 from setuptools import setup
 
-DEV = ["build", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "setuptools>=77", "tensorboard"]
+DEV = [
+    "build",
+    "hypothesis",
+    "mypy",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=77",
+    "tensorboard",
+]
 
 setup(
     name="mnistnorm",
