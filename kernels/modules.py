@@ -47,7 +47,7 @@ class BatchNormReLU2d(_Fused, _NormBase):
 
     Args:
         num_features: C.
-        eps, momentum, affine, track_running_stats: as for nn.BatchNorm2d; momentum=None is a cumulative average.
+        eps, momentum, affine, track_running_stats, bias: as for nn.BatchNorm2d; momentum=None is a cumulative average.
         dropout_p: probability to zero an element, in training mode only.
         activation: "relu" or "identity".
         process_group: take the batch statistics over all its processes.
@@ -63,6 +63,7 @@ class BatchNormReLU2d(_Fused, _NormBase):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         dropout_p: float = 0.0,
         activation: Activation = "relu",
         process_group: ProcessGroup | None = None,
@@ -70,7 +71,9 @@ class BatchNormReLU2d(_Fused, _NormBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
+        )
         self._set_fused(dropout_p, activation, impl)
         self.process_group = process_group
 
@@ -103,7 +106,7 @@ class GroupNormReLU(_Fused, nn.GroupNorm):
     """relu(dropout(group_norm(input)) + residual) over (N, C, ...); the first four arguments are nn.GroupNorm's.
 
     Args:
-        num_groups, num_channels, eps, affine: as for nn.GroupNorm.
+        num_groups, num_channels, eps, affine, bias: as for nn.GroupNorm.
         dropout_p: probability to zero an element, in training mode only.
         activation: "relu" or "identity".
         impl: "auto", "triton" or "torch", as for `group_norm_relu`.
@@ -117,13 +120,14 @@ class GroupNormReLU(_Fused, nn.GroupNorm):
         eps: float = 1e-5,
         affine: bool = True,
         *,
+        bias: bool = True,
         dropout_p: float = 0.0,
         activation: Activation = "relu",
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self._set_fused(dropout_p, activation, impl)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -6,14 +6,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def batch_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    process_group: ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel over the batches of all processes; updates the running statistics.
+def batch_statistics(input: Tensor, process_group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased and unbiased variance of each channel over the batches of all processes.
 
     Each process sends (count, mean, M2) of its own batch; the merge is that of Chan, Golub & LeVeque (1979).
     """
@@ -34,10 +28,7 @@ def batch_statistics(
         raise ValueError(f"Expected more than 1 value per channel over the process group, got {int(total)}")
     mean = (means * counts).sum(0) / total
     squares = (deviations + counts * (means - mean).square()).sum(0)
-    if running_mean is not None and running_var is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((squares / (total - 1)).to(running_var.dtype), momentum)
-    return mean, squares / total
+    return mean, squares / total, squares / (total - 1)
 
 
 def add_statistics_gradient_(
