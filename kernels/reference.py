@@ -216,6 +216,7 @@ def layer_norm_backward(
             gradients = _short_rows_backward(grad, input, scaled_weight, mean, rstd, needs)
         else:
             per_row = (*mean.shape, *(1 for _ in normalized_shape))
+            bias_like = _as_statistics(input, bias)
             gradients = _aten.native_layer_norm_backward.default(
                 grad,
                 input,
@@ -223,8 +224,7 @@ def layer_norm_backward(
                 mean.view(per_row),
                 rstd.view(per_row),
                 scaled_weight,
-                # torch takes the kind of the bias gradient from a bias; only whether it is there matters.
-                scaled_weight,
+                bias_like,
                 list(needs[:3]),
             )
     return (*_unscaled(gradients, (weight, bias), needs, dropout_p), grad_residual)
