@@ -268,7 +268,7 @@ def test_eval_mode(dtype, layout):
     inputs = (make(shape, dtype, layout), *affine((4,), dtype), make(shape, dtype))
     compare(
         lambda x, w, b, r: batch_norm_relu(x, *running, w, b, False, residual=r),
-        lambda x, w, b, r: F.batch_norm(x, *(t.double() for t in running), w, b, False) + r,
+        lambda x, w, b, r: F.batch_norm(x, *(t.to(w.dtype) for t in running), w, b, False) + r,
         inputs,
         dtype,
     )
@@ -395,7 +395,7 @@ def test_dropout_mask_is_the_same_under_checkpointing():
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 def test_first_and_second_derivatives(norm, dropout_p, activation, with_residual):
-    shape = (3, 4, 3, 5)
+    shape = (2, 4, 2, 3)
     inputs = [make(shape, torch.float64), *affine(norm.affine_shape(shape), torch.float64)]
     inputs += [make(shape, torch.float64, offset=0.0)] if with_residual else []
 
@@ -404,7 +404,7 @@ def test_first_and_second_derivatives(norm, dropout_p, activation, with_residual
         return norm.fused(x, w, b, residual=r, dropout_p=dropout_p, activation=activation)
 
     assert gradcheck(fused, inputs)
-    assert gradgradcheck(fused, inputs)
+    assert gradgradcheck(fused, inputs, fast_mode=True)
 
 
 def test_derivatives_in_eval_mode():
@@ -426,7 +426,8 @@ def test_any_shape_dtype_and_option(data):
     weight, bias = affine(
         norm.affine_shape(shape), data.draw(st.sampled_from([dtype, torch.float32])) if dtype.itemsize == 2 else dtype
     )
-    weight, bias = (t if data.draw(st.booleans()) else None for t in (weight, bias))
+    if dtype.itemsize > 2:  # torch refuses a half-precision input with a float32 bias and no weight
+        weight, bias = (t if data.draw(st.booleans()) else None for t in (weight, bias))
     residual = make(shape, dtype, layout, offset=0.0) if data.draw(st.booleans()) else None
     compare(fused_of(norm), stock_of(norm), (make(shape, dtype, layout), weight, bias, residual), dtype)
 
