@@ -287,3 +287,19 @@ def test_a_diverging_run_is_one_line(quick: list[str], tmp_path: Path, one_error
     flags = ["--optimizer", "sgd", "--lr", "1e30", "--norm", "layer"]
     assert train.main([*quick, *flags, "--out", str(tmp_path)]) == 1
     assert "the training diverged in epoch 1: take a lower --lr than 1e+30" in one_error()
+
+
+def test_amp_trains_in_bfloat16(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*quick, "--amp", "--fused", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(", amp")
+    checkpoint = Checkpoint.load(tmp_path / "last.pt")
+    assert checkpoint.metrics["train_loss"] < 2.3
+    assert all(value.dtype != torch.bfloat16 for value in checkpoint.model.values())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_checkpoint(quick: list[str], finished_run: Path, tmp_path: Path) -> None:
+    assert train.main([*quick, "--compile", "--fused", "--out", str(tmp_path)]) == 0
+    compiled, eager = (Checkpoint.load(folder / "last.pt") for folder in (tmp_path, finished_run))
+    assert list(compiled.model) == list(eager.model)
+    assert compiled.metrics["train_loss"] == pytest.approx(eager.metrics["train_loss"], rel=0.05)
