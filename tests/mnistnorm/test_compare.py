@@ -18,7 +18,7 @@ def comparison(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_every_norm_is_trained_with_every_seed(comparison: tuple[list[str], Path]) -> None:
     out = comparison[1]
-    for norm, lr in (("batch", 0.05), ("layer", 0.1)):
+    for norm, lr in (("batch", 0.05), ("layer", 0.2)):
         for seed in (0, 3):
             settings = Checkpoint.load(out / f"{norm}-seed{seed}" / "last.pt").settings
             assert (settings.norm, settings.seed, settings.fused, settings.lr) == (norm, seed, True, lr)
