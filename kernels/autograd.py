@@ -74,6 +74,7 @@ class _Fused(torch.autograd.Function):
         ctx.operation, ctx.options, ctx.forward_options = operation, options, forward_options
         ctx.has_residual = residual is not None
         keeps_output = options["relu"] and (ctx.has_residual or operation.keeps_output)
+        ctx.input_strides = input.stride()
         ctx.save_for_backward(input, weight, bias, output if keeps_output else None, mean, rstd)
         return output
 
@@ -84,21 +85,34 @@ class _Fused(torch.autograd.Function):
             gradients = _differentiable_backward(ctx, grad_output, needs)
         else:
             gradients = ctx.operation.backward(
-                grad_output, *ctx.saved_tensors, **ctx.options, has_residual=ctx.has_residual, needs=needs
+                grad_output, *_saved_tensors(ctx), **ctx.options, has_residual=ctx.has_residual, needs=needs
             )
         return (*gradients, None, None, None)
 
 
+def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors, the input in the layout that forward saw: a mask of dropout follows it."""
+    input, *others = ctx.saved_tensors
+    if input.stride() != ctx.input_strides and 0 not in ctx.input_strides:
+        # A hook for saved tensors has packed it.
+        input = torch.empty_strided(input.shape, ctx.input_strides, dtype=input.dtype, device=input.device).copy_(input)
+    return (input, *others)
+
+
 def _differentiable_backward(ctx: Any, grad_output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The gradients again, built of differentiable PyTorch operations: what create_graph=True asks for."""
-    input, weight, bias, output, mean, rstd = ctx.saved_tensors
+    inputs: list[Any]
+    *inputs, output, mean, rstd = _saved_tensors(ctx)
+    # Views, so that the gradients are those of this operation alone where one input was computed from another.
+    input, weight, bias = views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     options = ctx.options
     value = ctx.operation.normalize(input, weight, bias, mean, rstd, {**options, **ctx.forward_options})
     if options["dropout_p"] > 0:
         value = value * _dropout_factor(ctx, input)
     if options["relu"]:
-        grad_output = grad_output * ((value if output is None else output) > 0)
-    wanted = [tensor for tensor, needed in zip((input, weight, bias), needs[:3], strict=True) if needed]
+        sign = value if output is None else output
+        grad_output = torch.ops.aten.threshold_backward.default(grad_output, sign.detach(), 0)
+    wanted = [tensor for tensor, needed in zip(views, needs[:3], strict=True) if needed]
     gradients = iter(torch.autograd.grad(value, wanted, grad_output, create_graph=True) if wanted else ())
     grad_residual = grad_output if needs[3] else None
     return (*(next(gradients) if needed else None for needed in needs[:3]), grad_residual)
@@ -111,4 +125,4 @@ def _dropout_factor(ctx: Any, input: Tensor) -> Tensor:
     if options.get("use_batch_stats"):
         options |= {"running_mean": None, "running_var": None}
     with torch.no_grad():
-        return ctx.operation.forward(input, weight, torch.ones_like(weight), None, **options)[0]
+        return ctx.operation.forward(torch.zeros_like(input), weight, torch.ones_like(weight), None, **options)[0]

@@ -68,7 +68,7 @@ def batch_norm_relu(
         training: normalize with the statistics of this batch.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
-        residual: added before the activation; shape, dtype and device of the input.
+        residual: added before the activation; of the input's shape, dtype (nothing is promoted) and device.
         dropout_p: probability to zero an element of the normalized tensor, applied as given. A zeroed element is 0
             whatever it was, NaN included.
         activation: "relu" or "identity".
@@ -98,8 +98,12 @@ def batch_norm_relu(
                 raise RuntimeError(f"{name} must not require a gradient: batch_norm_relu does not differentiate it")
     if not training and running_mean is None:
         raise RuntimeError("running_mean and running_var must be given when training=False")
-    if training and eps <= 0:
-        raise ValueError(f"eps must be positive during training, got {eps}")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"eps must be positive, or 0 when not training, got {eps}")
+    if momentum is None:
+        raise TypeError("momentum must be a number, got None (which BatchNormReLU2d takes, for a cumulative average)")
+    if process_group is not None and not isinstance(process_group, ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
     synchronised = training and process_group is not None
     if training and not synchronised and channels > 0 and input.numel() == channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
@@ -148,7 +152,7 @@ def group_norm_relu(
             f"{tuple(input.shape)}"
         )
     _check(input, weight, bias, (channels,), residual, dropout_p, activation)
-    if input.shape[0] * channels > 0 and input.numel() == num_groups and input.shape[0] == 1:
+    if input.numel() == num_groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
     options = {"num_groups": num_groups}
     return _run(operation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps})
@@ -214,7 +218,7 @@ def _run(
 
 def _draw_seed() -> int:
     """A seed for one call's dropout mask, from torch's default generator: torch.manual_seed governs it."""
-    return int(torch.empty((), dtype=torch.int64).random_())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
 def _choose(operations: dict[str, FusedOperation], impl: Impl, input: Tensor) -> FusedOperation:
@@ -250,10 +254,7 @@ def _check(
     if input.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         # torch's own error for such a dtype: a kind of RuntimeError.
         raise NotImplementedError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be a probability between 0 and 1, got {dropout_p}")
-    if activation not in ("relu", "identity"):
-        raise ValueError(f'activation must be "relu" or "identity", got {activation!r}')
+    check_fused_options(dropout_p, activation)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             _check_parameter(name, parameter, input, affine_shape)
@@ -264,6 +265,16 @@ def _check(
             expected, given = getattr(input, attribute), getattr(residual, attribute)
             if given != expected:
                 raise RuntimeError(f"residual must have the input's {attribute} {expected}, got {given}")
+
+
+def check_fused_options(dropout_p: float, activation: str, impl: str = "auto") -> None:
+    """Raises ValueError for what no norm takes."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be a probability between 0 and 1, got {dropout_p}")
+    if activation not in ("relu", "identity"):
+        raise ValueError(f'activation must be "relu" or "identity", got {activation!r}')
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
 
 
 def _check_parameter(name: str, parameter: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
 
-from .functional import Activation, Impl, batch_norm_relu, group_norm_relu, layer_norm_relu
+from .functional import Activation, Impl, batch_norm_relu, check_fused_options, group_norm_relu, layer_norm_relu
 
 
 class _Fused(nn.Module):
@@ -18,12 +18,7 @@ class _Fused(nn.Module):
     impl: Impl
 
     def _set_fused(self, dropout_p: float, activation: Activation, impl: Impl) -> None:
-        if not 0.0 <= dropout_p <= 1.0:
-            raise ValueError(f"dropout_p must be a probability between 0 and 1, got {dropout_p}")
-        if activation not in ("relu", "identity"):
-            raise ValueError(f'activation must be "relu" or "identity", got {activation!r}')
-        if impl not in ("auto", "triton", "torch"):
-            raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
+        check_fused_options(dropout_p, activation, impl)
         self.dropout_p, self.activation, self.impl = dropout_p, activation, impl
 
     def _fused_options(self, residual: Tensor | None) -> dict[str, Any]:
@@ -81,14 +76,13 @@ class BatchNormReLU2d(_Fused, _NormBase):
         """(N, C, H, W) to (N, C, H, W); `residual` of the same shape is added before the activation."""
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (N, C, H, W), got {input.dim()}D input of shape {tuple(input.shape)}")
+        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+        if counter is not None and self.momentum is None:
+            momentum = 1.0 / float(counter + 1)
         # nn.BatchNorm2d's rules: in training the running statistics are updated if tracked, in eval used if there.
         has_statistics = self.running_mean is not None and (not self.training or self.track_running_stats)
-        return batch_norm_relu(
+        output = batch_norm_relu(
             input,
             self.running_mean if has_statistics else None,
             self.running_var if has_statistics else None,
@@ -100,6 +94,9 @@ class BatchNormReLU2d(_Fused, _NormBase):
             process_group=self.process_group if self.training else None,
             **self._fused_options(residual),
         )
+        if counter is not None:
+            counter.add_(1)
+        return output
 
 
 class GroupNormReLU(_Fused, nn.GroupNorm):

@@ -67,10 +67,10 @@ def batch_norm_forward(
             if process_group is None:
                 mean, var, unbiased = _batch_statistics(input)
             else:
-                mean, var, unbiased = sync.batch_statistics(input, process_group)
+                mean, var, unbiased = sync.batch_statistics(input.to(_statistics_dtype(input)), process_group)
             if running_mean is not None and running_var is not None:
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+                running_mean.copy_(torch.lerp(running_mean.to(mean.dtype), mean, momentum))
+                running_var.copy_(torch.lerp(running_var.to(mean.dtype), unbiased, momentum))
         else:
             assert running_mean is not None
             assert running_var is not None
@@ -79,7 +79,7 @@ def batch_norm_forward(
         if input.numel() > 0:
             output = torch.native_batch_norm(input, weight, bias, mean, var, False, 0.0, eps)[0]
         rstd = (var + eps).rsqrt()
-    return _finish_(output, input, residual, dropout_p, seed, relu), mean, rstd
+    return _drop_add_relu_(output, _memory_format(input), residual, dropout_p, seed, relu), mean, rstd
 
 
 def batch_norm_backward(
@@ -100,7 +100,9 @@ def batch_norm_backward(
     process_group: ProcessGroup | None = None,
 ) -> Gradients:
     """Gradients of `batch_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
-    grad, grad_residual = _start(grad_output, input, output, dropout_p, seed, relu, has_residual)
+    grad, grad_residual = _drop_add_relu_backward(
+        grad_output, _memory_format(input), output, dropout_p, seed, relu, has_residual
+    )
     grad_input = grad_weight = grad_bias = None
     if any(needs[:3]):
         scaled_weight, _ = _scaled_affine(input, weight, None, (input.shape[1],), dropout_p)
@@ -125,7 +127,7 @@ def batch_norm_backward(
             sync.add_statistics_gradient_(
                 grad_input, input, scaled_weight, mean, rstd, grad_weight, grad_bias, process_group
             )
-    return (*_unscaled((grad_input, grad_weight, grad_bias), (weight, bias), needs, dropout_p), grad_residual)
+    return (*_affine_gradients((grad_input, grad_weight, grad_bias), (weight, bias), needs, dropout_p), grad_residual)
 
 
 def group_norm_forward(
@@ -144,7 +146,7 @@ def group_norm_forward(
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), dropout_p)
     dense = input.contiguous(memory_format=_memory_format(input))
     output, mean, rstd = torch.native_group_norm(dense, weight, bias, *_group_sizes(input), num_groups, eps)
-    return _finish_(output, input, residual, dropout_p, seed, relu), mean, rstd
+    return _drop_add_relu_(output, _memory_format(input), residual, dropout_p, seed, relu), mean, rstd
 
 
 def group_norm_backward(
@@ -164,7 +166,9 @@ def group_norm_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """Gradients of `group_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
-    grad, grad_residual = _start(grad_output, input, output, dropout_p, seed, relu, has_residual)
+    grad, grad_residual = _drop_add_relu_backward(
+        grad_output, _memory_format(input), output, dropout_p, seed, relu, has_residual
+    )
     gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[:3]):
         scaled_weight, _ = _scaled_affine(input, weight, None, (input.shape[1],), dropout_p)
@@ -172,7 +176,7 @@ def group_norm_backward(
         gradients = _aten.native_group_norm_backward.default(
             grad, dense, mean, rstd, scaled_weight, *_group_sizes(input), num_groups, list(needs[:3])
         )
-    return (*_unscaled(gradients, (weight, bias), needs, dropout_p), grad_residual)
+    return (*_affine_gradients(gradients, (weight, bias), needs, dropout_p), grad_residual)
 
 
 def layer_norm_forward(
@@ -194,7 +198,11 @@ def layer_norm_forward(
     else:
         output, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     leading = input.shape[: input.dim() - len(normalized_shape)]
-    return _finish_(output, input, residual, dropout_p, seed, relu), mean.view(leading), rstd.view(leading)
+    return (
+        _drop_add_relu_(output, torch.contiguous_format, residual, dropout_p, seed, relu),
+        mean.view(leading),
+        rstd.view(leading),
+    )
 
 
 def layer_norm_backward(
@@ -214,7 +222,9 @@ def layer_norm_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """Gradients of `layer_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
-    grad, grad_residual = _start(grad_output, input, output, dropout_p, seed, relu, has_residual)
+    grad, grad_residual = _drop_add_relu_backward(
+        grad_output, torch.contiguous_format, output, dropout_p, seed, relu, has_residual
+    )
     gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[:3]):
         scaled_weight, _ = _scaled_affine(input, weight, None, normalized_shape, dropout_p)
@@ -233,7 +243,7 @@ def layer_norm_backward(
                 bias_like,
                 list(needs[:3]),
             )
-    return (*_unscaled(gradients, (weight, bias), needs, dropout_p), grad_residual)
+    return (*_affine_gradients(gradients, (weight, bias), needs, dropout_p), grad_residual)
 
 
 def batch_normalize(
@@ -339,13 +349,17 @@ def _batch_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         average = columns.new_full((samples,), 1 / samples)
         mean = torch.mv(columns.t(), average).view(channels, -1).mean(1)
         centred = columns - mean.repeat_interleave(columns.shape[1] // channels)
+        # What rounding left of the mean; it matters where the deviation is small next to the mean.
+        remainder = torch.mv(centred.t(), average).view(channels, -1).mean(1)
         var = torch.mv(centred.square_().t(), average).view(channels, -1).mean(1)
+        mean, var = mean + remainder, var.sub_(remainder.square()).clamp_(min=0)
     return mean, var, var * (count / (count - 1))
 
 
 def _has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
     return (
-        len(normalized_shape) == 1
+        input.device.type == "cpu"
+        and len(normalized_shape) == 1
         and 0 < normalized_shape[0] <= SHORT_ROW
         and input.dtype in (torch.float32, torch.float64)
         and input.is_contiguous()
@@ -438,50 +452,55 @@ def _scaled_affine(
     return weight, bias
 
 
-def _unscaled(
+def _affine_gradients(
     gradients: Sequence[Tensor | None],
     parameters: tuple[Tensor | None, Tensor | None],
     needs: Sequence[bool],
     dropout_p: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Undoes `_scaled_affine` for the gradients of weight and bias."""
+    """The gradients, those of weight and bias led back through `_scaled_affine`."""
     scale = _dropout_scale(dropout_p)
 
-    def unscaled(index: int, parameter: Tensor | None) -> Tensor | None:
+    def of_parameter(index: int, parameter: Tensor | None) -> Tensor | None:
         gradient = gradients[index]
         if gradient is None or parameter is None or not needs[index]:
             return None
         gradient = gradient if scale == 1.0 else gradient * scale
         return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
-    return gradients[0], unscaled(1, parameters[0]), unscaled(2, parameters[1])
+    return gradients[0], of_parameter(1, parameters[0]), of_parameter(2, parameters[1])
 
 
-def _finish_(output: Tensor, input: Tensor, residual: Tensor | None, dropout_p: float, seed: int, relu: bool) -> Tensor:
+def _drop_add_relu_(
+    output: Tensor,
+    memory_format: torch.memory_format,
+    residual: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+) -> Tensor:
     """Dropout (already scaled), residual and ReLU on the normalized tensor, in place."""
-    if 0.0 < dropout_p < 1.0:
-        output = output.contiguous(memory_format=_memory_format(input))
-        _drop_(output, _memory_format(input), dropout_p, seed)
+    if dropout_p > 0:
+        _drop_(output, memory_format, dropout_p, seed)
     if residual is not None:
         output.add_(residual)
     return output.relu_() if relu else output
 
 
-def _start(
+def _drop_add_relu_backward(
     grad_output: Tensor,
-    input: Tensor,
+    memory_format: torch.memory_format,
     output: Tensor | None,
     dropout_p: float,
     seed: int,
     relu: bool,
     has_residual: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the normalized tensor (in the input's memory format) and of the residual."""
-    memory_format = _memory_format(input)
+    """The gradients of the normalized tensor, in `memory_format`, and of the residual."""
     grad = _aten.threshold_backward.default(grad_output, output, 0) if relu else grad_output
     grad_residual = grad if has_residual else None
     # Behind a ReLU alone the zeros of the output have removed the dropped elements already.
-    if 0.0 < dropout_p < 1.0 and (has_residual or not relu):
+    if dropout_p > 0 and (has_residual or not relu):
         grad = grad.clone(memory_format=memory_format)
         _drop_(grad, memory_format, dropout_p, seed)
     return grad.contiguous(memory_format=memory_format), grad_residual
@@ -492,6 +511,8 @@ def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float,
 
     Each element, in the order of memory, has a uniform 16-bit word, and the lowest words drop.
     """
+    if values.is_meta:
+        return
     flat = (values if memory_format == torch.contiguous_format else values.movedim(1, -1)).view(-1)
     highest_dropped = round(dropout_p * 2**16) - 2**15 - 0.5
     draw = _word_source(seed, values.device)

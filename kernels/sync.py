@@ -7,20 +7,19 @@ from torch.distributed import ProcessGroup
 
 
 def batch_statistics(input: Tensor, process_group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased and unbiased variance of each channel over the batches of all processes.
+    """Mean, biased and unbiased variance of each channel over the batches of all processes, in the input's dtype.
 
     Each process sends (count, mean, M2) of its own batch; the merge is that of Chan, Golub & LeVeque (1979).
     """
     channels = input.shape[1]
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    local = torch.zeros(2 * channels + 1, dtype=dtype, device=input.device)
+    local = input.new_zeros(2 * channels + 1)
     count = input.shape[0] * input.shape[2:].numel()
     if count > 0:
         reduced = [dim for dim in range(input.dim()) if dim != 1]
-        var, mean = torch.var_mean(input.to(dtype), reduced, correction=0)
+        var, mean = torch.var_mean(input, reduced, correction=0)
         local = torch.cat([mean, var * count, local.new_tensor([count])])
     gathered = local.new_empty(dist.get_world_size(process_group) * local.numel())
-    dist.all_gather_into_tensor(gathered, local, group=process_group)
+    dist.all_gather_single(gathered, local, group=process_group)
     gathered = gathered.view(-1, local.numel())
 
     means, deviations, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
