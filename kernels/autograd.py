@@ -23,6 +23,8 @@ class FusedOperation(NamedTuple):
     # compose(input, weight, bias, all_options) is norm and affine alone, recorded by torch's own autograd, or None
     # where forward and backward are faster. Without a dropout, an addition and a ReLU in place complete it.
     compose: Callable[..., Tensor | None] | None = None
+    # Whether an input has to be converted to float32 first.
+    widens: Callable[[Tensor], bool] | None = None
 
 
 def apply(
@@ -35,6 +37,13 @@ def apply(
     forward_options: dict[str, Any],
 ) -> Tensor:
     """Runs `operation`, recorded by autograd where a gradient can be asked for."""
+    if torch.is_autocast_enabled(input.device.type):
+        # Statistics are kept in float32 and outputs in the input's dtype whatever autocast does to torch's operations.
+        with torch.autocast(input.device.type, enabled=False):
+            return apply(operation, input, weight, bias, residual, options, forward_options)
+    if operation.widens is not None and operation.widens(input):
+        weight, bias, residual = _float(weight), _float(bias), _float(residual)
+        return apply(operation, input.float(), weight, bias, residual, options, forward_options).to(input.dtype)
     if input.numel() == 0 and options.get("process_group") is None:
         return _empty(input, weight, bias, residual)
     if operation.compose is not None and options["dropout_p"] == 0:
@@ -47,6 +56,10 @@ def apply(
     ):
         return _Fused.apply(input, weight, bias, residual, operation, options, forward_options)
     return operation.forward(input, weight, bias, residual, **options, **forward_options)[0]
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def _empty(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -101,10 +114,9 @@ def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The gradients again, built of differentiable PyTorch operations: what create_graph=True asks for."""
-    inputs: list[Any]
-    *inputs, output, mean, rstd = _saved_tensors(ctx)
+    input, weight, bias, output, mean, rstd = _saved_tensors(ctx)
     # Views, so that the gradients are those of this operation alone where one input was computed from another.
-    input, weight, bias = views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    input, weight, bias = _view(input), _view(weight), _view(bias)
     options = ctx.options
     value = ctx.operation.normalize(input, weight, bias, mean, rstd, {**options, **ctx.forward_options})
     if options["dropout_p"] > 0:
@@ -112,10 +124,14 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor, needs: tuple[bool, .
     if options["relu"]:
         sign = value if output is None else output
         grad_output = torch.ops.aten.threshold_backward.default(grad_output, sign.detach(), 0)
-    wanted = [tensor for tensor, needed in zip(views, needs[:3], strict=True) if needed]
+    wanted = [tensor for tensor, needed in zip((input, weight, bias), needs[:3], strict=True) if needed]
     gradients = iter(torch.autograd.grad(value, wanted, grad_output, create_graph=True) if wanted else ())
     grad_residual = grad_output if needs[3] else None
     return (*(next(gradients) if needed else None for needed in needs[:3]), grad_residual)
+
+
+def _view(tensor: Any) -> Any:
+    return None if tensor is None else tensor.view_as(tensor)
 
 
 def _dropout_factor(ctx: Any, input: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The three public functions: they check their arguments and choose the implementation."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -12,34 +14,6 @@ from .autograd import FusedOperation, apply
 
 Activation = Literal["relu", "identity"]
 Impl = Literal["auto", "triton", "torch"]
-
-_BATCH_NORM = {
-    "torch": FusedOperation(
-        reference.batch_norm_forward,
-        reference.batch_norm_backward,
-        reference.batch_normalize,
-        True,
-        reference.batch_compose,
-    ),
-}
-_GROUP_NORM = {
-    "torch": FusedOperation(
-        reference.group_norm_forward,
-        reference.group_norm_backward,
-        reference.group_normalize,
-        True,
-        reference.group_compose,
-    ),
-}
-_LAYER_NORM = {
-    "torch": FusedOperation(
-        reference.layer_norm_forward,
-        reference.layer_norm_backward,
-        reference.layer_normalize,
-        True,
-        reference.layer_compose,
-    ),
-}
 
 
 def batch_norm_relu(
@@ -84,7 +58,7 @@ def batch_norm_relu(
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
     """
-    operation = _choose(_BATCH_NORM, impl, input)
+    operation = _operation("batch_norm", impl, input)
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
@@ -142,7 +116,7 @@ def group_norm_relu(
 
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
-    operation = _choose(_GROUP_NORM, impl, input)
+    operation = _operation("group_norm", impl, input)
     if not 2 <= input.dim() <= 5:
         raise RuntimeError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
@@ -188,7 +162,7 @@ def layer_norm_relu(
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
     """
-    operation = _choose(_LAYER_NORM, impl, input)
+    operation = _operation("layer_norm", impl, input)
     if isinstance(normalized_shape, int):
         raise TypeError(f"normalized_shape must be a tuple of ints, got the int {normalized_shape}")
     shape = tuple(normalized_shape)
@@ -221,12 +195,27 @@ def _draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
-def _choose(operations: dict[str, FusedOperation], impl: Impl, input: Tensor) -> FusedOperation:
+def _operation(norm: str, impl: Impl, input: Tensor) -> FusedOperation:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-    return operations[choose_implementation(impl, input.device)]
+    return _operation_of(norm, choose_implementation(impl, input.device))
 
 
+@lru_cache
+def _operation_of(norm: str, implementation: str) -> FusedOperation:
+    # Imported when first needed: Triton takes time to import, and is not there on every platform.
+    module = reference if implementation == "torch" else import_module(".launchers", __package__)
+    return FusedOperation(
+        forward=getattr(module, f"{norm}_forward"),
+        backward=getattr(module, f"{norm}_backward"),
+        normalize=getattr(reference, f"{norm}_normalize"),
+        keeps_output=implementation == "torch",
+        compose=getattr(module, f"{norm}_compose", None),
+        widens=getattr(module, "widens", None),
+    )
+
+
+@lru_cache
 def choose_implementation(impl: Impl, device: torch.device) -> Literal["triton", "torch"]:
     """What `impl` means for tensors on `device`.
 
@@ -236,9 +225,33 @@ def choose_implementation(impl: Impl, device: torch.device) -> Literal["triton",
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
-    if impl == "triton":
-        raise RuntimeError('impl="triton" is not available in this version: use impl="auto" or impl="torch"')
-    return "torch"
+    if impl == "torch" or (impl == "auto" and device.type == "cpu"):
+        return "torch"
+    missing = _missing_for_triton(device)
+    if impl == "auto":
+        return "torch" if missing else "triton"
+    if missing:
+        raise RuntimeError(f'impl="triton" does not run on {device}: {missing}; impl="torch" does')
+    return "triton"
+
+
+def _missing_for_triton(device: torch.device) -> str | None:
+    """What keeps the Triton kernels from running on `device`; None where nothing does."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        if triton.knobs.runtime.interpret:
+            return None
+        return (
+            "Triton does not compile for it (TRITON_INTERPRET=1, set before Triton is imported, interprets the kernels)"
+        )
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
+            return "the kernels need compute capability 7.5 or newer"
+        return None
+    return "Triton does not compile for it"
 
 
 def _check(

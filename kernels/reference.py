@@ -246,7 +246,7 @@ def layer_norm_backward(
     return (*_affine_gradients(gradients, (weight, bias), needs, dropout_p), grad_residual)
 
 
-def batch_normalize(
+def batch_norm_normalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, options: Mapping[str, Any]
 ) -> Tensor:
     """Batch norm and affine alone, of operations that torch can differentiate any number of times."""
@@ -260,21 +260,21 @@ def batch_normalize(
     return (value if bias is None else value + bias.view(per_channel)).to(input.dtype)
 
 
-def group_normalize(
+def group_norm_normalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, options: Mapping[str, Any]
 ) -> Tensor:
     """Group norm and affine alone, of operations that torch can differentiate any number of times."""
     return _in_statistics_dtype(F.group_norm, input, options["num_groups"], weight, bias, options["eps"])
 
 
-def layer_normalize(
+def layer_norm_normalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, options: Mapping[str, Any]
 ) -> Tensor:
     """Layer norm and affine alone, of operations that torch can differentiate any number of times."""
     return _in_statistics_dtype(F.layer_norm, input, options["normalized_shape"], weight, bias, options["eps"])
 
 
-def batch_compose(
+def batch_norm_compose(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
 ) -> Tensor | None:
     """Batch norm and affine by torch's own kernel, where that is the fastest and takes the tensors as they are."""
@@ -289,7 +289,7 @@ def batch_compose(
     return F.batch_norm(input, running_mean, running_var, weight, bias, True, options["momentum"], options["eps"])
 
 
-def group_compose(
+def group_norm_compose(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
 ) -> Tensor | None:
     """Group norm and affine by torch's own kernel, where that takes the tensors as they are."""
@@ -298,7 +298,7 @@ def group_compose(
     return F.group_norm(input, options["num_groups"], weight, bias, options["eps"])
 
 
-def layer_compose(
+def layer_norm_compose(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
 ) -> Tensor | None:
     """Layer norm and affine by torch's own kernel, where that is the fastest and takes the tensors as they are."""
@@ -319,6 +319,11 @@ def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *argume
     dtype = _statistics_dtype(input)
     converted = [value.to(dtype) if isinstance(value, Tensor) else value for value in arguments]
     return function(input.to(dtype), *converted).to(input.dtype)
+
+
+def widens(input: Tensor) -> bool:
+    """Only torch's kernels for the CPU take half-precision inputs with float32 parameters in all three norms."""
+    return input.device.type != "cpu" and input.dtype in (torch.float16, torch.bfloat16)
 
 
 def _has_fast_statistics(input: Tensor) -> bool:
