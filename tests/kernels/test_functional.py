@@ -204,9 +204,19 @@ def test_a_large_mean_survives(norm, shape):
 
 
 @norms
+@pytest.mark.parametrize("shape", [(512, 8, 7, 7), (64, 8, 26, 26)], ids=str)
+@pytest.mark.parametrize("value", [1.1, 1000.1, 3.3e5])
+def test_constant_input(norm, shape, value):
+    # xhat is rounding times rstd, 1 / sqrt(eps) here: a few roundings of the input's size.
+    output = norm.fused(torch.full(shape, value), None, None, activation="identity")
+    assert output.abs().max() <= value * 2**-22 / 1e-5**0.5
+
+
+@norms
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_pass_as_in_torch(norm, value):
-    x = make((3, 4, 6, 5)).detach()
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (64, 14, 7, 7), (16, 4, 26, 26)], ids=str)
+def test_nan_and_inf_pass_as_in_torch(norm, value, shape):
+    x = make(shape).detach()
     x[1, 2, 3, 4] = value
     torch.testing.assert_close(norm.fused(x, None, None), F.relu(norm.stock(x, None, None)), equal_nan=True)
 
@@ -272,6 +282,16 @@ def test_eval_mode(dtype, layout):
         inputs,
         dtype,
     )
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3, 3), (64, 4, 7, 7), (64, 4, 16, 16)], ids=str)
+def test_running_variance_beyond_half_precision(shape):
+    # The batch's variance overflows float16; a tenth of it does not.
+    x = (torch.randn(shape) * 400).half()
+    running = torch.zeros(4).half(), torch.ones(4).half()
+    batch_norm_relu(x, *running, training=True)
+    expected = 0.9 + 0.1 * x.float().transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(running[1].float(), expected, rtol=1e-3, atol=0)
 
 
 def test_eval_gradient_does_not_see_later_updates():
@@ -371,6 +391,7 @@ def test_dropout_of_everything_and_of_nothing(norm):
     output = norm.fused(x, None, None, dropout_p=1.0, residual=residual)
     torch.testing.assert_close(output, F.relu(residual))
     assert (torch.autograd.grad(output.sum(), x)[0] == 0).all()
+    assert (norm.fused(x.detach() * torch.nan, None, None, dropout_p=1.0) == 0).all()
     torch.testing.assert_close(norm.fused(x, None, None, dropout_p=0.0), F.relu(norm.stock(x, None, None)))
 
 
@@ -412,6 +433,45 @@ def test_derivatives_in_eval_mode():
     inputs = [make((3, 4, 3, 5), torch.float64), *affine((4,), torch.float64)]
     assert gradcheck(lambda x, w, b: batch_norm_relu(x, *running, w, b), inputs)
     assert gradgradcheck(lambda x, w, b: batch_norm_relu(x, *running, w, b), inputs)
+
+
+@norms
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_create_graph_where_one_input_depends_on_another(norm, dropout_p):
+    shape = (3, 4, 3, 5)
+    x, (weight, bias) = make(shape, torch.float64), affine(norm.affine_shape(shape), torch.float64)
+
+    def gradients(create_graph):
+        torch.manual_seed(7)
+        output = norm.fused(norm.fused(x, weight, bias, dropout_p=dropout_p), weight, bias, dropout_p=dropout_p)
+        return torch.autograd.grad(output.square().sum(), [x, weight, bias], create_graph=create_graph)
+
+    for first, second in zip(gradients(False), gradients(True), strict=True):
+        close(second.detach(), first, 1e-12)
+
+
+@norms
+def test_create_graph_keeps_what_the_mask_removed_out(norm):
+    # An infinite gradient behind a zero of the ReLU is nothing, not NaN.
+    shape = (3, 4, 3, 5)
+    x, residual = make(shape), torch.full(shape, -100.0, requires_grad=True)
+    output = norm.fused(x, None, None, residual=residual, dropout_p=0.4)
+    for grad in torch.autograd.grad(output, [x, residual], torch.full(shape, torch.inf), create_graph=True):
+        assert (grad == 0).all()
+
+
+def test_dropout_mask_survives_a_hook_that_changes_strides():
+    x = make((4, 6, 9, 8), layout="channels_last")
+    residual = make((4, 6, 9, 8), offset=0.0)
+
+    def gradient():
+        torch.manual_seed(0)
+        output = batch_norm_relu(x, None, None, training=True, residual=residual, dropout_p=0.5)
+        return torch.autograd.grad(output.square().sum(), x)[0]
+
+    expected = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        torch.testing.assert_close(gradient(), expected)
 
 
 @settings(max_examples=150, deadline=None)
