@@ -120,9 +120,10 @@ def correct_interpreter() -> Iterator[None]:
     """Makes Triton's interpreter compute what a GPU computes.
 
     Casts to bfloat16 round to nearest even; bfloat16 arithmetic is done in float32 and rounded; bfloat16 reductions
-    raise TypeError, for what they give depends on the order of the lanes; scalar arguments get the type that a compiled
-    kernel gives them (float32, unless the annotation says otherwise); floating-point exceptions are silent. It also
-    patches the language once instead of at each call of a device function, which is most of the interpreter's time.
+    raise TypeError, for what they give depends on the order of the lanes; other sums are taken pairwise, as threads do,
+    and not one by one; scalar arguments get the type that a compiled kernel gives them (float32, unless the annotation
+    says otherwise); floating-point exceptions are silent. It also patches the language once instead of at each call of
+    a device function, which is most of the interpreter's time.
 
     Raises:
         RuntimeError: TRITON_INTERPRET was not set when triton was imported.
@@ -246,6 +247,16 @@ class _CorrectedReduce(ReduceOps):
     def check_tensor(self, input: tuple[tl.tensor, ...]) -> None:
         super().check_tensor(input)
         _require_ordered(input)
+
+    def sum(self, input: tl.tensor) -> tl.tensor:
+        values = input.handle.data
+        sums = values.reshape(-1) if self.axis is None else np.moveaxis(values, self.axis, 0)
+        while len(sums) > 1:  # a power of two, as all axes are
+            sums = sums[0::2] + sums[1::2]
+        if not self.keep_dims:
+            return self.to_tensor(sums[0], input.dtype)
+        kept = [1] * values.ndim if self.axis is None else np.moveaxis(sums, 0, self.axis).shape
+        return self.to_tensor(sums.reshape(kept), input.dtype)
 
 
 class _CorrectedScan(ScanOps):

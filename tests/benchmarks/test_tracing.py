@@ -411,6 +411,33 @@ class TestCorrections:
         with pytest.raises(triton.runtime.errors.InterpreterError, match="float32 first"):
             kernel[(1,)](x, WIDE=False)
 
+    @pytest.mark.parametrize("axis", [0, 1, 2, None])
+    @pytest.mark.parametrize("keep_dims", [False, True])
+    def test_sums(self, axis, keep_dims):
+        @triton.jit
+        def kernel(x_ptr, y_ptr, SHAPE: tl.constexpr, AXIS: tl.constexpr, KEEP: tl.constexpr):
+            x = tl.load(x_ptr + tl.arange(0, SHAPE[0] * SHAPE[1] * SHAPE[2])).reshape(SHAPE)
+            sums = tl.sum(x, AXIS, keep_dims=KEEP)
+            tl.store(y_ptr + tl.arange(0, sums.numel).reshape(sums.shape) if sums.shape else y_ptr, sums)
+
+        x = torch.rand(1024, 2, 4)
+        expected = x.double().sum(axis, keepdim=keep_dims)
+        y = torch.empty(expected.shape)
+        kernel[(1,)](x, y, SHAPE=x.shape, AXIS=axis, KEEP=keep_dims)
+        # A tree of 13 levels rounds 13 times, by at most 2^-24 each.
+        assert torch.allclose(y.double(), expected, rtol=13 * 2**-24, atol=0)
+
+    def test_long_sums_are_not_taken_one_by_one(self):
+        @triton.jit
+        def kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+            lanes = tl.arange(0, BLOCK)[:, None] * 2 + tl.arange(0, 2)[None, :]
+            tl.store(y_ptr + tl.arange(0, 2), tl.sum(tl.load(x_ptr + lanes), axis=0))
+
+        x = torch.rand(2**17, 2)
+        y = torch.empty(2)
+        kernel[(1,)](x, y, BLOCK=2**17)
+        assert torch.allclose(y.double(), x.double().sum(0), rtol=17 * 2**-24, atol=0)
+
     def test_scalar_arguments_have_their_compiled_type(self):
         @triton.jit
         def kernel(y_ptr, single, double: tl.float64, index: tl.int64):
