@@ -121,9 +121,7 @@ def update_running(running_ptr, value, momentum, mask):
 
 
 @triton.jit
-def store_statistics(
-    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, mask, mean, m2, count, eps, momentum
-):
+def store_statistics(mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, mask, mean, m2, count, eps, momentum):
     """Stores what backward needs and updates the running statistics; returns rstd."""
     rstd = tl.rsqrt(m2 / count + tl.cast(eps, mean.dtype))
     tl.store(mean_ptr + slab, mean, mask=mask)
@@ -388,8 +386,27 @@ def gradient_sums_kernel(
         weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
         bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
         _, gradient, xhat = load_gradient(
-            dy_ptr, x_ptr, y_ptr, row, channel, position, rows, channels, positions, groups, mean, rstd, weight, bias,
-            dropout_threshold, dropout_scale, seed, CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, RELU,
+            dy_ptr,
+            x_ptr,
+            y_ptr,
+            row,
+            channel,
+            position,
+            rows,
+            channels,
+            positions,
+            groups,
+            mean,
+            rstd,
+            weight,
+            bias,
+            dropout_threshold,
+            dropout_scale,
+            seed,
+            CHANNELS_LAST,
+            ELEMENTWISE_AFFINE,
+            DROPOUT,
+            RELU,
         )
         if not PER_CHANNEL:
             gradient *= weight
@@ -480,13 +497,30 @@ def backward_kernel(
             if REDUCTION == "split":
                 gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, False)
         residual_gradient, gradient, xhat = load_gradient(
-            dy_ptr, x_ptr, y_ptr, row, channel, position, rows, channels, positions, groups, mean, rstd, weight, bias,
-            dropout_threshold, dropout_scale, seed, CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, RELU,
+            dy_ptr,
+            x_ptr,
+            y_ptr,
+            row,
+            channel,
+            position,
+            rows,
+            channels,
+            positions,
+            groups,
+            mean,
+            rstd,
+            weight,
+            bias,
+            dropout_threshold,
+            dropout_scale,
+            seed,
+            CHANNELS_LAST,
+            ELEMENTWISE_AFFINE,
+            DROPOUT,
+            RELU,
         )
         if dresidual_ptr is not None:
-            tl.store(
-                dresidual_ptr + offset, residual_gradient.to(dresidual_ptr.dtype.element_ty), mask=mask
-            )
+            tl.store(dresidual_ptr + offset, residual_gradient.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if REDUCTION == "none" or not PER_CHANNEL:
             if dweight_ptr is not None:
                 weight_gradient += device.parameter_sum(gradient * xhat, PER_CHANNEL, ELEMENTWISE_AFFINE)

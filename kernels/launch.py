@@ -121,14 +121,20 @@ def make_plan(
         ValueError: the slab is too large for the resident plan that was asked for.
     """
     reduction: Literal["resident", "split", "none"] = "none"
-    tile, cluster = _split_tile(geometry, itemsize), 1
+    # Values that a program holds for each element, in 32-bit registers; weight, bias and their gradients may be as many.
+    values = (2 if itemsize == 8 else 1) * (2 if geometry.elementwise_affine else 1)
+    tile, cluster = _split_tile(geometry, itemsize, SPLIT_TILE // values), 1
     if reduces:
         resident_tile = _resident_tile(geometry, itemsize)
-        resident_cluster = _cluster(geometry, resident_tile, itemsize, _max_cluster(target))
-        fits = resident_cluster <= _max_cluster(target) and (resident_cluster == 1 or _slab_block(geometry, resident_tile) == 1)
+        resident_cluster = _cluster(geometry, resident_tile, CAPACITY // values, _max_cluster(target))
+        fits = resident_cluster <= _max_cluster(target) and (
+            resident_cluster == 1 or _slab_block(geometry, resident_tile) == 1
+        )
         reduction = kind or ("resident" if fits else "split")
         if reduction == "resident":
             tile, cluster = resident_tile, min(resident_cluster, MAX_CLUSTER)
+        elif not geometry.per_channel:
+            tile = (1, *tile[1:])
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
 
@@ -165,7 +171,7 @@ def make_plan(
             "POSITION_VECTOR": 1 if geometry.channels_last else gcd(geometry.positions, vector),
             "PER_CHANNEL": geometry.per_channel,
             "CHANNELS_LAST": geometry.channels_last,
-            "num_warps": _num_warps(prod(tile) // cluster, target),
+            "num_warps": _num_warps(prod(tile) * values // cluster, target),
             "num_ctas": cluster,
         },
     )
@@ -189,20 +195,19 @@ def _resident_tile(geometry: Geometry, itemsize: int) -> Tile:
     rows, channels, positions = (next_power_of_2(size) for size in geometry[:3])
     if geometry.per_channel:
         return rows, _side_by_side(channels, itemsize) if geometry.channels_last else 1, positions
-    shared = min(SMALL_TILE // (channels * positions), geometry.rows // ENOUGH_PROGRAMS)
-    return 1 << max(0, shared.bit_length() - 1), channels, positions
+    return max(1, min(SMALL_TILE // (channels * positions), rows // ENOUGH_PROGRAMS)), channels, positions
 
 
-def _split_tile(geometry: Geometry, itemsize: int) -> Tile:
-    """A tile of about SPLIT_TILE elements, filled in the order in which they lie in memory."""
+def _split_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
+    """A tile of about `size` elements, filled in the order in which they lie in memory."""
     rows, channels, positions = (next_power_of_2(size) for size in geometry[:3])
     if geometry.channels_last:
         block_channels = _side_by_side(channels, itemsize) if geometry.per_channel else min(channels, 64)
-        block_positions = min(positions, SPLIT_TILE // block_channels)
+        block_positions = min(positions, size // block_channels)
     else:
-        block_positions = _tight_block(geometry.positions)
-        block_channels = 1 if geometry.per_channel else min(channels, SPLIT_TILE // block_positions)
-    return min(rows, SPLIT_TILE // (block_channels * block_positions)), block_channels, block_positions
+        block_positions = _tight_block(geometry.positions, size)
+        block_channels = 1 if geometry.per_channel else min(channels, size // block_positions)
+    return min(rows, size // (block_channels * block_positions)), block_channels, block_positions
 
 
 def _side_by_side(channels: int, itemsize: int) -> int:
@@ -210,9 +215,9 @@ def _side_by_side(channels: int, itemsize: int) -> int:
     return min(channels, max(32 // itemsize, min(64, channels // 8)))
 
 
-def _tight_block(length: int) -> int:
-    """The largest power of two, from 64 to SPLIT_TILE, whose multiples cover the length with little to spare."""
-    block = min(next_power_of_2(length), SPLIT_TILE)
+def _tight_block(length: int, longest: int) -> int:
+    """The largest power of two, from 64 to `longest`, whose multiples cover the length with little to spare."""
+    block = min(next_power_of_2(length), longest)
     while block > 64 and cdiv(length, block) * block > 1.15 * length:
         block //= 2
     return block
@@ -225,13 +230,9 @@ def _max_cluster(target: GPUTarget) -> int:
     return MAX_CLUSTER if target.arch < 110 else PORTABLE_CLUSTER
 
 
-def _cluster(geometry: Geometry, tile: Tile, itemsize: int, max_cluster: int) -> int:
+def _cluster(geometry: Geometry, tile: Tile, capacity: int, max_cluster: int) -> int:
     """Programs to hold a resident tile together: what it needs, and more where few tiles would leave the GPU idle."""
-    values = 2 if itemsize == 8 else 1
-    if geometry.elementwise_affine:
-        # Weight, bias and their gradients take as much room as the tile.
-        values *= 2
-    cluster = cdiv(prod(tile) * values, CAPACITY)
+    cluster = cdiv(prod(tile), capacity)
     tiles = cdiv(geometry.slabs, _slab_block(geometry, tile))
     while cluster < max_cluster and tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE:
         cluster *= 2
@@ -269,6 +270,6 @@ def _parameter_partials(geometry: Geometry, tile: Tile, row_programs: int, posit
     return row_programs * tile[0] // geometry.groups * position_blocks
 
 
-def _num_warps(elements: int, target: GPUTarget) -> int:
-    """16 elements a thread; where that takes more than 16 warps, more elements."""
-    return min(16, max(1, elements // (16 * target.warp_size)))
+def _num_warps(values: int, target: GPUTarget) -> int:
+    """16 values a thread, and at most 16 warps."""
+    return min(16, max(1, values // (16 * target.warp_size)))

@@ -318,7 +318,9 @@ def _backward(
         *(*tensors, grad_input, grad_residual, grad_weight, grad_bias, partials),
         *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, *_dropout(dropout_p), seed),
     )
-    launches.append(Launch(backward_kernel, (chosen.programs,), arguments, {**constants, "REDUCTION": chosen.reduction}))
+    launches.append(
+        Launch(backward_kernel, (chosen.programs,), arguments, {**constants, "REDUCTION": chosen.reduction})
+    )
     run(launches, input.device)
 
     if parameters and not summed:
