@@ -1,7 +1,10 @@
 """Device functions of the fused kernels: each formula once, so that backward recomputes what forward computed.
 
 Every tile is [ROWS, CHANNELS, POSITIONS]. A slab, the elements that share one mean, is a channel of all rows
-(`PER_CHANNEL`: batch norm) or a row (group and layer norm).
+(`PER_CHANNEL`: batch norm) or a row (group and layer norm). A row is a sample, or one of the `groups` of a sample.
+
+    place: row [ROWS, 1, 1], channel [1, CHANNELS, 1] and position [1, 1, POSITIONS] of a tile's elements
+    sizes: rows, channels, positions, groups
 """
 
 import triton
@@ -9,34 +12,34 @@ import triton.language as tl
 
 
 @triton.jit
-def element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST: tl.constexpr):
-    """Where an element lies in a dense tensor; a row is one of the `groups` channel groups of a sample."""
+def element_offset(place, sizes, CHANNELS_LAST: tl.constexpr):
+    """Where an element lies in a dense tensor."""
+    row, channel, position = place
+    _, channels, positions, groups = sizes
     if CHANNELS_LAST:
-        sample = row // groups
-        first_channel = (row % groups) * channels
-        return (sample * positions + position) * (groups * channels) + (first_channel + channel)
+        first_channel = row % groups * channels
+        return (row // groups * positions + position) * (groups * channels) + (first_channel + channel)
     else:
         return (row * channels + channel) * positions + position
 
 
 @triton.jit
-def parameter_index(
-    row,
-    channel,
-    position,
-    channels,
-    positions,
-    groups,
-    PER_CHANNEL: tl.constexpr,
-    ELEMENTWISE_AFFINE: tl.constexpr,
-):
+def element_mask(place, sizes):
+    """Which elements of a tile exist."""
+    return (place[0] < sizes[0]) & (place[1] < sizes[1]) & (place[2] < sizes[2])
+
+
+@triton.jit
+def parameter_index(place, sizes, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.constexpr):
     """Which weight and bias an element has, and a mask of those that exist: as small a tile as holds them all."""
+    row, channel, position = place
+    _, channels, positions, groups = sizes
     if ELEMENTWISE_AFFINE:
         return channel * positions + position, (channel < channels) & (position < positions)
     elif PER_CHANNEL:
         return channel, channel < channels
     else:
-        return (row % groups) * channels + channel, (row >= 0) & (channel < channels)
+        return row % groups * channels + channel, (row >= 0) & (channel < channels)
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def slab_sum(values, PER_CHANNEL: tl.constexpr):
 
 @triton.jit
 def parameter_sum(values, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.constexpr):
-    """Sums a tile over the axes along which the parameter stays the same; the inverse of broadcasting `parameter_index`."""
+    """Sums a tile over the axes along which the parameter stays the same: to the shape of `parameter_index`."""
     if ELEMENTWISE_AFFINE:
         return tl.sum(values, axis=0, keep_dims=True)
     elif PER_CHANNEL:
@@ -117,35 +120,27 @@ def normalize(x, mean, rstd):
 
 @triton.jit
 def affine(xhat, weight, bias):
-    """xhat * weight + bias, contracted here and not at the compiler's discretion: backward must find the same signs."""
+    """xhat * weight + bias, contracted here and not as the compiler sees fit: backward must find the same signs."""
     return tl.fma(xhat, weight, bias)
 
 
 @triton.jit
-def dropout_keep(
-    seed,
-    threshold,
-    row,
-    channel,
-    position,
-    channels,
-    positions,
-    groups,
-    ELEMENTWISE_AFFINE: tl.constexpr,
-):
+def dropout_keep(seed, threshold, place, sizes, ELEMENTWISE_AFFINE: tl.constexpr):
     """Whether each element is kept, which has probability 1 - threshold / 2^31: Philox (Salmon et al. 2011).
 
-    It follows from the element's place in the tensor, whatever the layout and the plan. Four places in line share a draw
-    of four numbers: where a thread holds all four, the compiler finds that it is one draw.
+    It follows from the element's place in the tensor, whatever the layout and the plan. Four elements in line share a
+    draw of four numbers: where a thread holds all four, the compiler finds that it is one draw.
     """
+    row, channel, position = place
+    _, channels, positions, groups = sizes
     if ELEMENTWISE_AFFINE:
-        place = (row * channels + channel) * positions + position
-        draw = place // 4
+        element = (row * channels + channel) * positions + position
+        draw = element // 4
     else:
-        place = row // groups * positions + position
-        draw = place // 4 * (channels * groups) + (row % groups * channels + channel)
+        element = row // groups * positions + position
+        draw = element // 4 * (channels * groups) + (row % groups * channels + channel)
     number, second, third, fourth = tl.randint4x(seed, draw)
-    lane = (place % 4).to(tl.int32)
+    lane = (element % 4).to(tl.int32)
     number = tl.where(lane == 1, second, number)
     number = tl.where(lane == 2, third, number)
     number = tl.where(lane == 3, fourth, number)

@@ -6,8 +6,8 @@
 
 The averages run over a slab (see device.py). Plans are made in launch.py. In a resident plan a program, or a cluster of
 them, holds whole slabs on chip, and one launch does all. In a split plan a first launch reduces each slab in `splits`
-parts, and the programs of the second merge what it left. Programs of the forward and the backward kernel step through the
-rows `row_programs` blocks at a time and keep to their channels and positions, so that parameters are loaded once and their
+parts, and the programs of the second merge what it left. Programs of the forward and the backward kernel step through
+the rows `row_programs` blocks at a time and keep to their channels and positions: parameters are loaded once, and their
 gradients summed on the way.
 """
 
@@ -35,14 +35,42 @@ def tile_at(
     """Row [ROWS, 1, 1], channel [1, CHANNELS, 1] and position [1, 1, POSITIONS] of a tile's elements."""
     row = tl.cast(row_block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None, None]
     channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :, None]
-    position = position_block * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)[None, None, :]
+    position = tl.cast(position_block, tl.int64) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)[None, None, :]
     return row, channel, position
 
 
 @triton.jit
-def blocks_at(slab_block, tile, positions, BLOCK_POSITIONS: tl.constexpr, PER_CHANNEL: tl.constexpr):
+def program_blocks(sizes, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr):
+    """Row program, channel block and position block of a program of the forward and the backward kernel."""
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    channel_blocks = tl.cdiv(sizes[1], BLOCK_CHANNELS)
+    program = tl.program_id(0)
+    return (
+        program // position_blocks // channel_blocks,
+        program // position_blocks % channel_blocks,
+        program % position_blocks,
+    )
+
+
+@triton.jit
+def tiles_per_slab(
+    sizes,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    if PER_CHANNEL:
+        return tl.cdiv(sizes[0], BLOCK_ROWS) * position_blocks
+    else:
+        return tl.cdiv(sizes[1], BLOCK_CHANNELS) * position_blocks
+
+
+@triton.jit
+def slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS: tl.constexpr, PER_CHANNEL: tl.constexpr):
     """Row, channel and position block of a tile that is counted within its block of slabs."""
-    position_blocks = tl.cdiv(positions, BLOCK_POSITIONS)
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
     if PER_CHANNEL:
         return tile // position_blocks, slab_block, tile % position_blocks
     else:
@@ -50,47 +78,20 @@ def blocks_at(slab_block, tile, positions, BLOCK_POSITIONS: tl.constexpr, PER_CH
 
 
 @triton.jit
-def tiles_per_slab(
-    rows,
-    channels,
-    positions,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-):
-    position_blocks = tl.cdiv(positions, BLOCK_POSITIONS)
-    if PER_CHANNEL:
-        return tl.cdiv(rows, BLOCK_ROWS) * position_blocks
-    else:
-        return tl.cdiv(channels, BLOCK_CHANNELS) * position_blocks
-
-
-@triton.jit
-def slabs_at(
-    slab_block,
-    rows,
-    channels,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-):
+def slabs_at(slab_block, sizes, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PER_CHANNEL: tl.constexpr):
     """Index of each slab in a block of them, a mask of those that exist, and the number of slabs there are."""
     row, channel, _ = tile_at(slab_block, slab_block, 0, BLOCK_ROWS, BLOCK_CHANNELS, 1)
     if PER_CHANNEL:
-        return channel, channel < channels, channels
+        return channel, channel < sizes[1], sizes[1]
     else:
-        return row, row < rows, rows
+        return row, row < sizes[0], sizes[0]
 
 
 @triton.jit
 def load_partials(partials_ptr, moment, slab, slab_mask, slabs, splits, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr):
     """What the programs of the first launch left of one moment of each slab; partials are [moment, split, slab]."""
     split = tl.arange(0, SPLIT_BLOCK)
-    if PER_CHANNEL:
-        split = split[:, None, None]
-    else:
-        split = split[None, :, None]
+    split = split[:, None, None] if PER_CHANNEL else split[None, :, None]
     return device.load(partials_ptr, (moment * splits + split) * slabs + slab, slab_mask & (split < splits), dtype)
 
 
@@ -152,28 +153,25 @@ def statistics_kernel(
 ):
     """Split plan, forward, first launch (1R): count, mean and sum of squared deviations of a part of each slab."""
     dtype: tl.constexpr = partials_ptr.dtype.element_ty
-    channels = channel_vectors * CHANNEL_VECTOR
-    positions = position_vectors * POSITION_VECTOR
+    sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     slab_block = tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
-    tiles = tiles_per_slab(rows, channels, positions, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
-    slab, slab_mask, slabs = slabs_at(slab_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
+    tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
+    slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
     count = tl.full((), 0, dtype)
     mean = tl.zeros_like(slab).to(dtype)
     m2 = mean
     for tile in range(first_tile, tiles, splits):
-        row_block, channel_block, position_block = blocks_at(slab_block, tile, positions, BLOCK_POSITIONS, PER_CHANNEL)
-        row, channel, position = tile_at(
-            row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
-        )
-        mask = (row < rows) & (channel < channels) & (position < positions)
-        offset = device.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
+        row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS, PER_CHANNEL)
+        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        mask = device.element_mask(place, sizes)
+        offset = device.element_offset(place, sizes, CHANNELS_LAST)
         x = device.load(x_ptr, offset, mask, dtype)
-        tile_count = tl.cast(tl.minimum(positions - position_block * BLOCK_POSITIONS, BLOCK_POSITIONS), dtype)
+        tile_count = tl.cast(tl.minimum(sizes[2] - position_block * BLOCK_POSITIONS, BLOCK_POSITIONS), dtype)
         if PER_CHANNEL:
-            tile_count *= tl.cast(tl.minimum(rows - row_block * BLOCK_ROWS, BLOCK_ROWS), dtype)
+            tile_count *= tl.cast(tl.minimum(sizes[0] - row_block * BLOCK_ROWS, BLOCK_ROWS), dtype)
         else:
-            tile_count *= tl.cast(tl.minimum(channels - channel_block * BLOCK_CHANNELS, BLOCK_CHANNELS), dtype)
+            tile_count *= tl.cast(tl.minimum(sizes[1] - channel_block * BLOCK_CHANNELS, BLOCK_CHANNELS), dtype)
         tile_mean, tile_m2 = device.tile_statistics(x, mask, tile_count, PER_CHANNEL)
         count, mean, m2 = device.merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2)
     partial = first_tile * slabs + slab
@@ -221,24 +219,15 @@ def forward_kernel(
 ):
     """The output, from statistics of the tile ("resident"), of the partials ("split") or given ("none"): 1R + 1W."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    channels = channel_vectors * CHANNEL_VECTOR
-    positions = position_vectors * POSITION_VECTOR
-    position_blocks = tl.cdiv(positions, BLOCK_POSITIONS)
-    channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
-    position_block = tl.program_id(0) % position_blocks
-    channel_block = tl.program_id(0) // position_blocks % channel_blocks
-    row_program = tl.program_id(0) // position_blocks // channel_blocks
-    row, channel, position = tile_at(
-        row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
-    )
-    parameter, parameter_mask = device.parameter_index(
-        row, channel, position, channels, positions, groups, PER_CHANNEL, ELEMENTWISE_AFFINE
-    )
+    sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
     weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
     bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
     count = tl.cast(slab_size, dtype)
     if PER_CHANNEL:
-        slab, slab_mask, slabs = slabs_at(channel_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, True)
+        slab, slab_mask, slabs = slabs_at(channel_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, True)
         is_first = slab_mask & (row_program == 0) & (position_block == 0)
         if REDUCTION == "split":
             mean, m2 = load_statistics(partials_ptr, slab, slab_mask, slabs, splits, count, dtype, True)
@@ -252,14 +241,12 @@ def forward_kernel(
             tl.store(rstd_ptr + slab, rstd, mask=is_first)
 
     for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
-        row, channel, position = tile_at(
-            row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
-        )
-        mask = (row < rows) & (channel < channels) & (position < positions)
-        offset = device.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
+        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        mask = device.element_mask(place, sizes)
+        offset = device.element_offset(place, sizes, CHANNELS_LAST)
         x = device.load(x_ptr, offset, mask, dtype)
         if not PER_CHANNEL:
-            slab, slab_mask, slabs = slabs_at(row_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, False)
+            slab, slab_mask, slabs = slabs_at(row_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, False)
             is_first = slab_mask & (channel_block == 0) & (position_block == 0)
         if REDUCTION == "resident":
             mean, m2 = device.tile_statistics(x, mask, count, PER_CHANNEL)
@@ -272,9 +259,7 @@ def forward_kernel(
 
         y = device.affine(device.normalize(x, mean, rstd), weight, bias)
         if DROPOUT:
-            keep = device.dropout_keep(
-                seed, dropout_threshold, row, channel, position, channels, positions, groups, ELEMENTWISE_AFFINE
-            )
+            keep = device.dropout_keep(seed, dropout_threshold, place, sizes, ELEMENTWISE_AFFINE)
             y = device.drop(y, keep, dropout_scale)
         if residual_ptr is not None:
             y += device.load(residual_ptr, offset, mask, dtype)
@@ -288,13 +273,8 @@ def load_gradient(
     dy_ptr,
     x_ptr,
     y_ptr,
-    row,
-    channel,
-    position,
-    rows,
-    channels,
-    positions,
-    groups,
+    place,
+    sizes,
     mean,
     rstd,
     weight,
@@ -312,14 +292,12 @@ def load_gradient(
     The sign of y is recomputed from x, or read from y where a residual went into it.
     """
     dtype: tl.constexpr = mean.dtype
-    mask = (row < rows) & (channel < channels) & (position < positions)
-    offset = device.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
+    mask = device.element_mask(place, sizes)
+    offset = device.element_offset(place, sizes, CHANNELS_LAST)
     gradient = device.load(dy_ptr, offset, mask, dtype)
     xhat = device.normalize(device.load(x_ptr, offset, mask, dtype), mean, rstd)
     if DROPOUT:
-        keep = device.dropout_keep(
-            seed, dropout_threshold, row, channel, position, channels, positions, groups, ELEMENTWISE_AFFINE
-        )
+        keep = device.dropout_keep(seed, dropout_threshold, place, sizes, ELEMENTWISE_AFFINE)
     if RELU:
         if y_ptr is None:
             y = device.affine(xhat, weight, bias)
@@ -365,37 +343,27 @@ def gradient_sums_kernel(
 ):
     """Split plan, backward, first launch (2R): the two sums that dx needs, over a part of each slab."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    channels = channel_vectors * CHANNEL_VECTOR
-    positions = position_vectors * POSITION_VECTOR
+    sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     slab_block = tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
-    tiles = tiles_per_slab(rows, channels, positions, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
-    slab, slab_mask, slabs = slabs_at(slab_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
+    tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
+    slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
     mean = device.load(mean_ptr, slab, slab_mask, dtype)
     rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
     gradient_sum = tl.zeros_like(mean)
     product_sum = tl.zeros_like(mean)
     for tile in range(first_tile, tiles, splits):
-        row_block, channel_block, position_block = blocks_at(slab_block, tile, positions, BLOCK_POSITIONS, PER_CHANNEL)
-        row, channel, position = tile_at(
-            row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
-        )
-        parameter, parameter_mask = device.parameter_index(
-            row, channel, position, channels, positions, groups, PER_CHANNEL, ELEMENTWISE_AFFINE
-        )
+        row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS, PER_CHANNEL)
+        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        parameter, parameter_mask = device.parameter_index(place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
         weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
         bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
         _, gradient, xhat = load_gradient(
             dy_ptr,
             x_ptr,
             y_ptr,
-            row,
-            channel,
-            position,
-            rows,
-            channels,
-            positions,
-            groups,
+            place,
+            sizes,
             mean,
             rstd,
             weight,
@@ -458,19 +426,10 @@ def backward_kernel(
     dweight and dbias are [partial, parameter]: one row for each program that sums other elements of the same parameter.
     """
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    channels = channel_vectors * CHANNEL_VECTOR
-    positions = position_vectors * POSITION_VECTOR
-    position_blocks = tl.cdiv(positions, BLOCK_POSITIONS)
-    channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
-    position_block = tl.program_id(0) % position_blocks
-    channel_block = tl.program_id(0) // position_blocks % channel_blocks
-    row_program = tl.program_id(0) // position_blocks // channel_blocks
-    first_row, channel, position = tile_at(
-        row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
-    )
-    parameter, parameter_mask = device.parameter_index(
-        first_row, channel, position, channels, positions, groups, PER_CHANNEL, ELEMENTWISE_AFFINE
-    )
+    sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
     weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
     bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
     count = tl.cast(slab_size, dtype)
@@ -478,20 +437,18 @@ def backward_kernel(
     bias_gradient = weight_gradient
 
     if PER_CHANNEL:
-        slab, slab_mask, slabs = slabs_at(channel_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, True)
+        slab, slab_mask, slabs = slabs_at(channel_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, True)
         mean = device.load(mean_ptr, slab, slab_mask, dtype)
         rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
         if REDUCTION == "split":
             gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, True)
 
     for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
-        row, channel, position = tile_at(
-            row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
-        )
-        mask = (row < rows) & (channel < channels) & (position < positions)
-        offset = device.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
+        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        mask = device.element_mask(place, sizes)
+        offset = device.element_offset(place, sizes, CHANNELS_LAST)
         if not PER_CHANNEL:
-            slab, slab_mask, slabs = slabs_at(row_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, False)
+            slab, slab_mask, slabs = slabs_at(row_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, False)
             mean = device.load(mean_ptr, slab, slab_mask, dtype)
             rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
             if REDUCTION == "split":
@@ -500,13 +457,8 @@ def backward_kernel(
             dy_ptr,
             x_ptr,
             y_ptr,
-            row,
-            channel,
-            position,
-            rows,
-            channels,
-            positions,
-            groups,
+            place,
+            sizes,
             mean,
             rstd,
             weight,
@@ -544,6 +496,8 @@ def backward_kernel(
         if dx_ptr is not None:
             tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    parameters = sizes[1] * groups
     if PER_CHANNEL and REDUCTION != "none":
         partial = 0
         parameter_mask &= (row_program == 0) & (position_block == 0)
@@ -551,11 +505,9 @@ def backward_kernel(
         partial = row_program * position_blocks + position_block
     elif ELEMENTWISE_AFFINE:
         partial = row_program
+        parameters = sizes[1] * sizes[2]
     else:
-        partial = first_row // groups * position_blocks + position_block
-    parameters = channels * groups
-    if ELEMENTWISE_AFFINE:
-        parameters *= positions
+        partial = first_place[0] // groups * position_blocks + position_block
     parameter += tl.cast(partial, tl.int64) * parameters
     if dweight_ptr is not None:
         tl.store(dweight_ptr + parameter, weight_gradient.to(dweight_ptr.dtype.element_ty), mask=parameter_mask)

@@ -10,10 +10,10 @@ from triton.backends.compiler import GPUTarget
 # Partials of a slab that each program of the second launch reads; the kernels load so many at once.
 MAX_SPLITS = 64
 
-# Elements of a tile in a split plan: enough bytes in flight for each program, few enough for 8 warps to hold all they load.
+# Elements of a tile in a split plan: enough bytes in flight for each program, few enough for 8 warps to hold.
 SPLIT_TILE = 4096
 
-# Elements of a resident tile that a program holds at most, as 32-bit values: 16 for each thread of 16 warps.
+# 32-bit elements of a resident tile that a program holds at most: 16 for each thread of 16 warps.
 CAPACITY = 8192
 
 # Small slabs share a program until their tile has this many elements.
@@ -49,7 +49,7 @@ class Geometry(NamedTuple):
         groups: rows that make up a sample.
         per_channel: whether a slab is a channel (batch norm), or else a row.
         elementwise_affine: whether each element of a row has its own weight (layer norm), or else each channel.
-        channels_last: whether the channels of one position are neighbours in memory, or else the positions of one channel.
+        channels_last: whether neighbours in memory are the channels of a position, or else the positions of a channel.
     """
 
     rows: int
@@ -121,8 +121,10 @@ def make_plan(
         ValueError: the slab is too large for the resident plan that was asked for.
     """
     reduction: Literal["resident", "split", "none"] = "none"
-    # Values that a program holds for each element, in 32-bit registers; weight, bias and their gradients may be as many.
-    values = (2 if itemsize == 8 else 1) * (2 if geometry.elementwise_affine else 1)
+    vector = gcd(geometry.channels if geometry.channels_last else geometry.positions, 16 // itemsize)
+    # 64-bit values take two registers each; so do addresses where each element needs its own.
+    registers = (2 if itemsize == 8 else 1) * (2 if vector == 1 else 1)
+    values = registers * (2 if geometry.elementwise_affine else 1)
     tile, cluster = _split_tile(geometry, itemsize, SPLIT_TILE // values), 1
     if reduces:
         resident_tile = _resident_tile(geometry, itemsize)
@@ -155,7 +157,6 @@ def make_plan(
         row_programs = _row_programs(geometry, tile, row_blocks, channel_blocks * position_blocks)
         parameter_partials = _parameter_partials(geometry, tile, row_programs, position_blocks)
 
-    vector = 16 // itemsize
     return Plan(
         reduction=reduction,
         programs=row_programs * channel_blocks * position_blocks,
@@ -167,11 +168,11 @@ def make_plan(
             "BLOCK_ROWS": block_rows,
             "BLOCK_CHANNELS": block_channels,
             "BLOCK_POSITIONS": block_positions,
-            "CHANNEL_VECTOR": gcd(geometry.channels, vector) if geometry.channels_last else 1,
-            "POSITION_VECTOR": 1 if geometry.channels_last else gcd(geometry.positions, vector),
+            "CHANNEL_VECTOR": vector if geometry.channels_last else 1,
+            "POSITION_VECTOR": 1 if geometry.channels_last else vector,
             "PER_CHANNEL": geometry.per_channel,
             "CHANNELS_LAST": geometry.channels_last,
-            "num_warps": _num_warps(prod(tile) * values // cluster, target),
+            "num_warps": _num_warps(prod(tile) // cluster * registers, target),
             "num_ctas": cluster,
         },
     )
@@ -211,7 +212,7 @@ def _split_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
 
 
 def _side_by_side(channels: int, itemsize: int) -> int:
-    """Channels of a channels-last tile: at least the 32 bytes that memory delivers at once, more where there are many."""
+    """Channels of a channels-last tile: the 32 bytes that memory delivers at once, or more where there are many."""
     return min(channels, max(32 // itemsize, min(64, channels // 8)))
 
 
@@ -231,10 +232,10 @@ def _max_cluster(target: GPUTarget) -> int:
 
 
 def _cluster(geometry: Geometry, tile: Tile, capacity: int, max_cluster: int) -> int:
-    """Programs to hold a resident tile together: what it needs, and more where few tiles would leave the GPU idle."""
+    """Programs that hold a resident tile together: as few as do, or more where few tiles would leave the GPU idle."""
     cluster = cdiv(prod(tile), capacity)
     tiles = cdiv(geometry.slabs, _slab_block(geometry, tile))
-    while cluster < max_cluster and tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE:
+    while tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE and cluster < max_cluster:
         cluster *= 2
     return cluster
 

@@ -24,7 +24,7 @@ INTERPRETED_TARGET = GPUTarget("cuda", 90, 32)
 
 
 class Launch(NamedTuple):
-    """A kernel with all it takes to launch it, or only to compile it: `kernel.warmup(*arguments, grid=grid, **constants)`."""
+    """A kernel and all it takes to run it; `kernel.warmup(*arguments, grid=grid, **constants)` only compiles it."""
 
     kernel: Any
     grid: tuple[int]
@@ -73,14 +73,22 @@ def batch_norm_forward(
     """Forward over (N, C, ...); returns (output, mean (C,), rstd (C,)) and updates the running statistics."""
     input, channels_last = _dense(input, 1)
     geometry = _batch_geometry(input.shape, channels_last)
-    running = [buffer if buffer is None else buffer.contiguous() for buffer in (running_mean, running_var)]
+    dense = _contiguous(running_mean), _contiguous(running_var)
     results = _forward(
-        *(geometry, input.shape[1:2], input, weight, bias, residual, *running),
-        **{"reduces": use_batch_stats, "momentum": momentum, **options},
+        geometry,
+        input.shape[1:2],
+        input,
+        weight,
+        bias,
+        residual,
+        *dense,
+        reduces=use_batch_stats,
+        momentum=momentum,
+        **options,
     )
     if use_batch_stats:
-        for buffer, updated in zip((running_mean, running_var), running, strict=True):
-            if buffer is not None and buffer is not updated:
+        for buffer, updated in zip((running_mean, running_var), dense, strict=True):
+            if buffer is not None and updated is not None and buffer is not updated:
                 buffer.copy_(updated)
     return results
 
@@ -146,7 +154,7 @@ def layer_norm_forward(
     normalized_shape: tuple[int, ...],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward over the trailing `normalized_shape`; returns (output, mean, rstd) with statistics of the leading shape."""
+    """Forward over the trailing `normalized_shape`; returns (output, mean, rstd), statistics of the leading shape."""
     leading = input.dim() - len(normalized_shape)
     input, channels_last = _dense(input, leading)
     geometry = _layer_geometry(input.shape, channels_last, leading)
@@ -203,7 +211,7 @@ def _layer_geometry(shape: torch.Size, channels_last: bool, leading: int) -> Geo
 
 
 def _dense(input: Tensor, leading: int) -> tuple[Tensor, bool]:
-    """The input, copied where it is neither contiguous nor, behind one leading dimension, channels last; and which it is."""
+    """The input, copied where it is neither contiguous nor channels last, and whether it is the latter."""
     if input.is_contiguous():
         return input, False
     if leading == 1 and input.dim() > 2 and input.movedim(1, -1).is_contiguous():
@@ -291,15 +299,18 @@ def _backward(
     )
     grad_input = torch.empty_like(input) if needs_input else None
     grad_residual = torch.empty_like(input) if needs_residual and relu else None
-    parameters = [parameter for parameter, needed in zip((weight, bias), needs[1:3], strict=True) if needed]
-    summed = chosen.parameter_partials == 1
-    if summed:
-        buffers = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in parameters]
+    parameters = tuple(
+        parameter if needed else None for parameter, needed in zip((weight, bias), needs[1:3], strict=True)
+    )
+    sums = None
+    if chosen.parameter_partials == 1:
+        buffers = tuple(
+            None if parameter is None else torch.empty_like(parameter, memory_format=torch.contiguous_format)
+            for parameter in parameters
+        )
     else:
-        parameter_partials = mean.new_empty(len(parameters), chosen.parameter_partials, geometry.parameters)
-        buffers = list(parameter_partials)
-    grad_weight = buffers[0] if needs_weight else None
-    grad_bias = buffers[-1] if needs_bias else None
+        sums = mean.new_empty(2, chosen.parameter_partials, geometry.parameters)
+        buffers = tuple(None if parameter is None else part for parameter, part in zip(parameters, sums, strict=True))
 
     tensors = (
         *(_laid_out_like(input, grad_output), input, _laid_out_like(input, output)),
@@ -315,7 +326,7 @@ def _backward(
         arguments: tuple[Any, ...] = (*tensors, partials, *sizes, chosen.splits, *_dropout(dropout_p), seed)
         launches.append(Launch(gradient_sums_kernel, grid, arguments, constants))
     arguments = (
-        *(*tensors, grad_input, grad_residual, grad_weight, grad_bias, partials),
+        *(*tensors, grad_input, grad_residual, *buffers, partials),
         *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, *_dropout(dropout_p), seed),
     )
     launches.append(
@@ -323,13 +334,13 @@ def _backward(
     )
     run(launches, input.device)
 
-    if parameters and not summed:
-        sums = iter(parameter_partials.sum(1))
-        grad_weight = next(sums).view(weight.shape).to(weight.dtype) if needs_weight else None
-        grad_bias = next(sums).view(bias.shape).to(bias.dtype) if needs_bias else None
-    if needs_residual and not relu:
-        grad_residual = grad_output
-    return grad_input, grad_weight, grad_bias, grad_residual
+    if sums is not None and (needs_weight or needs_bias):
+        buffers = tuple(
+            None if parameter is None else total.view(parameter.shape).to(parameter.dtype)
+            for parameter, total in zip(parameters, sums.sum(1), strict=True)
+        )
+    grad_weight, grad_bias = buffers
+    return grad_input, grad_weight, grad_bias, grad_output if needs_residual and not relu else grad_residual
 
 
 def _kernel_sizes(geometry: Geometry, plan: Plan) -> tuple[int, int, int, int]:

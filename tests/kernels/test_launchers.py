@@ -392,10 +392,8 @@ def test_long_rows(dtype, length, device):
 
 @triton.jit
 def offset_kernel(offset_ptr, row, channel, position, channels, positions, groups, CHANNELS_LAST: tl.constexpr):
-    row = tl.cast(row, tl.int64) + tl.zeros((1, 1, 1), tl.int64)
-    channel = channel + tl.zeros((1, 1, 1), tl.int32)
-    position = position + tl.zeros((1, 1, 1), tl.int32)
-    offset = device_functions.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
+    place = (tl.full((1, 1, 1), row, tl.int64), tl.full((1, 1, 1), channel, tl.int32), position)
+    offset = device_functions.element_offset(place, (row, channels, positions, groups), CHANNELS_LAST)
     tl.store(offset_ptr + tl.zeros((1, 1, 1), tl.int32), offset)
 
 
