@@ -122,8 +122,8 @@ def make_plan(
     """
     reduction: Literal["resident", "split", "none"] = "none"
     vector = gcd(geometry.channels if geometry.channels_last else geometry.positions, 16 // itemsize)
-    # 64-bit values take two registers each; so do addresses where each element needs its own.
-    registers = (2 if itemsize == 8 else 1) * (2 if vector == 1 else 1)
+    # 64-bit values and arithmetic take more registers, and so do addresses where each element needs its own.
+    registers = (4 if itemsize == 8 else 1) * (2 if vector == 1 else 1)
     values = registers * (2 if geometry.elementwise_affine else 1)
     tile, cluster = _split_tile(geometry, itemsize, SPLIT_TILE // values), 1
     if reduces:
@@ -157,6 +157,7 @@ def make_plan(
         row_programs = _row_programs(geometry, tile, row_blocks, channel_blocks * position_blocks)
         parameter_partials = _parameter_partials(geometry, tile, row_programs, position_blocks)
 
+    num_warps = _num_warps(prod(tile) // cluster * registers, target)
     return Plan(
         reduction=reduction,
         programs=row_programs * channel_blocks * position_blocks,
@@ -172,8 +173,9 @@ def make_plan(
             "POSITION_VECTOR": 1 if geometry.channels_last else vector,
             "PER_CHANNEL": geometry.per_channel,
             "CHANNELS_LAST": geometry.channels_last,
-            "num_warps": _num_warps(prod(tile) // cluster * registers, target),
+            "num_warps": num_warps,
             "num_ctas": cluster,
+            **_register_limit(num_warps, target),
         },
     )
 
@@ -274,3 +276,8 @@ def _parameter_partials(geometry: Geometry, tile: Tile, row_programs: int, posit
 def _num_warps(values: int, target: GPUTarget) -> int:
     """16 values a thread, and at most 16 warps."""
     return min(16, max(1, values // (16 * target.warp_size)))
+
+
+def _register_limit(num_warps: int, target: GPUTarget) -> dict[str, int]:
+    """What the hardware gives a thread: left to itself, ptxas spills a few registers for more programs at a time."""
+    return {"maxnreg": min(255, 65536 // (32 * num_warps))} if target.backend == "cuda" else {}

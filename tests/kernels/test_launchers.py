@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mnistnorm.kernels import device as device_functions
-from mnistnorm.kernels import launchers
+from mnistnorm.kernels import fused_norm, launchers
 
 PLANS = ["resident", "split"]
 
@@ -348,10 +348,20 @@ def test_the_dropout_mask_follows_from_seed_and_place_alone(norm, device):
         assert torch.equal(mask(), mask(**options))
     for seed in (8, 7 + 2**32, 2**63 - 1):
         assert 0.3 < (mask() == mask(seed=seed)).double().mean() < 0.7
-    # Neighbours along no axis share a fate.
-    for axis in range(4):
-        first, second = mask().narrow(axis, 0, norm.shape[axis] - 1), mask().narrow(axis, 1, norm.shape[axis] - 1)
-        assert 0.3 < (first == second).double().mean() < 0.7
+
+
+@pytest.mark.parametrize("norm", MEDIUM, ids=str)
+def test_elements_are_dropped_independently(norm, device):
+    kept = kept_by_output(Problem(norm, device, residual=False, dropout_p=0.5, seed=7)) != 0
+    sign = (2.0 * kept - 1.0).flatten(2)
+    samples, channels, positions = sign.shape
+    for row, channel, position in itertools.product((0, 1), (0, 1, 2), range(-8, 9)):
+        if (row, channel) == (0, 0) and position <= 0:
+            continue
+        ahead = sign[row:, channel:, max(0, position) : positions + min(0, position)]
+        behind = sign[: samples - row, : channels - channel, max(0, -position) : positions - max(0, position)]
+        # Five standard deviations of the mean of independent signs.
+        assert (ahead * behind).mean().abs() < 5 / ahead.numel() ** 0.5, (row, channel, position)
 
 
 @pytest.mark.parametrize("norm", SMALL, ids=str)
@@ -390,18 +400,27 @@ def test_long_rows(dtype, length, device):
     check(Problem(Norm("layer", (2, length), (length,)), device, dtype, residual=False), dtype)
 
 
+BLOCK = tl.constexpr(64)
+
+
 @triton.jit
-def offset_kernel(offset_ptr, row, channel, position, channels, positions, groups, CHANNELS_LAST: tl.constexpr):
-    place = (tl.full((1, 1, 1), row, tl.int64), tl.full((1, 1, 1), channel, tl.int32), position)
-    offset = device_functions.element_offset(place, (row, channels, positions, groups), CHANNELS_LAST)
-    tl.store(offset_ptr + tl.zeros((1, 1, 1), tl.int32), offset)
+def offset_kernel(offset_ptr, row, channel, position_block, channels, positions, groups, CHANNELS_LAST: tl.constexpr):
+    place = fused_norm.tile_at(row, channel, position_block, 1, 1, BLOCK)
+    offset = device_functions.element_offset(place, (row + 1, channels, positions, groups), CHANNELS_LAST)
+    tl.store(offset_ptr + tl.arange(0, BLOCK)[None, None, :], offset)
 
 
 def test_addresses_beyond_32_bits(device):
-    row, channel, position, channels, positions, groups = 70_001, 33, 1017, 64, 1021, 2
-    offset = torch.zeros(1, dtype=torch.int64, device=device)
-    offset_kernel[(1,)](offset, row, channel, position, channels, positions, groups, CHANNELS_LAST=False)
-    assert offset.item() == (row * channels + channel) * positions + position > 2**32
-    offset_kernel[(1,)](offset, row, channel, position, channels, positions, groups, CHANNELS_LAST=True)
-    sample, group = divmod(row, groups)
-    assert offset.item() == (sample * positions + position) * channels * groups + group * channels + channel > 2**32
+    offset = torch.zeros(64, dtype=torch.int64, device=device)
+    for row, channel, position_block, channels, positions, groups in (
+        (70_001, 33, 15, 64, 1021, 2),
+        (0, 0, 2**26 - 1, 1, 2**33, 1),
+    ):
+        position = 64 * position_block + torch.arange(64, device=device)
+        sizes = (channels, positions, groups)
+        offset_kernel[(1,)](offset, row, channel, position_block, *sizes, CHANNELS_LAST=False)
+        assert torch.equal(offset, (row * channels + channel) * positions + position)
+        assert offset.max() > 2**31
+        offset_kernel[(1,)](offset, row, channel, position_block, *sizes, CHANNELS_LAST=True)
+        sample, group = divmod(row, groups)
+        assert torch.equal(offset, (sample * positions + position) * channels * groups + group * channels + channel)
