@@ -109,7 +109,8 @@ class Compiled:
         num_warps: of each program.
         num_ctas: programs of a cluster.
         registers: of each thread.
-        spill_stores, spill_loads: bytes of each thread; for AMD 4 for each register that its compiler calls spilled.
+        spill_stores, spill_loads: bytes of each thread; for AMD 4 for each vector register that its compiler spilled.
+        scalar_spills: AMD's scalar registers that went to lanes of vector registers; costs instructions, but no memory.
         local_memory: bytes of each thread: stack, spills, arrays that are indexed.
         static_shared_memory, dynamic_shared_memory: bytes of each program.
         occupancy: resident warps that registers, shared memory and programs allow, as a part of what the target holds.
@@ -125,6 +126,7 @@ class Compiled:
     registers: int
     spill_stores: int
     spill_loads: int
+    scalar_spills: int
     local_memory: int
     static_shared_memory: int
     dynamic_shared_memory: int
@@ -134,6 +136,7 @@ class Compiled:
 
     @property
     def spills(self) -> bool:
+        """Whether registers go to memory and back."""
         return self.spill_stores + self.spill_loads > 0
 
     @property
@@ -285,6 +288,7 @@ def _report(target: Target, kernel: JITFunction, grid: tuple[int, ...], compiled
         registers=code.registers,
         spill_stores=code.spill_stores,
         spill_loads=code.spill_loads,
+        scalar_spills=code.scalar_spills,
         local_memory=code.local_memory,
         static_shared_memory=code.static_shared_memory,
         dynamic_shared_memory=metadata.shared,
@@ -309,6 +313,7 @@ class _Code:
     instructions: int
     accesses: tuple[tuple[Literal["load", "store"], int, int], ...]
     simd_warps: int = 0
+    scalar_spills: int = 0
 
 
 def _occupancy(target: Target, code: _Code, num_warps: int, shared: int) -> float:
@@ -375,7 +380,7 @@ def _inspect_amd(_: str, compiled: CompiledKernel) -> _Code:
             instructions += 1
             if access := re.fullmatch(r"(?:buffer|global|flat)_(load|store)_(\w+?)(?:_d16\w*)?", match[1]):
                 accesses.append((_kind(access[1] == "store"), _amd_bits(access[2]), line))
-    spilled = 4 * (_number(r"\.vgpr_spill_count:\s+(\d+)", asm) + _number(r"\.sgpr_spill_count:\s+(\d+)", asm))
+    spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", asm)
     return _Code(
         registers=_number(r"\.vgpr_count:\s+(\d+)", asm),
         spill_stores=spilled,
@@ -385,6 +390,7 @@ def _inspect_amd(_: str, compiled: CompiledKernel) -> _Code:
         instructions=instructions,
         accesses=tuple(accesses),
         simd_warps=_number(r"; Occupancy: (\d+)", asm),
+        scalar_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", asm),
     )
 
 
