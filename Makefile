@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: setup train compare test test-all lint bench clean
+.PHONY: setup train compare test test-slow lint bench clean
 
 setup: $(VENV)/installed
 
@@ -22,8 +22,8 @@ compare: setup
 test: setup
 	$(RUN) -m pytest -m 'not slow' $(ARGS)
 
-test-all: setup
-	$(RUN) -m pytest $(ARGS)
+test-slow: setup
+	$(RUN) -m pytest -m slow $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -4,7 +4,17 @@ from pathlib import Path
 
 from setuptools import setup
 
-DEV = ["build", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "setuptools>=77", "tensorboard"]
+DEV = [
+    "build",
+    "hypothesis",
+    "mypy",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=77",
+    "tensorboard",
+]
 
 setup(
     name="mnistnorm",
@@ -22,11 +32,11 @@ setup(
     install_requires=[
         "matplotlib>=3.8",
         "numpy>=1.26",
-        "torch>=2.9",
+        "torch>=2.14",
         "torchinfo>=1.8",
-        "torchvision>=0.24",
+        "torchvision>=0.29",
         "tqdm>=4.66",
-        "triton>=3.5; platform_system == 'Linux'",
+        "triton>=3.8; platform_system == 'Linux'",
     ],
     extras_require={"tensorboard": ["tensorboard"], "dev": DEV},
 )

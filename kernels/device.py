@@ -56,11 +56,12 @@ def load_parameter(pointer, index, mask, dtype: tl.constexpr, DEFAULT: tl.conste
 @triton.jit
 def slab_sum(values, PER_CHANNEL: tl.constexpr):
     """Sums a tile over the two axes that lie within a slab; they stay, with length 1."""
-    sums = tl.sum(values, axis=2, keep_dims=True)
-    if PER_CHANNEL:
-        return tl.sum(sums, axis=0, keep_dims=True)
+    SLAB_AXIS: tl.constexpr = 1 if PER_CHANNEL else 0
+    if values.shape[SLAB_AXIS] == 1:
+        # One reduction, in any order, is what the compiler can spread over a cluster.
+        return tl.full((1, 1, 1), 0, values.dtype) + tl.sum(values)
     else:
-        return tl.sum(sums, axis=1, keep_dims=True)
+        return tl.sum(tl.sum(values, axis=2, keep_dims=True), axis=1 - SLAB_AXIS, keep_dims=True)
 
 
 @triton.jit
@@ -121,15 +122,40 @@ def affine(xhat, weight, bias):
 
 
 @triton.jit
-def dropout_keep(seed, index, p):
-    """Whether the element with this index is kept, which has probability 1 - p: Philox (Salmon et al. 2011)."""
-    return tl.rand(seed, index) >= tl.cast(p, tl.float32)
+def dropout_keep(
+    seed,
+    threshold,
+    row,
+    channel,
+    position,
+    channels,
+    positions,
+    groups,
+    ELEMENTWISE_AFFINE: tl.constexpr,
+):
+    """Whether each element is kept, which has probability 1 - threshold / 2^31: Philox (Salmon et al. 2011).
+
+    It follows from the element's place in the tensor, whatever the layout and the plan. Four places in line share a draw
+    of four numbers: where a thread holds all four, the compiler finds that it is one draw.
+    """
+    if ELEMENTWISE_AFFINE:
+        place = (row * channels + channel) * positions + position
+        draw = place // 4
+    else:
+        place = row // groups * positions + position
+        draw = place // 4 * (channels * groups) + (row % groups * channels + channel)
+    number, second, third, fourth = tl.randint4x(seed, draw)
+    lane = (place % 4).to(tl.int32)
+    number = tl.where(lane == 1, second, number)
+    number = tl.where(lane == 2, third, number)
+    number = tl.where(lane == 3, fourth, number)
+    return (number >> 1) >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit
-def drop(values, keep, p):
-    """Dropout of values, or of their gradient: 0 where dropped, times 1 / (1 - p) where kept."""
-    return tl.where(keep, values * tl.cast(1.0 / (1.0 - p), values.dtype), 0.0)
+def drop(values, keep, scale):
+    """Dropout of values, or of their gradient: 0 where dropped, scaled by 1 / (1 - p) where kept."""
+    return tl.where(keep, values * tl.cast(scale, values.dtype), 0.0)
 
 
 @triton.jit

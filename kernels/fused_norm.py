@@ -67,8 +67,16 @@ def tiles_per_slab(
 
 
 @triton.jit
-def slab_at(row, channel, rows, channels, PER_CHANNEL: tl.constexpr):
-    """Index of each slab that a tile touches, a mask of those that exist, and the number of slabs there are."""
+def slabs_at(
+    slab_block,
+    rows,
+    channels,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    """Index of each slab in a block of them, a mask of those that exist, and the number of slabs there are."""
+    row, channel, _ = tile_at(slab_block, slab_block, 0, BLOCK_ROWS, BLOCK_CHANNELS, 1)
     if PER_CHANNEL:
         return channel, channel < channels, channels
     else:
@@ -84,6 +92,47 @@ def load_partials(partials_ptr, moment, slab, slab_mask, slabs, splits, dtype: t
     else:
         split = split[None, :, None]
     return device.load(partials_ptr, (moment * splits + split) * slabs + slab, slab_mask & (split < splits), dtype)
+
+
+@triton.jit
+def load_statistics(
+    partials_ptr, slab, slab_mask, slabs, splits, count, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr
+):
+    """Mean and sum of squared deviations of each slab, from what `statistics_kernel` left."""
+    counts = load_partials(partials_ptr, 0, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    means = load_partials(partials_ptr, 1, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    m2s = load_partials(partials_ptr, 2, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    return device.merge_partials(counts, means, m2s, count, PER_CHANNEL)
+
+
+@triton.jit
+def load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """The two sums over each slab that dx needs, from what `gradient_sums_kernel` left."""
+    gradient_sums = load_partials(partials_ptr, 0, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    product_sums = load_partials(partials_ptr, 1, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    return device.slab_sum(gradient_sums, PER_CHANNEL), device.slab_sum(product_sums, PER_CHANNEL)
+
+
+@triton.jit
+def update_running(running_ptr, value, momentum, mask):
+    running = tl.load(running_ptr, mask=mask, other=0).to(value.dtype)
+    updated = tl.cast(1 - momentum, value.dtype) * running + tl.cast(momentum, value.dtype) * value
+    tl.store(running_ptr, updated.to(running_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_statistics(
+    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, mask, mean, m2, count, eps, momentum
+):
+    """Stores what backward needs and updates the running statistics; returns rstd."""
+    rstd = tl.rsqrt(m2 / count + tl.cast(eps, mean.dtype))
+    tl.store(mean_ptr + slab, mean, mask=mask)
+    tl.store(rstd_ptr + slab, rstd, mask=mask)
+    if running_mean_ptr is not None:
+        update_running(running_mean_ptr + slab, mean, momentum, mask)
+    if running_var_ptr is not None:
+        update_running(running_var_ptr + slab, m2 / tl.maximum(count - 1, 1), momentum, mask)
+    return rstd
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -110,11 +159,7 @@ def statistics_kernel(
     slab_block = tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
     tiles = tiles_per_slab(rows, channels, positions, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
-    row_block, channel_block, position_block = blocks_at(slab_block, first_tile, positions, BLOCK_POSITIONS, PER_CHANNEL)
-    row, channel, position = tile_at(
-        row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
-    )
-    slab, slab_mask, slabs = slab_at(row, channel, rows, channels, PER_CHANNEL)
+    slab, slab_mask, slabs = slabs_at(slab_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
     count = tl.full((), 0, dtype)
     mean = tl.zeros_like(slab).to(dtype)
     m2 = mean
@@ -161,7 +206,8 @@ def forward_kernel(
     splits,
     eps: tl.float64,
     momentum: tl.float64,
-    dropout_p: tl.float64,
+    dropout_threshold: tl.uint32,
+    dropout_scale: tl.float64,
     seed: tl.int64,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -192,11 +238,20 @@ def forward_kernel(
     )
     weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
     bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
-    if PER_CHANNEL:
-        is_first_of_slab = (row_program == 0) & (position_block == 0)
-    else:
-        is_first_of_slab = (channel_block == 0) & (position_block == 0)
     count = tl.cast(slab_size, dtype)
+    if PER_CHANNEL:
+        slab, slab_mask, slabs = slabs_at(channel_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, True)
+        is_first = slab_mask & (row_program == 0) & (position_block == 0)
+        if REDUCTION == "split":
+            mean, m2 = load_statistics(partials_ptr, slab, slab_mask, slabs, splits, count, dtype, True)
+            rstd = store_statistics(
+                mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, is_first, mean, m2, count, eps, momentum
+            )
+        if REDUCTION == "none":
+            mean = device.load(running_mean_ptr, slab, slab_mask, dtype)
+            rstd = tl.rsqrt(device.load(running_var_ptr, slab, slab_mask, dtype) + tl.cast(eps, dtype))
+            tl.store(mean_ptr + slab, mean, mask=is_first)
+            tl.store(rstd_ptr + slab, rstd, mask=is_first)
 
     for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
         row, channel, position = tile_at(
@@ -204,36 +259,25 @@ def forward_kernel(
         )
         mask = (row < rows) & (channel < channels) & (position < positions)
         offset = device.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
-        slab, slab_mask, slabs = slab_at(row, channel, rows, channels, PER_CHANNEL)
         x = device.load(x_ptr, offset, mask, dtype)
-        if REDUCTION == "none":
-            mean = device.load(running_mean_ptr, slab, slab_mask, dtype)
-            var = device.load(running_var_ptr, slab, slab_mask, dtype)
-        else:
-            if REDUCTION == "resident":
-                mean, m2 = device.tile_statistics(x, mask, count, PER_CHANNEL)
-            else:
-                mean, m2 = device.merge_partials(
-                    load_partials(partials_ptr, 0, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL),
-                    load_partials(partials_ptr, 1, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL),
-                    load_partials(partials_ptr, 2, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL),
-                    count,
-                    PER_CHANNEL,
-                )
-            var = m2 / count
-            if running_mean_ptr is not None:
-                update_running(running_mean_ptr + slab, mean, momentum, slab_mask & is_first_of_slab)
-            if running_var_ptr is not None:
-                unbiased_var = m2 / tl.maximum(count - 1, 1)
-                update_running(running_var_ptr + slab, unbiased_var, momentum, slab_mask & is_first_of_slab)
-        rstd = tl.rsqrt(var + tl.cast(eps, dtype))
-        tl.store(mean_ptr + slab, mean, mask=slab_mask & is_first_of_slab)
-        tl.store(rstd_ptr + slab, rstd, mask=slab_mask & is_first_of_slab)
+        if not PER_CHANNEL:
+            slab, slab_mask, slabs = slabs_at(row_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, False)
+            is_first = slab_mask & (channel_block == 0) & (position_block == 0)
+        if REDUCTION == "resident":
+            mean, m2 = device.tile_statistics(x, mask, count, PER_CHANNEL)
+        elif not PER_CHANNEL:
+            mean, m2 = load_statistics(partials_ptr, slab, slab_mask, slabs, splits, count, dtype, False)
+        if REDUCTION == "resident" or not PER_CHANNEL:
+            rstd = store_statistics(
+                mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, is_first, mean, m2, count, eps, momentum
+            )
 
         y = device.affine(device.normalize(x, mean, rstd), weight, bias)
         if DROPOUT:
-            index = device.element_offset(row, channel, position, channels, positions, groups, not ELEMENTWISE_AFFINE)
-            y = device.drop(y, device.dropout_keep(seed, index, dropout_p), dropout_p)
+            keep = device.dropout_keep(
+                seed, dropout_threshold, row, channel, position, channels, positions, groups, ELEMENTWISE_AFFINE
+            )
+            y = device.drop(y, keep, dropout_scale)
         if residual_ptr is not None:
             y += device.load(residual_ptr, offset, mask, dtype)
         if RELU:
@@ -242,26 +286,26 @@ def forward_kernel(
 
 
 @triton.jit
-def update_running(running_ptr, value, momentum, mask):
-    running = tl.load(running_ptr, mask=mask, other=0).to(value.dtype)
-    updated = tl.cast(1 - momentum, value.dtype) * running + tl.cast(momentum, value.dtype) * value
-    tl.store(running_ptr, updated.to(running_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def load_gradient(
     dy_ptr,
     x_ptr,
     y_ptr,
-    offset,
-    mask,
-    dropout_index,
+    row,
+    channel,
+    position,
+    rows,
+    channels,
+    positions,
+    groups,
     mean,
     rstd,
     weight,
     bias,
-    dropout_p,
+    dropout_threshold,
+    dropout_scale,
     seed,
+    CHANNELS_LAST: tl.constexpr,
+    ELEMENTWISE_AFFINE: tl.constexpr,
     DROPOUT: tl.constexpr,
     RELU: tl.constexpr,
 ):
@@ -270,21 +314,25 @@ def load_gradient(
     The sign of y is recomputed from x, or read from y where a residual went into it.
     """
     dtype: tl.constexpr = mean.dtype
+    mask = (row < rows) & (channel < channels) & (position < positions)
+    offset = device.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
     gradient = device.load(dy_ptr, offset, mask, dtype)
     xhat = device.normalize(device.load(x_ptr, offset, mask, dtype), mean, rstd)
     if DROPOUT:
-        keep = device.dropout_keep(seed, dropout_index, dropout_p)
+        keep = device.dropout_keep(
+            seed, dropout_threshold, row, channel, position, channels, positions, groups, ELEMENTWISE_AFFINE
+        )
     if RELU:
         if y_ptr is None:
             y = device.affine(xhat, weight, bias)
             if DROPOUT:
-                y = device.drop(y, keep, dropout_p)
+                y = device.drop(y, keep, dropout_scale)
         else:
             y = device.load(y_ptr, offset, mask, dtype)
         gradient = device.relu_gradient(gradient, y)
     residual_gradient = gradient
     if DROPOUT:
-        gradient = device.drop(gradient, keep, dropout_p)
+        gradient = device.drop(gradient, keep, dropout_scale)
     return residual_gradient, gradient, xhat
 
 
@@ -303,7 +351,8 @@ def gradient_sums_kernel(
     position_vectors,
     groups,
     splits,
-    dropout_p: tl.float64,
+    dropout_threshold: tl.uint32,
+    dropout_scale: tl.float64,
     seed: tl.int64,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -323,11 +372,7 @@ def gradient_sums_kernel(
     slab_block = tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
     tiles = tiles_per_slab(rows, channels, positions, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
-    row_block, channel_block, position_block = blocks_at(slab_block, first_tile, positions, BLOCK_POSITIONS, PER_CHANNEL)
-    row, channel, position = tile_at(
-        row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
-    )
-    slab, slab_mask, slabs = slab_at(row, channel, rows, channels, PER_CHANNEL)
+    slab, slab_mask, slabs = slabs_at(slab_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
     mean = device.load(mean_ptr, slab, slab_mask, dtype)
     rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
     gradient_sum = tl.zeros_like(mean)
@@ -337,16 +382,14 @@ def gradient_sums_kernel(
         row, channel, position = tile_at(
             row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
         )
-        mask = (row < rows) & (channel < channels) & (position < positions)
-        offset = device.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
-        index = device.element_offset(row, channel, position, channels, positions, groups, not ELEMENTWISE_AFFINE)
         parameter, parameter_mask = device.parameter_index(
             row, channel, position, channels, positions, groups, PER_CHANNEL, ELEMENTWISE_AFFINE
         )
         weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
         bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
         _, gradient, xhat = load_gradient(
-            dy_ptr, x_ptr, y_ptr, offset, mask, index, mean, rstd, weight, bias, dropout_p, seed, DROPOUT, RELU
+            dy_ptr, x_ptr, y_ptr, row, channel, position, rows, channels, positions, groups, mean, rstd, weight, bias,
+            dropout_threshold, dropout_scale, seed, CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, RELU,
         )
         if not PER_CHANNEL:
             gradient *= weight
@@ -378,7 +421,8 @@ def backward_kernel(
     slab_size: tl.int64,
     row_programs,
     splits,
-    dropout_p: tl.float64,
+    dropout_threshold: tl.uint32,
+    dropout_scale: tl.float64,
     seed: tl.int64,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -416,18 +460,28 @@ def backward_kernel(
     weight_gradient = tl.zeros_like(parameter).to(dtype)
     bias_gradient = weight_gradient
 
+    if PER_CHANNEL:
+        slab, slab_mask, slabs = slabs_at(channel_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, True)
+        mean = device.load(mean_ptr, slab, slab_mask, dtype)
+        rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
+        if REDUCTION == "split":
+            gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, True)
+
     for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
         row, channel, position = tile_at(
             row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS
         )
         mask = (row < rows) & (channel < channels) & (position < positions)
         offset = device.element_offset(row, channel, position, channels, positions, groups, CHANNELS_LAST)
-        index = device.element_offset(row, channel, position, channels, positions, groups, not ELEMENTWISE_AFFINE)
-        slab, slab_mask, slabs = slab_at(row, channel, rows, channels, PER_CHANNEL)
-        mean = device.load(mean_ptr, slab, slab_mask, dtype)
-        rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
+        if not PER_CHANNEL:
+            slab, slab_mask, slabs = slabs_at(row_block, rows, channels, BLOCK_ROWS, BLOCK_CHANNELS, False)
+            mean = device.load(mean_ptr, slab, slab_mask, dtype)
+            rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
+            if REDUCTION == "split":
+                gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, False)
         residual_gradient, gradient, xhat = load_gradient(
-            dy_ptr, x_ptr, y_ptr, offset, mask, index, mean, rstd, weight, bias, dropout_p, seed, DROPOUT, RELU
+            dy_ptr, x_ptr, y_ptr, row, channel, position, rows, channels, positions, groups, mean, rstd, weight, bias,
+            dropout_threshold, dropout_scale, seed, CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, RELU,
         )
         if dresidual_ptr is not None:
             tl.store(
@@ -449,14 +503,7 @@ def backward_kernel(
             if REDUCTION == "resident":
                 gradient_sum = device.slab_sum(gradient, PER_CHANNEL)
                 product_sum = device.slab_sum(gradient * xhat, PER_CHANNEL)
-            else:
-                gradient_sum = device.slab_sum(
-                    load_partials(partials_ptr, 0, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL), PER_CHANNEL
-                )
-                product_sum = device.slab_sum(
-                    load_partials(partials_ptr, 1, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL), PER_CHANNEL
-                )
-            dx = scale * (gradient - (gradient_sum + xhat * product_sum) / count)
+            dx = scale * (gradient - gradient_sum / count - xhat * (product_sum / count))
             if PER_CHANNEL:
                 weight_gradient = product_sum
                 bias_gradient = gradient_sum

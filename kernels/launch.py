@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd, prod
+from math import gcd, isqrt, prod
 from typing import Any, Literal, NamedTuple
 
 from triton.backends.compiler import GPUTarget
@@ -10,13 +10,11 @@ from triton.backends.compiler import GPUTarget
 # Partials of a slab that each program of the second launch reads; the kernels load so many at once.
 MAX_SPLITS = 64
 
-# Elements of a tile in a split plan: enough bytes in flight for each program, few enough for 8 warps to hold two such tiles.
-SPLIT_TILE = 8192
+# Elements of a tile in a split plan: enough bytes in flight for each program, few enough for 8 warps to hold all they load.
+SPLIT_TILE = 4096
 
-# Elements of a resident tile that a program may hold, for a forward and a backward tile of 32-bit values: what compiles
-# for every target without spilling.
-FORWARD_CAPACITY = 16384
-BACKWARD_CAPACITY = 16384
+# Elements of a resident tile that a program holds at most, as 32-bit values: 16 for each thread of 16 warps.
+CAPACITY = 8192
 
 # Small slabs share a program until their tile has this many elements.
 SMALL_TILE = 4096
@@ -24,11 +22,15 @@ SMALL_TILE = 4096
 # Programs that keep a large GPU busy.
 ENOUGH_PROGRAMS = 256
 
+# Bytes of a slab for each time that a program reads one of its partials: keeps those below 2 % of the traffic.
+BYTES_PER_PARTIAL = 256
+
 # Elements that a partial parameter gradient sums at least, so that it costs little traffic next to them.
 SUMMED_PER_PARTIAL = 192
 
-# A cluster of 8 is what every device that has clusters can place.
-MAX_CLUSTER = 8
+# Programs of a cluster: 8 is what every device with clusters places, 16 what those of data centres do.
+PORTABLE_CLUSTER = 8
+MAX_CLUSTER = 16
 
 # What one tensor of a Triton program may hold.
 MAX_TILE = 2**20
@@ -119,39 +121,40 @@ def make_plan(
         ValueError: the slab is too large for the resident plan that was asked for.
     """
     reduction: Literal["resident", "split", "none"] = "none"
-    tile, cluster = _split_tile(geometry), 1
+    tile, cluster = _split_tile(geometry, itemsize), 1
     if reduces:
         resident_tile = _resident_tile(geometry, itemsize)
-        resident_cluster = _cluster(geometry, resident_tile, itemsize, target, backward)
-        reduction = kind or ("resident" if resident_cluster <= _max_cluster(target) else "split")
+        resident_cluster = _cluster(geometry, resident_tile, itemsize, _max_cluster(target))
+        fits = resident_cluster <= _max_cluster(target) and (resident_cluster == 1 or _slab_block(geometry, resident_tile) == 1)
+        reduction = kind or ("resident" if fits else "split")
         if reduction == "resident":
             tile, cluster = resident_tile, min(resident_cluster, MAX_CLUSTER)
-    block_rows, block_channels, block_positions = tile
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
 
-    row_blocks = cdiv(geometry.rows, block_rows)
-    channel_blocks = cdiv(geometry.channels, block_channels)
-    position_blocks = cdiv(geometry.positions, block_positions)
+    block_rows, block_channels, block_positions = tile
+    row_blocks, channel_blocks, position_blocks = (
+        cdiv(size, block) for size, block in zip(geometry[:3], tile, strict=True)
+    )
     slab_blocks = channel_blocks if geometry.per_channel else row_blocks
-    tiles = position_blocks * (row_blocks if geometry.per_channel else channel_blocks)
-
-    row_programs = row_blocks
-    parameter_partials = 1
+    splits, row_programs, parameter_partials = 1, row_blocks, 1
+    if reduction == "split":
+        tiles = position_blocks * (row_blocks if geometry.per_channel else channel_blocks)
+        readers = position_blocks if geometry.per_channel else tiles
+        reads = max(1, geometry.slab_size * itemsize // BYTES_PER_PARTIAL)
+        splits = _splits(slab_blocks, tiles, min(isqrt(reads), reads // readers))
+        if geometry.per_channel:
+            row_programs = min(row_blocks, max(1, reads // splits // position_blocks))
     if backward and not (geometry.per_channel and reduces):
         row_programs = _row_programs(geometry, tile, row_blocks, channel_blocks * position_blocks)
-        parameter_partials = row_programs
-        if not geometry.elementwise_affine:
-            parameter_partials *= position_blocks
-            if not geometry.per_channel:
-                parameter_partials = parameter_partials * block_rows // geometry.groups
+        parameter_partials = _parameter_partials(geometry, tile, row_programs, position_blocks)
 
     vector = 16 // itemsize
     return Plan(
         reduction=reduction,
         programs=row_programs * channel_blocks * position_blocks,
         row_programs=row_programs,
-        splits=_splits(slab_blocks, tiles) if reduction == "split" else 1,
+        splits=splits,
         slab_blocks=slab_blocks,
         parameter_partials=parameter_partials,
         constants={
@@ -176,27 +179,35 @@ def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
+def _slab_block(geometry: Geometry, tile: Tile) -> int:
+    """Slabs that a tile touches."""
+    return tile[1] if geometry.per_channel else tile[0]
+
+
 def _resident_tile(geometry: Geometry, itemsize: int) -> Tile:
     """A tile that holds whole slabs."""
     rows, channels, positions = (next_power_of_2(size) for size in geometry[:3])
     if geometry.per_channel:
-        # Channels that lie side by side share the 32 bytes that memory delivers at once.
-        return rows, min(channels, 32 // itemsize) if geometry.channels_last else 1, positions
+        return rows, _side_by_side(channels, itemsize) if geometry.channels_last else 1, positions
     shared = min(SMALL_TILE // (channels * positions), geometry.rows // ENOUGH_PROGRAMS)
     return 1 << max(0, shared.bit_length() - 1), channels, positions
 
 
-def _split_tile(geometry: Geometry) -> Tile:
+def _split_tile(geometry: Geometry, itemsize: int) -> Tile:
     """A tile of about SPLIT_TILE elements, filled in the order in which they lie in memory."""
-    rows, channels, positions = geometry[:3]
+    rows, channels, positions = (next_power_of_2(size) for size in geometry[:3])
     if geometry.channels_last:
-        block_channels = min(next_power_of_2(channels), 64)
-        block_positions = min(next_power_of_2(positions), SPLIT_TILE // block_channels)
+        block_channels = _side_by_side(channels, itemsize) if geometry.per_channel else min(channels, 64)
+        block_positions = min(positions, SPLIT_TILE // block_channels)
     else:
-        block_positions = _tight_block(positions)
-        block_channels = 1 if geometry.per_channel else min(next_power_of_2(channels), SPLIT_TILE // block_positions)
-    block_rows = min(next_power_of_2(rows), SPLIT_TILE // (block_channels * block_positions))
-    return block_rows, block_channels, block_positions
+        block_positions = _tight_block(geometry.positions)
+        block_channels = 1 if geometry.per_channel else min(channels, SPLIT_TILE // block_positions)
+    return min(rows, SPLIT_TILE // (block_channels * block_positions)), block_channels, block_positions
+
+
+def _side_by_side(channels: int, itemsize: int) -> int:
+    """Channels of a channels-last tile: at least the 32 bytes that memory delivers at once, more where there are many."""
+    return min(channels, max(32 // itemsize, min(64, channels // 8)))
 
 
 def _tight_block(length: int) -> int:
@@ -207,42 +218,55 @@ def _tight_block(length: int) -> int:
     return block
 
 
-def _cluster(geometry: Geometry, tile: Tile, itemsize: int, target: GPUTarget, backward: bool) -> int:
-    """Programs that hold a resident tile together: as many as it needs, and more where few tiles would leave the GPU idle."""
-    capacity = BACKWARD_CAPACITY if backward else FORWARD_CAPACITY
-    if itemsize == 8:
-        capacity //= 2
+def _max_cluster(target: GPUTarget) -> int:
+    """Programs of a cluster at most; 1 where the target has no clusters."""
+    if target.backend != "cuda" or target.arch < 90:
+        return 1
+    return MAX_CLUSTER if target.arch < 110 else PORTABLE_CLUSTER
+
+
+def _cluster(geometry: Geometry, tile: Tile, itemsize: int, max_cluster: int) -> int:
+    """Programs to hold a resident tile together: what it needs, and more where few tiles would leave the GPU idle."""
+    values = 2 if itemsize == 8 else 1
     if geometry.elementwise_affine:
-        capacity //= 2
-    cluster = cdiv(prod(tile), capacity)
-    tiles = cdiv(geometry.slabs, tile[1] if geometry.per_channel else tile[0])
-    while cluster < _max_cluster(target) and tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE:
+        # Weight, bias and their gradients take as much room as the tile.
+        values *= 2
+    cluster = cdiv(prod(tile) * values, CAPACITY)
+    tiles = cdiv(geometry.slabs, _slab_block(geometry, tile))
+    while cluster < max_cluster and tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE:
         cluster *= 2
     return cluster
 
 
-def _max_cluster(target: GPUTarget) -> int:
-    return MAX_CLUSTER if target.backend == "cuda" and target.arch >= 90 else 1
-
-
-def _splits(slab_blocks: int, tiles: int) -> int:
+def _splits(slab_blocks: int, tiles: int, limit: int) -> int:
     """Parts of each slab: enough for a busy GPU, and of equally many tiles as far as that goes."""
-    wanted = min(MAX_SPLITS, max(1, cdiv(4 * ENOUGH_PROGRAMS, max(1, slab_blocks))))
-    return max(1, cdiv(tiles, cdiv(tiles, wanted)))
+    wanted = max(1, min(MAX_SPLITS, limit, cdiv(4 * ENOUGH_PROGRAMS, max(1, slab_blocks))))
+    return max(1, cdiv(tiles, cdiv(max(1, tiles), wanted)))
 
 
 def _row_programs(geometry: Geometry, tile: Tile, row_blocks: int, column_programs: int) -> int:
     """Programs that share the rows, so few that each sums many elements into its part of the parameters' gradients."""
     block_rows, _, block_positions = tile
+    unit = 1
     if geometry.elementwise_affine:
-        summed, unit = block_rows, 1
+        summed = block_rows
     elif geometry.per_channel:
-        summed, unit = block_rows * block_positions, 1
+        summed = block_rows * block_positions
     else:
+        summed = min(block_positions, geometry.positions)
         # Steps of whole samples keep every lane of a program at its channel.
-        summed, unit = min(block_positions, geometry.positions), geometry.groups // gcd(geometry.groups, block_rows)
-    programs = max(cdiv(row_blocks, cdiv(SUMMED_PER_PARTIAL, max(1, summed))), cdiv(ENOUGH_PROGRAMS // 4, max(1, column_programs)))
-    return cdiv(min(programs, row_blocks), unit) * unit
+        unit = geometry.groups // gcd(geometry.groups, block_rows)
+    few = cdiv(row_blocks, cdiv(SUMMED_PER_PARTIAL, max(1, summed)))
+    enough = cdiv(ENOUGH_PROGRAMS // 2, max(1, column_programs))
+    return cdiv(min(max(few, enough), row_blocks), unit) * unit
+
+
+def _parameter_partials(geometry: Geometry, tile: Tile, row_programs: int, position_blocks: int) -> int:
+    if geometry.elementwise_affine:
+        return row_programs
+    if geometry.per_channel:
+        return row_programs * position_blocks
+    return row_programs * tile[0] // geometry.groups * position_blocks
 
 
 def _num_warps(elements: int, target: GPUTarget) -> int:

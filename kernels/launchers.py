@@ -251,7 +251,7 @@ def _forward(
     arguments = (
         *(input, _contiguous(weight), _contiguous(bias), _laid_out_like(input, residual)),
         *(output, mean, rstd, running_mean, running_var, partials),
-        *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, eps, momentum, dropout_p, seed),
+        *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, eps, momentum, *_dropout(dropout_p), seed),
     )
     constants = {**_flags(geometry, chosen, dropout_p, relu), "REDUCTION": chosen.reduction}
     launches.append(Launch(forward_kernel, (chosen.programs,), arguments, constants))
@@ -312,11 +312,11 @@ def _backward(
     if chosen.reduction == "split":
         partials = mean.new_empty(2, chosen.splits, geometry.slabs)
         grid = (chosen.slab_blocks * chosen.splits,)
-        arguments: tuple[Any, ...] = (*tensors, partials, *sizes, chosen.splits, dropout_p, seed)
+        arguments: tuple[Any, ...] = (*tensors, partials, *sizes, chosen.splits, *_dropout(dropout_p), seed)
         launches.append(Launch(gradient_sums_kernel, grid, arguments, constants))
     arguments = (
         *(*tensors, grad_input, grad_residual, grad_weight, grad_bias, partials),
-        *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, dropout_p, seed),
+        *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, *_dropout(dropout_p), seed),
     )
     launches.append(Launch(backward_kernel, (chosen.programs,), arguments, {**constants, "REDUCTION": chosen.reduction}))
     run(launches, input.device)
@@ -347,6 +347,11 @@ def _flags(geometry: Geometry, plan: Plan, dropout_p: float, relu: bool) -> dict
         "DROPOUT": dropout_p > 0,
         "RELU": relu,
     }
+
+
+def _dropout(p: float) -> tuple[int, float]:
+    """The share of dropped elements in units of 2^-31, and the scale of the kept ones."""
+    return round(p * 2**31), 0.0 if p == 1 else 1 / (1 - p)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -1,0 +1,95 @@
+"""The one autograd.Function behind the three norms: what is saved, and how it is differentiated once and twice."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FusedOperation(NamedTuple):
+    """One norm in one implementation.
+
+    forward(input, weight, bias, residual, **options, **forward_options) returns (output, mean, rstd);
+    backward(grad_output, input, weight, bias, output, mean, rstd, **options, has_residual, needs) returns gradients;
+    normalize(input, weight, bias, mean, rstd, all_options) is norm and affine alone, differentiable without end.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    normalize: Callable[..., Tensor]
+    # Whether backward reads the mask of every ReLU from the output; else it does so behind a residual only.
+    keeps_output: bool
+
+
+def apply(
+    operation: FusedOperation,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: dict[str, Any],
+    forward_options: dict[str, Any],
+) -> Tensor:
+    """Runs `operation`, recorded by autograd where a gradient can be asked for."""
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, residual)
+    ):
+        return _Fused.apply(input, weight, bias, residual, operation, options, forward_options)
+    return operation.forward(input, weight, bias, residual, **options, **forward_options)[0]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        operation: FusedOperation,
+        options: dict[str, Any],
+        forward_options: dict[str, Any],
+    ) -> Tensor:
+        output, mean, rstd = operation.forward(input, weight, bias, residual, **options, **forward_options)
+        ctx.operation, ctx.options, ctx.forward_options = operation, options, forward_options
+        ctx.has_residual = residual is not None
+        keeps_output = options["relu"] and (ctx.has_residual or operation.keeps_output)
+        ctx.save_for_backward(input, weight, bias, output if keeps_output else None, mean, rstd)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            gradients = _differentiable_backward(ctx, grad_output, needs)
+        else:
+            gradients = ctx.operation.backward(
+                grad_output, *ctx.saved_tensors, **ctx.options, has_residual=ctx.has_residual, needs=needs
+            )
+        return (*gradients, None, None, None)
+
+
+def _differentiable_backward(ctx: Any, grad_output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients again, built of differentiable PyTorch operations: what create_graph=True asks for."""
+    input, weight, bias, output, mean, rstd = ctx.saved_tensors
+    options = ctx.options
+    value = ctx.operation.normalize(input, weight, bias, mean, rstd, {**options, **ctx.forward_options})
+    if options["dropout_p"] > 0:
+        value = value * _dropout_factor(ctx, input)
+    if options["relu"]:
+        grad_output = grad_output * ((value if output is None else output) > 0)
+    wanted = [tensor for tensor, needed in zip((input, weight, bias), needs[:3], strict=True) if needed]
+    gradients = iter(torch.autograd.grad(value, wanted, grad_output, create_graph=True) if wanted else ())
+    grad_residual = grad_output if needs[3] else None
+    return (*(next(gradients) if needed else None for needed in needs[:3]), grad_residual)
+
+
+def _dropout_factor(ctx: Any, input: Tensor) -> Tensor:
+    """0 where forward dropped and 1 / (1 - p) where it kept: the operation itself with weight 0 and bias 1."""
+    weight = input.new_zeros(ctx.options.get("normalized_shape", input.shape[1:2]))
+    options = {**ctx.options, **ctx.forward_options, "relu": False}
+    if options.get("use_batch_stats"):
+        options |= {"running_mean": None, "running_var": None}
+    with torch.no_grad():
+        return ctx.operation.forward(input, weight, torch.ones_like(weight), None, **options)[0]

@@ -1,0 +1,257 @@
+"""The three public functions: they check their arguments and choose the implementation."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import reference
+from .autograd import FusedOperation, apply
+
+Activation = Literal["relu", "identity"]
+Impl = Literal["auto", "triton", "torch"]
+
+_BATCH_NORM = {
+    "torch": FusedOperation(
+        reference.batch_norm_forward, reference.batch_norm_backward, reference.batch_normalize, keeps_output=True
+    ),
+}
+_GROUP_NORM = {
+    "torch": FusedOperation(
+        reference.group_norm_forward, reference.group_norm_backward, reference.group_normalize, keeps_output=True
+    ),
+}
+_LAYER_NORM = {
+    "torch": FusedOperation(
+        reference.layer_norm_forward, reference.layer_norm_backward, reference.layer_normalize, keeps_output=True
+    ),
+}
+
+
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    activation: Activation = "relu",
+    process_group: ProcessGroup | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """relu(dropout(batch_norm(input)) + residual) as one operation; the first eight arguments are F.batch_norm's.
+
+    Args:
+        input: (N, C, ...) of 2 to 5 dimensions; float16, bfloat16, float32 or float64; any strides.
+        running_mean, running_var: (C,), both or neither. Updated in place when `training`; used for the
+            normalization when not.
+        weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
+        training: normalize with the statistics of this batch.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        residual: added before the activation; shape, dtype and device of the input.
+        dropout_p: probability to zero an element of the normalized tensor, applied as given. A zeroed element is 0
+            whatever it was, NaN included.
+        activation: "relu" or "identity".
+        process_group: take the batch statistics over the batches of all its processes.
+        impl: "triton", "torch", or "auto" (Triton on a device it compiles for, PyTorch elsewhere).
+
+    Returns:
+        A tensor of the input's shape and dtype, in its memory format where that is dense.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: where F.batch_norm, F.dropout or the addition would; before anything is
+            computed or changed.
+
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
+    """
+    operation = _BATCH_NORM[_implementation(impl, input)]
+    if not 2 <= input.dim() <= 5:
+        raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    _check(input, weight, bias, (channels,), residual, dropout_p, activation)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is not None:
+            _check_parameter(name, buffer, input, (channels,))
+            if buffer.requires_grad:
+                raise RuntimeError(f"{name} must not require a gradient: batch_norm_relu does not differentiate it")
+    if not training and running_mean is None:
+        raise RuntimeError("running_mean and running_var must be given when training=False")
+    if training and eps <= 0:
+        raise ValueError(f"eps must be positive during training, got {eps}")
+    synchronised = training and process_group is not None
+    if training and not synchronised and channels > 0 and input.numel() == channels:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
+    options = {"use_batch_stats": training, "process_group": process_group if synchronised else None}
+    forward_options = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "eps": eps}
+    return _run(operation, input, weight, bias, residual, dropout_p, activation, options, forward_options)
+
+
+def group_norm_relu(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    activation: Activation = "relu",
+    impl: Impl = "auto",
+) -> Tensor:
+    """relu(dropout(group_norm(input)) + residual) as one operation; the first five arguments are F.group_norm's.
+
+    Args:
+        input: (N, C, ...) of 2 to 5 dimensions; float16, bfloat16, float32 or float64; any strides.
+        num_groups: number of groups that the C channels are divided into.
+        weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
+        eps: added to the variance.
+        residual, dropout_p, activation, impl: as for `batch_norm_relu`.
+
+    Returns:
+        A tensor of the input's shape and dtype, in its memory format where that is dense.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: where F.group_norm, F.dropout or the addition would; before anything is
+            computed.
+
+    Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
+    """
+    operation = _GROUP_NORM[_implementation(impl, input)]
+    if not 2 <= input.dim() <= 5:
+        raise RuntimeError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    if num_groups <= 0 or channels % num_groups != 0:
+        raise RuntimeError(
+            f"num_groups must be positive and divide the channels, got num_groups={num_groups} for input of shape "
+            f"{tuple(input.shape)}"
+        )
+    _check(input, weight, bias, (channels,), residual, dropout_p, activation)
+    if input.shape[0] * channels > 0 and input.numel() == num_groups and input.shape[0] == 1:
+        raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
+    options = {"num_groups": num_groups}
+    return _run(operation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps})
+
+
+def layer_norm_relu(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    activation: Activation = "relu",
+    impl: Impl = "auto",
+) -> Tensor:
+    """relu(dropout(layer_norm(input)) + residual) as one operation; the first five arguments are F.layer_norm's.
+
+    Args:
+        input: (*, *normalized_shape); float16, bfloat16, float32 or float64; any strides.
+        normalized_shape: the trailing dimensions that are normalized together.
+        weight, bias: of shape `normalized_shape`, in the input's dtype or, for a half-precision input, in float32.
+        eps: added to the variance.
+        residual, dropout_p, activation, impl: as for `batch_norm_relu`.
+
+    Returns:
+        A tensor of the input's shape and dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: where F.layer_norm, F.dropout or the addition would; before anything is
+            computed.
+
+    Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
+    """
+    operation = _LAYER_NORM[_implementation(impl, input)]
+    if isinstance(normalized_shape, int):
+        raise TypeError(f"normalized_shape must be a tuple of ints, got the int {normalized_shape}")
+    shape = tuple(normalized_shape)
+    if not shape:
+        raise RuntimeError("normalized_shape must have at least one dimension, got ()")
+    if tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(f"input must have shape (*, {', '.join(map(str, shape))}), got {tuple(input.shape)}")
+    _check(input, weight, bias, shape, residual, dropout_p, activation)
+    options = {"normalized_shape": shape}
+    return _run(operation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps})
+
+
+def _run(
+    operation: FusedOperation,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    activation: Activation,
+    options: dict[str, Any],
+    forward_options: dict[str, Any],
+) -> Tensor:
+    options |= {"dropout_p": dropout_p, "seed": _draw_seed() if dropout_p > 0 else 0, "relu": activation == "relu"}
+    return apply(operation, input, weight, bias, residual, options, forward_options)
+
+
+def _draw_seed() -> int:
+    """A seed for one call's dropout mask, from torch's default generator: torch.manual_seed governs it."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def _implementation(impl: Impl, input: Tensor) -> Literal["triton", "torch"]:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
+    if impl == "triton":
+        raise RuntimeError('impl="triton" is not available in this version: use impl="auto" or impl="torch"')
+    return "torch"
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    affine_shape: tuple[int, ...],
+    residual: Tensor | None,
+    dropout_p: float,
+    activation: str,
+) -> None:
+    """Raises for what the three functions have in common, in torch's error types."""
+    if input.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        # torch's own error for such a dtype: a kind of RuntimeError.
+        raise NotImplementedError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be a probability between 0 and 1, got {dropout_p}")
+    if activation not in ("relu", "identity"):
+        raise ValueError(f'activation must be "relu" or "identity", got {activation!r}')
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _check_parameter(name, parameter, input, affine_shape)
+    if residual is not None:
+        if not isinstance(residual, Tensor):
+            raise TypeError(f"residual must be a Tensor or None, got {type(residual).__name__}")
+        for attribute in ("shape", "dtype", "device"):
+            expected, given = getattr(input, attribute), getattr(residual, attribute)
+            if given != expected:
+                raise RuntimeError(f"residual must have the input's {attribute} {expected}, got {given}")
+
+
+def _check_parameter(name: str, parameter: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None, got {type(parameter).__name__}")
+    if parameter.shape != shape:
+        raise RuntimeError(f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
+    if parameter.device != input.device:
+        raise RuntimeError(f"{name} must be on the input's device {input.device}, got {parameter.device}")
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    if parameter.dtype != input.dtype and not (half and parameter.dtype == torch.float32):
+        expected = f"{input.dtype} or torch.float32" if half else f"{input.dtype}"
+        raise RuntimeError(f"{name} must have dtype {expected} for an input of {input.dtype}, got {parameter.dtype}")

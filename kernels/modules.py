@@ -1,0 +1,171 @@
+"""The fused layers as modules: each takes the place of a torch.nn norm and of the dropout and ReLU behind it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _NormBase
+
+from .functional import Activation, Impl, batch_norm_relu, group_norm_relu, layer_norm_relu
+
+
+class _Fused(nn.Module):
+    """What the three layers add to the norm they extend: dropout, residual and activation."""
+
+    dropout_p: float
+    activation: Activation
+    impl: Impl
+
+    def _set_fused(self, dropout_p: float, activation: Activation, impl: Impl) -> None:
+        if not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"dropout_p must be a probability between 0 and 1, got {dropout_p}")
+        if activation not in ("relu", "identity"):
+            raise ValueError(f'activation must be "relu" or "identity", got {activation!r}')
+        if impl not in ("auto", "triton", "torch"):
+            raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
+        self.dropout_p, self.activation, self.impl = dropout_p, activation, impl
+
+    def _fused_options(self, residual: Tensor | None) -> dict[str, Any]:
+        return {
+            "residual": residual,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+            "activation": self.activation,
+            "impl": self.impl,
+        }
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}, activation={self.activation}, impl={self.impl}"
+
+
+class BatchNormReLU2d(_Fused, _NormBase):
+    """relu(dropout(batch_norm(input)) + residual) over (N, C, H, W); the first five arguments are nn.BatchNorm2d's.
+
+    Parameters, buffers, state_dict keys and initialization are those of nn.BatchNorm2d: a state_dict of either loads
+    into the other. It is not a subclass of it, because nn.SyncBatchNorm.convert_sync_batchnorm would replace it and
+    drop the ReLU: pass `process_group` for synchronised statistics.
+
+    Args:
+        num_features: C.
+        eps, momentum, affine, track_running_stats, bias: as for nn.BatchNorm2d; momentum=None is a cumulative average.
+        dropout_p: probability to zero an element, in training mode only.
+        activation: "relu" or "identity".
+        process_group: take the batch statistics over all its processes.
+        impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
+        device, dtype: of the parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        activation: Activation = "relu",
+        process_group: ProcessGroup | None = None,
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
+        )
+        self._set_fused(dropout_p, activation, impl)
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W); `residual` of the same shape is added before the activation."""
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (N, C, H, W), got {input.dim()}D input of shape {tuple(input.shape)}")
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        # nn.BatchNorm2d's rules: in training the running statistics are updated if tracked, in eval used if there.
+        has_statistics = self.running_mean is not None and (not self.training or self.track_running_stats)
+        return batch_norm_relu(
+            input,
+            self.running_mean if has_statistics else None,
+            self.running_var if has_statistics else None,
+            self.weight,
+            self.bias,
+            self.training or self.running_mean is None,
+            momentum,
+            self.eps,
+            process_group=self.process_group if self.training else None,
+            **self._fused_options(residual),
+        )
+
+
+class GroupNormReLU(_Fused, nn.GroupNorm):
+    """relu(dropout(group_norm(input)) + residual) over (N, C, ...); the first four arguments are nn.GroupNorm's.
+
+    Args:
+        num_groups, num_channels, eps, affine, bias: as for nn.GroupNorm.
+        dropout_p: probability to zero an element, in training mode only.
+        activation: "relu" or "identity".
+        impl: "auto", "triton" or "torch", as for `group_norm_relu`.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        activation: Activation = "relu",
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
+        self._set_fused(dropout_p, activation, impl)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, ...) to (N, C, ...); `residual` of the same shape is added before the activation."""
+        return group_norm_relu(
+            input, self.num_groups, self.weight, self.bias, self.eps, **self._fused_options(residual)
+        )
+
+
+class LayerNormReLU(_Fused, nn.LayerNorm):
+    """relu(dropout(layer_norm(input)) + residual) over (*, *normalized_shape); first four arguments as nn.LayerNorm's.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias: as for nn.LayerNorm.
+        dropout_p: probability to zero an element, in training mode only.
+        activation: "relu" or "identity".
+        impl: "auto", "triton" or "torch", as for `layer_norm_relu`.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size | tuple[int, ...],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        dropout_p: float = 0.0,
+        activation: Activation = "relu",
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
+        self._set_fused(dropout_p, activation, impl)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(*, *normalized_shape) to the same; `residual` of the same shape is added before the activation."""
+        return layer_norm_relu(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, **self._fused_options(residual)
+        )

@@ -1,0 +1,470 @@
+"""The fused operation in plain PyTorch: the path taken on a CPU, and the yardstick for the Triton kernels.
+
+Every function here takes arguments that `functional.py` has checked. Formulas:
+
+    xhat = (x - mean) * rstd,  y = relu(dropout(xhat * weight + bias) + residual)        (Ioffe & Szegedy 2015, eq. 1-4)
+    g = dy * [y > 0] * keep / (1 - p),  dweight = sum(g * xhat),  dbias = sum(g)
+    dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat))
+
+The 1 / (1 - p) of the dropout is folded into weight and bias, and with a ReLU and no residual the sign of y tells both
+what the ReLU and what the dropout removed, so nothing but x, y, mean and rstd is kept for the backward.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import sync
+
+_aten = torch.ops.aten
+
+# Inputs of fewer elements are left to torch's own kernels: what follows saves less there than it costs to start.
+LARGE_INPUT = 2**14
+
+# Many rows no longer than this are normalized by matrix products: torch's kernel spends most of its time between rows.
+SHORT_ROW = 16
+# Batch statistics of large inputs are taken plane by plane where planes are at least this large, else by matrix
+# products over at most so many samples (summed in the input's precision): 2 to 5 times as fast as torch's batch norm.
+LARGE_PLANE = 256
+MANY_SAMPLES = 2**12
+# Elements that dropout treats at a time: few enough for their random words to stay in the cache.
+CHUNK = 2**18
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def batch_norm_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    use_batch_stats: bool,
+    momentum: float,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward over (N, C, ...); returns (output, mean (C,), rstd (C,)) and updates the running statistics."""
+    weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), dropout_p)
+    if use_batch_stats and process_group is None and not _has_fast_statistics(input):
+        new_mean, new_var = _as_statistics(input, running_mean), _as_statistics(input, running_var)
+        output, mean, rstd = torch.native_batch_norm(input, weight, bias, new_mean, new_var, True, momentum, eps)
+        for buffer, updated in ((running_mean, new_mean), (running_var, new_var)):
+            if buffer is not None and updated is not None and updated is not buffer:
+                buffer.copy_(updated)
+    else:
+        if use_batch_stats:
+            if process_group is None:
+                mean, var, unbiased = _batch_statistics(input)
+            else:
+                mean, var, unbiased = sync.batch_statistics(input, process_group)
+            if running_mean is not None and running_var is not None:
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        else:
+            assert running_mean is not None
+            assert running_var is not None
+            mean, var = (buffer.to(_statistics_dtype(input), copy=True) for buffer in (running_mean, running_var))
+        output = torch.native_batch_norm(input, weight, bias, mean, var, False, 0.0, eps)[0]
+        rstd = (var + eps).rsqrt()
+    return _finish_(output, input, residual, dropout_p, seed, relu), mean, rstd
+
+
+def batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    use_batch_stats: bool,
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+    has_residual: bool,
+    needs: Sequence[bool],
+    process_group: ProcessGroup | None = None,
+) -> Gradients:
+    """Gradients of `batch_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
+    grad, grad_residual = _start(grad_output, input, output, dropout_p, seed, relu, has_residual)
+    grad_input = grad_weight = grad_bias = None
+    if any(needs[:3]):
+        scaled_weight, _ = _scaled_affine(input, weight, None, (input.shape[1],), dropout_p)
+        synchronised = process_group is not None
+        grad_input, grad_weight, grad_bias = _aten.native_batch_norm_backward.default(
+            grad,
+            input,
+            scaled_weight,
+            None if use_batch_stats and not synchronised else mean,
+            None if use_batch_stats and not synchronised else rstd.pow(-2),
+            mean,
+            rstd,
+            use_batch_stats and not synchronised,
+            0.0,
+            [needs[0], needs[1] or synchronised, needs[2] or synchronised],
+        )
+        if process_group is not None and needs[0]:
+            sync.add_statistics_gradient_(
+                grad_input, input, scaled_weight, mean, rstd, grad_weight, grad_bias, process_group
+            )
+    return (*_unscaled((grad_input, grad_weight, grad_bias), (weight, bias), needs, dropout_p), grad_residual)
+
+
+def group_norm_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    num_groups: int,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward over (N, C, ...); returns (output, mean (N, num_groups), rstd (N, num_groups))."""
+    weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), dropout_p)
+    dense = input.contiguous(memory_format=_memory_format(input))
+    output, mean, rstd = torch.native_group_norm(dense, weight, bias, *_group_sizes(input), num_groups, eps)
+    return _finish_(output, input, residual, dropout_p, seed, relu), mean, rstd
+
+
+def group_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    num_groups: int,
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+    has_residual: bool,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Gradients of `group_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
+    grad, grad_residual = _start(grad_output, input, output, dropout_p, seed, relu, has_residual)
+    gradients: Sequence[Tensor | None] = (None, None, None)
+    if any(needs[:3]):
+        scaled_weight, _ = _scaled_affine(input, weight, None, (input.shape[1],), dropout_p)
+        dense = input.contiguous(memory_format=_memory_format(input))
+        gradients = _aten.native_group_norm_backward.default(
+            grad, dense, mean, rstd, scaled_weight, *_group_sizes(input), num_groups, list(needs[:3])
+        )
+    return (*_unscaled(gradients, (weight, bias), needs, dropout_p), grad_residual)
+
+
+def layer_norm_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    normalized_shape: tuple[int, ...],
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward over the trailing dimensions; returns (output, mean, rstd), statistics of the leading dimensions."""
+    weight, bias = _scaled_affine(input, weight, bias, normalized_shape, dropout_p)
+    if _has_short_rows(input, normalized_shape):
+        output, mean, rstd = _short_rows_forward(input, weight, bias, eps)
+    else:
+        output, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+    leading = input.shape[: input.dim() - len(normalized_shape)]
+    return _finish_(output, input, residual, dropout_p, seed, relu), mean.view(leading), rstd.view(leading)
+
+
+def layer_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    normalized_shape: tuple[int, ...],
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+    has_residual: bool,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Gradients of `layer_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
+    grad, grad_residual = _start(grad_output, input, output, dropout_p, seed, relu, has_residual)
+    gradients: Sequence[Tensor | None] = (None, None, None)
+    if any(needs[:3]):
+        scaled_weight, _ = _scaled_affine(input, weight, None, normalized_shape, dropout_p)
+        if _has_short_rows(input, normalized_shape):
+            gradients = _short_rows_backward(grad, input, scaled_weight, mean, rstd, needs)
+        else:
+            per_row = (*mean.shape, *(1 for _ in normalized_shape))
+            gradients = _aten.native_layer_norm_backward.default(
+                grad,
+                input,
+                normalized_shape,
+                mean.view(per_row),
+                rstd.view(per_row),
+                scaled_weight,
+                # torch takes the kind of the bias gradient from a bias; only whether it is there matters.
+                scaled_weight,
+                list(needs[:3]),
+            )
+    return (*_unscaled(gradients, (weight, bias), needs, dropout_p), grad_residual)
+
+
+def batch_normalize(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, options: Mapping[str, Any]
+) -> Tensor:
+    """Batch norm and affine alone, of operations that torch can differentiate any number of times."""
+    if options["process_group"] is not None:
+        raise NotImplementedError("batch_norm_relu has no second derivative with a process_group")
+    if options["use_batch_stats"]:
+        return _in_statistics_dtype(F.batch_norm, input, None, None, weight, bias, True, 0.0, options["eps"])
+    per_channel = (-1,) + (1,) * (input.dim() - 2)
+    value = (input - mean.view(per_channel)) * rstd.view(per_channel)
+    value = value if weight is None else value * weight.view(per_channel)
+    return (value if bias is None else value + bias.view(per_channel)).to(input.dtype)
+
+
+def group_normalize(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, options: Mapping[str, Any]
+) -> Tensor:
+    """Group norm and affine alone, of operations that torch can differentiate any number of times."""
+    return _in_statistics_dtype(F.group_norm, input, options["num_groups"], weight, bias, options["eps"])
+
+
+def layer_normalize(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, options: Mapping[str, Any]
+) -> Tensor:
+    """Layer norm and affine alone, of operations that torch can differentiate any number of times."""
+    return _in_statistics_dtype(F.layer_norm, input, options["normalized_shape"], weight, bias, options["eps"])
+
+
+def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
+    dtype = _statistics_dtype(input)
+    converted = [value.to(dtype) if isinstance(value, Tensor) else value for value in arguments]
+    return function(input.to(dtype), *converted).to(input.dtype)
+
+
+def _has_fast_statistics(input: Tensor) -> bool:
+    return (
+        input.device.type == "cpu"
+        and input.is_contiguous()
+        and input.numel() >= LARGE_INPUT
+        and (
+            input.shape[2:].numel() >= LARGE_PLANE
+            or (input.shape[0] <= MANY_SAMPLES and input.dtype == _statistics_dtype(input))
+        )
+    )
+
+
+def _batch_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased and unbiased variance of each channel; centred, in two passes."""
+    samples, channels = input.shape[:2]
+    count = input.numel() // channels
+    if input.shape[2:].numel() >= LARGE_PLANE:
+        ones = None if input.dtype == _statistics_dtype(input) else input.new_ones(channels, dtype=torch.float32)
+        # Group norm takes mean and rstd of each plane in one vectorized pass. Its eps here adds nothing to a variance
+        # and keeps the rstd of a constant plane finite. Equal counts merge as in Chan, Golub & LeVeque (1979).
+        _, means, rstds = torch.native_group_norm(input, ones, None, *_group_sizes(input), channels, 1e-30)
+        mean = means.mean(0)
+        var = rstds.reciprocal_().square_().mean(0).add_((means - mean).square_().mean(0))
+    else:
+        columns = input.view(samples, -1)
+        average = columns.new_full((samples,), 1 / samples)
+        mean = torch.mv(columns.t(), average).view(channels, -1).mean(1)
+        centred = columns - mean.repeat_interleave(columns.shape[1] // channels)
+        var = torch.mv(centred.square_().t(), average).view(channels, -1).mean(1)
+    return mean, var, var * (count / (count - 1))
+
+
+def _has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
+    return (
+        len(normalized_shape) == 1
+        and 0 < normalized_shape[0] <= SHORT_ROW
+        and input.dtype in (torch.float32, torch.float64)
+        and input.is_contiguous()
+        and input.numel() >= LARGE_INPUT
+    )
+
+
+def _short_rows_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm of rows so short that a matrix product is the fastest way to sum them; centred, in two passes."""
+    length = input.shape[-1]
+    rows = input.view(-1, length)
+    average = rows.new_full((length,), 1 / length)
+    mean = torch.mv(rows, average)
+    centred = rows - mean.unsqueeze(1)
+    rstd = torch.mv(centred.square(), average).add_(eps).rsqrt_()
+    output = centred.mul_(rstd.unsqueeze(1))
+    if weight is not None and bias is not None:
+        torch.addcmul(bias, output, weight, out=output)
+    elif weight is not None:
+        output.mul_(weight)
+    elif bias is not None:
+        output.add_(bias)
+    return output.view(input.shape), mean, rstd
+
+
+def _short_rows_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The backward of `_short_rows_forward`, its sums by matrix products as well."""
+    length = input.shape[-1]
+    grad = grad.reshape(-1, length)
+    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    grad_input = grad_weight = grad_bias = None
+    xhat = (input.view(-1, length) - mean).mul_(rstd)
+    grad_times_xhat = grad * xhat
+    if needs[1] or needs[2]:
+        every_row = grad.new_ones(grad.shape[0])
+        grad_weight = torch.mv(grad_times_xhat.t(), every_row) if needs[1] else None
+        grad_bias = torch.mv(grad.t(), every_row) if needs[2] else None
+    if needs[0]:
+        average = grad.new_full((length,), 1 / length) if weight is None else weight / length
+        grad_input = grad.clone() if weight is None else grad * weight
+        grad_input.sub_(torch.mv(grad, average).unsqueeze(1))
+        grad_input.sub_(xhat.mul_(torch.mv(grad_times_xhat, average).unsqueeze(1)))
+        grad_input = grad_input.mul_(rstd).view(input.shape)
+    return grad_input, grad_weight, grad_bias
+
+
+def _group_sizes(input: Tensor) -> tuple[int, int, int]:
+    return input.shape[0], input.shape[1], input.shape[2:].numel()
+
+
+def _memory_format(input: Tensor) -> torch.memory_format:
+    """The format of the output: the input's where that is dense, contiguous otherwise."""
+    if not input.is_contiguous():
+        for dim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if input.dim() == dim and input.is_contiguous(memory_format=memory_format):
+                return memory_format
+    return torch.contiguous_format
+
+
+def _statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _as_statistics(input: Tensor, values: Tensor | None) -> Tensor | None:
+    dtype = _statistics_dtype(input)
+    return values if values is None or values.dtype == dtype else values.to(dtype)
+
+
+def _dropout_scale(dropout_p: float) -> float:
+    return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
+
+
+def _scaled_affine(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], dropout_p: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias in the dtype of the statistics, times 1 / (1 - p)."""
+    weight, bias = _as_statistics(input, weight), _as_statistics(input, bias)
+    half = input.dtype != _statistics_dtype(input)
+    if weight is None and (dropout_p > 0 or half):
+        # A half-precision input without a float32 weight would get its statistics rounded to half precision.
+        weight = input.new_ones(shape, dtype=_statistics_dtype(input))
+    if dropout_p > 0:
+        scale = _dropout_scale(dropout_p)
+        weight = None if weight is None else weight * scale
+        bias = None if bias is None else bias * scale
+    return weight, bias
+
+
+def _unscaled(
+    gradients: Sequence[Tensor | None],
+    parameters: tuple[Tensor | None, Tensor | None],
+    needs: Sequence[bool],
+    dropout_p: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Undoes `_scaled_affine` for the gradients of weight and bias."""
+    scale = _dropout_scale(dropout_p)
+
+    def unscaled(index: int, parameter: Tensor | None) -> Tensor | None:
+        gradient = gradients[index]
+        if gradient is None or parameter is None or not needs[index]:
+            return None
+        gradient = gradient if scale == 1.0 else gradient * scale
+        return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
+
+    return gradients[0], unscaled(1, parameters[0]), unscaled(2, parameters[1])
+
+
+def _finish_(output: Tensor, input: Tensor, residual: Tensor | None, dropout_p: float, seed: int, relu: bool) -> Tensor:
+    """Dropout (already scaled), residual and ReLU on the normalized tensor, in place."""
+    if 0.0 < dropout_p < 1.0:
+        output = output.contiguous(memory_format=_memory_format(input))
+        _drop_(output, _memory_format(input), dropout_p, seed)
+    if residual is not None:
+        output.add_(residual)
+    return output.relu_() if relu else output
+
+
+def _start(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the normalized tensor (in the input's memory format) and of the residual."""
+    memory_format = _memory_format(input)
+    grad = _aten.threshold_backward.default(grad_output, output, 0) if relu else grad_output
+    grad_residual = grad if has_residual else None
+    # Behind a ReLU alone the zeros of the output have removed the dropped elements already.
+    if 0.0 < dropout_p < 1.0 and (has_residual or not relu):
+        grad = grad.clone(memory_format=memory_format)
+        _drop_(grad, memory_format, dropout_p, seed)
+    return grad.contiguous(memory_format=memory_format), grad_residual
+
+
+def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float, seed: int) -> None:
+    """Zeroes each element with probability `dropout_p`, right to within 2^-17; the same seed zeroes the same elements.
+
+    Each element, in the order of memory, has a uniform 16-bit word, and the lowest words drop.
+    """
+    flat = (values if memory_format == torch.contiguous_format else values.movedim(1, -1)).view(-1)
+    highest_dropped = round(dropout_p * 2**16) - 2**15 - 0.5
+    draw = _word_source(seed, values.device)
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    for part in flat.split(CHUNK):
+        words = draw(part.numel()).to(torch.float32 if half else values.dtype)
+        if half:
+            # A half-precision number cannot hold every word, but it can hold the word's side of the threshold.
+            words = words.sub_(highest_dropped).to(values.dtype)
+        # Keeps the values whose word is above the threshold and zeroes the others, in one pass.
+        _aten.threshold_backward.grad_input(part, words, 0 if half else highest_dropped, grad_input=part)
+
+
+def _word_source(seed: int, device: torch.device) -> Callable[[int], Tensor]:
+    """A function that draws the next uniform int16 words."""
+    if device.type == "cpu":
+        # Four words from each 64-bit draw: several times as fast as a Bernoulli draw per element.
+        bits = np.random.SFC64(seed)
+        return lambda count: torch.from_numpy(bits.random_raw(-(-count // 4)).view(np.int16))[:count]
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda count: torch.empty(count, dtype=torch.int16, device=device).random_(
+        -(2**15), 2**15, generator=generator
+    )
