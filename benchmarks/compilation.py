@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -239,7 +240,8 @@ def compiler_processes(workers: int = 2) -> Iterator[ProcessPoolExecutor]:
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        pool.submit(int).result()  # starts all of them, with this environment
+        for _ in range(workers):  # a process starts, with this environment, when a task finds none idle
+            pool.submit(time.sleep, 0.1)
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
@@ -332,9 +334,38 @@ def _occupancy(target: Target, code: _Code, num_warps: int, shared: int) -> floa
     return blocks * num_warps / target.warps
 
 
-# LLVM numbers the lines of a piece of inline assembly, which loads and stores are, on from the line that it stands on.
-_INLINE_ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
-_LINE = re.compile(r"\t\.loc.*\n")
+_FIRST_ACCESS = 1_000_000
+_PTX_LINE = re.compile(r"\t\.loc\s+(\d+ \d+ \d+)(?:,.* inlined_at (\d+ \d+ \d+))?")
+
+
+def _with_numbered_accesses(ptx: str) -> tuple[str, dict[int, int]]:
+    """PTX in which each piece of inline assembly, which loads and stores are, has a line number of its own.
+
+    Also returns the kernel's line for each. Without such numbers the assembler would merge the calls of a device
+    function, and lines are counted on within a piece.
+    """
+    callers: dict[str, str | None] = {}
+    kernel_lines: dict[int, int] = {}
+    text, expected, inside = [], False, False
+    for line in ptx.splitlines():
+        if "// begin inline asm" in line:
+            expected = inside = True
+        elif "// end inline asm" in line:
+            inside = False
+        elif match := _PTX_LINE.match(line):
+            if inside and not expected:
+                continue
+            callers[match[1]] = match[2]
+            if inside:
+                place = match[1]
+                while caller := callers.get(place):
+                    place = caller
+                expected = False
+                number = _FIRST_ACCESS + len(kernel_lines)
+                kernel_lines[number] = int(place.split()[1])
+                line = f"\t.loc\t1 {number} 0"
+        text.append(line)
+    return "\n".join(text), kernel_lines
 
 
 @functools.cache
@@ -342,7 +373,8 @@ def _inspect_nvidia(_: str, compiled: CompiledKernel) -> _Code:
     arch = compiled.metadata.target.arch
     with tempfile.TemporaryDirectory() as directory:
         ptx, cubin = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
-        ptx.write_text(_INLINE_ASSEMBLY.sub(lambda block: _LINE.sub("", block[0]), compiled.asm["ptx"]))
+        text, kernel_lines = _with_numbered_accesses(compiled.asm["ptx"])
+        ptx.write_text(text)
         # The flags with which Triton itself calls it.
         flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(arch)}"]
         if not compiled.metadata.enable_fp_fusion:
@@ -357,7 +389,7 @@ def _inspect_nvidia(_: str, compiled: CompiledKernel) -> _Code:
             operation, modifiers = match[1], match[2].split(".")
             instructions += operation != "NOP"
             if operation in ("LDG", "LDGSTS", "STG"):
-                accesses.append((_kind(operation == "STG"), _sass_bits(modifiers), line))
+                accesses.append((_kind(operation == "STG"), _sass_bits(modifiers), kernel_lines.get(line, line)))
     return _Code(
         registers=_number(r"Used (\d+) registers", log),
         spill_stores=_number(r"(\d+) bytes spill stores", log),
