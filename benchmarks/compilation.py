@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -109,7 +110,8 @@ class Compiled:
         num_warps: of each program.
         num_ctas: programs of a cluster.
         registers: of each thread.
-        spill_stores, spill_loads: bytes of each thread; for AMD 4 for each register that its compiler calls spilled.
+        spill_stores, spill_loads: bytes of each thread; for AMD 4 for each vector register that its compiler spilled.
+        scalar_spills: AMD's scalar registers that went to lanes of vector registers; costs instructions, but no memory.
         local_memory: bytes of each thread: stack, spills, arrays that are indexed.
         static_shared_memory, dynamic_shared_memory: bytes of each program.
         occupancy: resident warps that registers, shared memory and programs allow, as a part of what the target holds.
@@ -125,6 +127,7 @@ class Compiled:
     registers: int
     spill_stores: int
     spill_loads: int
+    scalar_spills: int
     local_memory: int
     static_shared_memory: int
     dynamic_shared_memory: int
@@ -134,6 +137,7 @@ class Compiled:
 
     @property
     def spills(self) -> bool:
+        """Whether registers go to memory and back."""
         return self.spill_stores + self.spill_loads > 0
 
     @property
@@ -236,7 +240,8 @@ def compiler_processes(workers: int = 2) -> Iterator[ProcessPoolExecutor]:
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        pool.submit(int).result()  # starts all of them, with this environment
+        for _ in range(workers):  # a process starts, with this environment, when a task finds none idle
+            pool.submit(time.sleep, 0.1)
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
@@ -285,6 +290,7 @@ def _report(target: Target, kernel: JITFunction, grid: tuple[int, ...], compiled
         registers=code.registers,
         spill_stores=code.spill_stores,
         spill_loads=code.spill_loads,
+        scalar_spills=code.scalar_spills,
         local_memory=code.local_memory,
         static_shared_memory=code.static_shared_memory,
         dynamic_shared_memory=metadata.shared,
@@ -309,6 +315,7 @@ class _Code:
     instructions: int
     accesses: tuple[tuple[Literal["load", "store"], int, int], ...]
     simd_warps: int = 0
+    scalar_spills: int = 0
 
 
 def _occupancy(target: Target, code: _Code, num_warps: int, shared: int) -> float:
@@ -327,9 +334,38 @@ def _occupancy(target: Target, code: _Code, num_warps: int, shared: int) -> floa
     return blocks * num_warps / target.warps
 
 
-# LLVM numbers the lines of a piece of inline assembly, which loads and stores are, on from the line that it stands on.
-_INLINE_ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
-_LINE = re.compile(r"\t\.loc.*\n")
+_FIRST_ACCESS = 1_000_000
+_PTX_LINE = re.compile(r"\t\.loc\s+(\d+ \d+ \d+)(?:,.* inlined_at (\d+ \d+ \d+))?")
+
+
+def _with_numbered_accesses(ptx: str) -> tuple[str, dict[int, int]]:
+    """PTX in which each piece of inline assembly, which loads and stores are, has a line number of its own.
+
+    Also returns the kernel's line for each. Without such numbers the assembler would merge the calls of a device
+    function, and lines are counted on within a piece.
+    """
+    callers: dict[str, str | None] = {}
+    kernel_lines: dict[int, int] = {}
+    text, expected, inside = [], False, False
+    for line in ptx.splitlines():
+        if "// begin inline asm" in line:
+            expected = inside = True
+        elif "// end inline asm" in line:
+            inside = False
+        elif match := _PTX_LINE.match(line):
+            if inside and not expected:
+                continue
+            callers[match[1]] = match[2]
+            if inside:
+                place = match[1]
+                while caller := callers.get(place):
+                    place = caller
+                expected = False
+                number = _FIRST_ACCESS + len(kernel_lines)
+                kernel_lines[number] = int(place.split()[1])
+                line = f"\t.loc\t1 {number} 0"
+        text.append(line)
+    return "\n".join(text), kernel_lines
 
 
 @functools.cache
@@ -337,7 +373,8 @@ def _inspect_nvidia(_: str, compiled: CompiledKernel) -> _Code:
     arch = compiled.metadata.target.arch
     with tempfile.TemporaryDirectory() as directory:
         ptx, cubin = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
-        ptx.write_text(_INLINE_ASSEMBLY.sub(lambda block: _LINE.sub("", block[0]), compiled.asm["ptx"]))
+        text, kernel_lines = _with_numbered_accesses(compiled.asm["ptx"])
+        ptx.write_text(text)
         # The flags with which Triton itself calls it.
         flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(arch)}"]
         if not compiled.metadata.enable_fp_fusion:
@@ -352,7 +389,7 @@ def _inspect_nvidia(_: str, compiled: CompiledKernel) -> _Code:
             operation, modifiers = match[1], match[2].split(".")
             instructions += operation != "NOP"
             if operation in ("LDG", "LDGSTS", "STG"):
-                accesses.append((_kind(operation == "STG"), _sass_bits(modifiers), line))
+                accesses.append((_kind(operation == "STG"), _sass_bits(modifiers), kernel_lines.get(line, line)))
     return _Code(
         registers=_number(r"Used (\d+) registers", log),
         spill_stores=_number(r"(\d+) bytes spill stores", log),
@@ -375,7 +412,7 @@ def _inspect_amd(_: str, compiled: CompiledKernel) -> _Code:
             instructions += 1
             if access := re.fullmatch(r"(?:buffer|global|flat)_(load|store)_(\w+?)(?:_d16\w*)?", match[1]):
                 accesses.append((_kind(access[1] == "store"), _amd_bits(access[2]), line))
-    spilled = 4 * (_number(r"\.vgpr_spill_count:\s+(\d+)", asm) + _number(r"\.sgpr_spill_count:\s+(\d+)", asm))
+    spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", asm)
     return _Code(
         registers=_number(r"\.vgpr_count:\s+(\d+)", asm),
         spill_stores=spilled,
@@ -385,6 +422,7 @@ def _inspect_amd(_: str, compiled: CompiledKernel) -> _Code:
         instructions=instructions,
         accesses=tuple(accesses),
         simd_warps=_number(r"; Occupancy: (\d+)", asm),
+        scalar_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", asm),
     )
 
 

@@ -1,5 +1,7 @@
 """What is said of compiled kernels, against kernels of which it is known; all in processes without the interpreter."""
 
+import inspect
+
 import pytest
 import torch
 import triton
@@ -24,6 +26,15 @@ def copy_kernel(x_ptr, y_ptr, length, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = load_through(x_ptr + offsets, offsets < length)
     tl.store(y_ptr + offsets, x, mask=offsets < length)
+
+
+@triton.jit
+def add_kernel(x_ptr, scale_ptr, y_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = load_through(scale_ptr + tl.program_id(0), True)
+    x = load_through(x_ptr + offsets, offsets >= 0)
+    bias = load_through(scale_ptr + tl.program_id(0) + 1, True)
+    tl.store(y_ptr + offsets, x * scale + bias)
 
 
 @triton.jit
@@ -52,6 +63,11 @@ def compile_sum(target, block, **options):
         return (meta["x_ptr"].numel() // meta["BLOCK"],)
 
     return compilation.compile_kernel(sum_kernel, target, grid, x, x, x, BLOCK=block, **options)
+
+
+def compile_add(target):
+    x = torch.empty(1024, device="meta")
+    return compilation.compile_kernel(add_kernel, target, (1,), x, x, x, BLOCK=1024)
 
 
 def compile_hoarding(target, block, num_warps):
@@ -136,6 +152,20 @@ def test_shared_memory_and_lines(run, target):
     assert 8 * 4 <= compiled.dynamic_shared_memory < 1024
     assert set(compiled.widths("load", "tl.load(x_ptr")) == {128}
     assert compiled.widths("store") == {32: 1}
+
+
+@pytest.mark.parametrize("target", [target for target in compilation.TARGETS if target.startswith("sm_")])
+def test_calls_of_one_device_function_are_told_apart(run, target):
+    compiled = run(compile_add, target)
+    assert compiled.widths("load", "scale = load_through") == {32: 1}
+    assert compiled.widths("load", "x = load_through") == {128: 2}
+    assert compiled.widths("load", "bias = load_through") == {32: 1}
+    assert {access.line for access in compiled.accesses} <= set(range(*lines_of(add_kernel)))
+
+
+def lines_of(kernel):
+    lines, first = inspect.getsourcelines(kernel.fn)
+    return first, first + len(lines)
 
 
 def compare_with_triton():
