@@ -32,11 +32,22 @@ def apply(
     forward_options: dict[str, Any],
 ) -> Tensor:
     """Runs `operation`, recorded by autograd where a gradient can be asked for."""
+    if input.numel() == 0 and options.get("process_group") is None:
+        return _empty(input, weight, bias, residual)
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, residual)
     ):
         return _Fused.apply(input, weight, bias, residual, operation, options, forward_options)
     return operation.forward(input, weight, bias, residual, **options, **forward_options)[0]
+
+
+def _empty(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """An output of no elements, with gradients of zero."""
+    output = input.clone()
+    for parameter in (weight, bias):
+        if parameter is not None:
+            output = output + 0 * parameter.sum().to(output.dtype)
+    return output if residual is None else output + residual
 
 
 class _Fused(torch.autograd.Function):

@@ -72,7 +72,7 @@ def batch_norm_relu(
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
     """
-    operation = _BATCH_NORM[_implementation(impl, input)]
+    operation = _choose(_BATCH_NORM, impl, input)
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
@@ -126,7 +126,7 @@ def group_norm_relu(
 
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
-    operation = _GROUP_NORM[_implementation(impl, input)]
+    operation = _choose(_GROUP_NORM, impl, input)
     if not 2 <= input.dim() <= 5:
         raise RuntimeError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
@@ -172,7 +172,7 @@ def layer_norm_relu(
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
     """
-    operation = _LAYER_NORM[_implementation(impl, input)]
+    operation = _choose(_LAYER_NORM, impl, input)
     if isinstance(normalized_shape, int):
         raise TypeError(f"normalized_shape must be a tuple of ints, got the int {normalized_shape}")
     shape = tuple(normalized_shape)
@@ -205,9 +205,19 @@ def _draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64).random_())
 
 
-def _implementation(impl: Impl, input: Tensor) -> Literal["triton", "torch"]:
+def _choose(operations: dict[str, FusedOperation], impl: Impl, input: Tensor) -> FusedOperation:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    return operations[choose_implementation(impl, input.device)]
+
+
+def choose_implementation(impl: Impl, device: torch.device) -> Literal["triton", "torch"]:
+    """What `impl` means for tensors on `device`.
+
+    Raises:
+        ValueError: there is no such implementation.
+        RuntimeError: it does not run on `device`.
+    """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
     if impl == "triton":

@@ -75,7 +75,9 @@ def batch_norm_forward(
             assert running_mean is not None
             assert running_var is not None
             mean, var = (buffer.to(_statistics_dtype(input), copy=True) for buffer in (running_mean, running_var))
-        output = torch.native_batch_norm(input, weight, bias, mean, var, False, 0.0, eps)[0]
+        output = torch.empty_like(input)
+        if input.numel() > 0:
+            output = torch.native_batch_norm(input, weight, bias, mean, var, False, 0.0, eps)[0]
         rstd = (var + eps).rsqrt()
     return _finish_(output, input, residual, dropout_p, seed, relu), mean, rstd
 
@@ -103,18 +105,22 @@ def batch_norm_backward(
     if any(needs[:3]):
         scaled_weight, _ = _scaled_affine(input, weight, None, (input.shape[1],), dropout_p)
         synchronised = process_group is not None
-        grad_input, grad_weight, grad_bias = _aten.native_batch_norm_backward.default(
-            grad,
-            input,
-            scaled_weight,
-            None if use_batch_stats and not synchronised else mean,
-            None if use_batch_stats and not synchronised else rstd.pow(-2),
-            mean,
-            rstd,
-            use_batch_stats and not synchronised,
-            0.0,
-            [needs[0], needs[1] or synchronised, needs[2] or synchronised],
-        )
+        through_statistics = use_batch_stats and not synchronised
+        if input.numel() == 0:
+            grad_input, grad_weight, grad_bias = grad, torch.zeros_like(mean), torch.zeros_like(mean)
+        else:
+            grad_input, grad_weight, grad_bias = _aten.native_batch_norm_backward.default(
+                grad,
+                input,
+                scaled_weight,
+                None if through_statistics else mean,
+                None if through_statistics else rstd.pow(-2),
+                mean,
+                rstd,
+                through_statistics,
+                0.0,
+                [needs[0], needs[1] or synchronised, needs[2] or synchronised],
+            )
         if process_group is not None and needs[0]:
             sync.add_statistics_gradient_(
                 grad_input, input, scaled_weight, mean, rstd, grad_weight, grad_bias, process_group
@@ -216,6 +222,7 @@ def layer_norm_backward(
             gradients = _short_rows_backward(grad, input, scaled_weight, mean, rstd, needs)
         else:
             per_row = (*mean.shape, *(1 for _ in normalized_shape))
+            bias_like = _as_statistics(input, bias)
             gradients = _aten.native_layer_norm_backward.default(
                 grad,
                 input,
@@ -223,8 +230,7 @@ def layer_norm_backward(
                 mean.view(per_row),
                 rstd.view(per_row),
                 scaled_weight,
-                # torch takes the kind of the bias gradient from a bias; only whether it is there matters.
-                scaled_weight,
+                bias_like,
                 list(needs[:3]),
             )
     return (*_unscaled(gradients, (weight, bias), needs, dropout_p), grad_residual)

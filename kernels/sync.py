@@ -14,13 +14,14 @@ def batch_statistics(input: Tensor, process_group: ProcessGroup) -> tuple[Tensor
     channels = input.shape[1]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     local = torch.zeros(2 * channels + 1, dtype=dtype, device=input.device)
-    count = input.numel() // channels
+    count = input.shape[0] * input.shape[2:].numel()
     if count > 0:
         reduced = [dim for dim in range(input.dim()) if dim != 1]
         var, mean = torch.var_mean(input.to(dtype), reduced, correction=0)
         local = torch.cat([mean, var * count, local.new_tensor([count])])
-    gathered = local.new_empty(dist.get_world_size(process_group), local.numel())
+    gathered = local.new_empty(dist.get_world_size(process_group) * local.numel())
     dist.all_gather_into_tensor(gathered, local, group=process_group)
+    gathered = gathered.view(-1, local.numel())
 
     means, deviations, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
     total = counts.sum()
@@ -47,7 +48,7 @@ def add_statistics_gradient_(
     DistributedDataParallel expects.
     """
     channels = input.shape[1]
-    count = grad_weight.new_tensor([input.numel() // channels])
+    count = grad_weight.new_tensor([input.shape[0] * input.shape[2:].numel()])
     sums = torch.cat([grad_weight, grad_bias, count])
     dist.all_reduce(sums, group=process_group)
     mean_grad_xhat, mean_grad = sums[:channels] / sums[-1], sums[channels:-1] / sums[-1]

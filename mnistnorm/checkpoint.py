@@ -1,0 +1,104 @@
+"""Checkpoints, and the atomic writing of every file of a run."""
+
+import io
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import Normalization
+from .errors import UserError
+from .model import CNN
+from .training import Settings
+
+FORMAT = "mnistnorm checkpoint 1"
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that at every moment it holds the old content or the new, whole.
+
+    Raises:
+        UserError: it cannot be written; what was there before still is.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; nothing was overwritten") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network with what is needed to use it and, where `training` is not None, to train it further.
+
+    Attributes:
+        settings: of the run.
+        model: state_dict of the network.
+        classes: names of the ten classes.
+        normalization: of the images the network takes.
+        metrics: of the last completed epoch.
+        training: state_dict of the Trainer.
+    """
+
+    settings: Settings
+    model: dict[str, torch.Tensor]
+    classes: tuple[str, ...]
+    normalization: Normalization
+    metrics: dict[str, float]
+    training: dict[str, Any] | None = None
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint atomically, as plain values and tensors only."""
+        content = vars(self) | {
+            "format": FORMAT,
+            "settings": asdict(self.settings),
+            "normalization": asdict(self.normalization),
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        """Reads a checkpoint to the CPU, executing nothing of it.
+
+        Raises:
+            UserError: `path` cannot be read or is no checkpoint of this network.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+        try:
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load's errors are as many as the ways to damage a file
+            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}")
+        try:
+            content["settings"] = Settings(**content["settings"])
+            content["normalization"] = Normalization(**content["normalization"])
+            checkpoint = cls(**content)
+            checkpoint.network()
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is a checkpoint of another network or version: {_one_line(error)}") from error
+        return checkpoint
+
+    def network(self) -> CNN:
+        """The network with its weights, on the CPU, with the implementation that suits the device it is moved to."""
+        model = CNN(self.settings.norm, fused=self.settings.fused, dropout=self.settings.dropout)
+        model.load_state_dict(self.model)
+        return model
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

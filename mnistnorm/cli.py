@@ -1,0 +1,134 @@
+"""What the programs' command lines share: one-line errors, checked values, the flags of a training run."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any, NoReturn, get_args
+
+import torch
+
+from .data import DATASETS
+from .errors import UserError
+from .kernels.functional import Impl
+from .training import LEARNING_RATES, Settings
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, program: str, description: str) -> None:
+        super().__init__(prog=f"python -m mnistnorm.{program}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help", exit_code=2)
+
+
+def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Runs `program`, turning what the user can mend into one line on stderr.
+
+    Returns:
+        the exit code: the program's own, 2 for wrong usage, 1 for failure.
+    """
+    try:
+        return program(argv)
+    except UserError as user_error:
+        message, exit_code = str(user_error), user_error.exit_code
+    except OSError as error:
+        message, exit_code = str(error), 1
+    except KeyboardInterrupt:
+        message, exit_code = "interrupted", 130
+    print(f"error: {message}", file=sys.stderr)
+    return exit_code
+
+
+def at_least(low: int, kind: type[int] | type[float] = int) -> Callable[[str], int | float]:
+    """A flag's type: a finite number of `kind`, not below `low`."""
+
+    def parse(text: str) -> int | float:
+        with suppress(ValueError):
+            value = kind(text)
+            if low <= value < math.inf:
+                return value
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"expected {what} of at least {low}, got {text!r}")
+
+    return parse
+
+
+def fraction(text: str) -> float:
+    """A flag's type: a number from 0 to below 1."""
+    with suppress(ValueError):
+        value = float(text)
+        if 0 <= value < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --resume, --overwrite and a flag for each of the Settings but the norm and the seed."""
+    on_off = argparse.BooleanOptionalAction
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue what --out holds, with the same settings")
+    existing.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--fused", action=on_off, help="take the fused layers instead of torch.nn's")
+    add("--impl", choices=get_args(Impl), help="implementation of the fused layers (%(default)s)")
+    add("--dropout", type=fraction, metavar="P", help="between norm and ReLU (%(default)s)")
+
+    add = parser.add_argument_group("recipe").add_argument
+    add("--epochs", type=at_least(1), metavar="N", help="length of the schedule (%(default)s)")
+    add("--batch-size", type=at_least(1), metavar="N", help="images per step (%(default)s)")
+    add("--optimizer", choices=LEARNING_RATES, help="muon leaves to AdamW what it does not take (%(default)s)")
+    add("--lr", type=at_least(0, float), help="peak learning rate (by optimizer and norm)")
+    add("--weight-decay", type=at_least(0, float), metavar="X", help="of the convolutions (%(default)s)")
+    add("--l1", type=at_least(0, float), metavar="X", help="loss per absolute weight of the convolutions (%(default)s)")
+    add("--label-smoothing", type=fraction, metavar="X", help="share of the loss over all classes (%(default)s)")
+    add("--augment", action=on_off, help="map the training images by random affine maps (on)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, help="all but mnist, which is part of the package, are downloaded (%(default)s)")
+    add("--data-dir", metavar="DIR", help="folder of the data set (the package's for mnist, else ./data)")
+    add("--val-split", type=fraction, metavar="X", help="share of the training images to validate on (%(default)s)")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
+    add("--threads", type=at_least(1), metavar="N", help="of the CPU (torch's choice)")
+    add("--amp", action=on_off, help="run the network in bfloat16 where autocast allows it")
+    add("--compile", action=on_off, help="run the network under torch.compile")
+
+    defaults = {field.name: field.default for field in fields(Settings) if field.name not in ("norm", "seed")}
+    parser.set_defaults(**defaults | {"lr": None, "device": "auto", "threads": None})
+
+
+def settings_of(args: argparse.Namespace, **chosen: Any) -> Settings:
+    """The settings that the parsed flags ask for, where `chosen` does not name them, with the open ones decided."""
+    values = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in chosen} | chosen
+    if values["lr"] is None:
+        values["lr"] = LEARNING_RATES[values["optimizer"]][values["norm"]]
+    values["device"] = str(choose_device(values["device"]))
+    values["threads"] = values["threads"] or torch.get_num_threads()
+    return Settings(**values)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the accelerator where there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    available = ["cpu", accelerator.type] if accelerator else ["cpu"]
+    try:
+        device = torch.device(name)
+        usable = device.type in available and torch.empty(0, device=device) is not None
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise UserError(f"--device {name} cannot be used: take {' or '.join(available)}, or leave it out", exit_code=2)
+    return device

@@ -1,0 +1,263 @@
+"""MNIST and its relatives: reading, and batches that are shuffled, augmented and normalized on the device."""
+
+import gzip
+import hashlib
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
+
+from .errors import UserError
+
+DATASETS: dict[str, type[datasets.MNIST]] = {
+    "mnist": datasets.MNIST,
+    "fashion-mnist": datasets.FashionMNIST,
+    "kmnist": datasets.KMNIST,
+    "qmnist": datasets.QMNIST,
+}
+
+PACKAGED_MNIST = Path(__file__).with_name("mnist")
+
+# Of the unpacked files.
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 of shape (N, 1, 28, 28), and their labels, int64 of shape (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> "Split":
+        """The same split on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of the training pixels, in units of the full range 0..255 = 1."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Normalization":
+        """The exact figures of `images` (uint8, any shape), from the count of each of the 256 values."""
+        counts = torch.bincount(images.flatten(), minlength=256).double()
+        values = torch.arange(256, device=images.device, dtype=torch.float64) / 255
+        mean = (counts @ values) / counts.sum()
+        variance = (counts @ (values - mean).square()) / counts.sum()
+        return cls(mean.item(), variance.sqrt().item())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalizes `images`, of any dtype with values 0..255, to float32."""
+        return images.float().sub(self.mean * 255).div_(self.std * 255)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set: its splits, the names of its ten classes and the normalization its training images ask for."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    normalization: Normalization
+    validation: Split | None = None
+
+    def to(self, device: torch.device) -> "Dataset":
+        """The same data set on `device`."""
+        validation = None if self.validation is None else self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
+
+    def with_validation(self, fraction: float) -> "Dataset":
+        """Moves `fraction` of the training images, at least one and always the same ones, to a validation split."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        count = max(1, round(fraction * len(self.train)))
+        return replace(self, validation=self.train[order[:count]], train=self.train[order[count:]])
+
+
+def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
+    """Reads a data set; MNIST comes with the package, the others are downloaded when they are not there yet.
+
+    Args:
+        name: a key of DATASETS.
+        data_dir: the folder torchvision reads from and downloads to; None: the package's for MNIST, else ./data.
+
+    Raises:
+        UserError: a file is missing, corrupt or cannot be downloaded.
+    """
+    if name == "mnist" and data_dir is None:
+        with TemporaryDirectory() as folder:
+            _unpack_mnist(Path(folder, "MNIST", "raw"))
+            return _read(name, Path(folder), download=False)
+    root = data_dir or Path("data")
+    dataset = _read(name, root, download=True)
+    if name == "mnist":
+        for path in (root / "MNIST" / "raw" / file for file in MNIST_MD5):
+            if not _is_intact(path.name, path.read_bytes()):
+                raise UserError(f"{path} is corrupt or is not MNIST's; delete it to have it downloaded again")
+    return dataset
+
+
+def _read(name: str, root: Path, *, download: bool) -> Dataset:
+    source = DATASETS[name]
+    raw = root / source.__name__ / "raw"
+    try:
+        train, test = (source(root, train=train, download=download) for train in (True, False))
+    except OSError as error:
+        raise UserError(f"cannot read or download {name} in {root}: {error}; name a folder with --data-dir") from error
+    except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        for path in sorted(path for path in raw.glob("*") if path.suffix not in (".gz", ".xz")):
+            if not _is_readable(path):
+                raise UserError(f"{path} is corrupt or truncated; delete it to have it downloaded again") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read or download {name} in {root}: {reason}; put the files into {raw}") from error
+    return Dataset(
+        name=name,
+        train=_split(train),
+        test=_split(test),
+        classes=tuple(label.split(" - ")[0] for label in source.classes),
+        normalization=Normalization.of(train.data),
+    )
+
+
+def _split(source: datasets.MNIST) -> Split:
+    # QMNIST's labels are rows of (N, 8) whose first column is the class.
+    labels = source.targets if source.targets.ndim == 1 else source.targets[:, 0].contiguous()
+    return Split(source.data.unsqueeze(1), labels)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_sn3_pascalvincent_tensor(str(path))
+    except Exception:  # whatever the reader does with garbage
+        return False
+    return True
+
+
+def _unpack_mnist(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in MNIST_MD5:
+        archive = PACKAGED_MNIST / f"{name}.gz"
+        try:
+            content = gzip.decompress(archive.read_bytes())
+        except (OSError, EOFError, zlib.error):
+            content = b""
+        if not _is_intact(name, content):
+            raise UserError(f"{archive} is missing, truncated or corrupt; install mnistnorm again")
+        (folder / name).write_bytes(content)
+
+
+def _is_intact(name: str, content: bytes) -> bool:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Bounds of the random affine maps; each parameter is uniform between minus its bound and its bound."""
+
+    rotation: float = 0.12  # radians
+    shift: float = 1.5  # pixels
+    scale: float = 0.08  # relative to 1
+    shear: float = 0.06  # horizontal pixels per vertical pixel
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Maps each image by its own random affine map, bilinearly, onto a background of 0.
+
+        Args:
+            images: float, of shape (N, C, H, W).
+            generator: on the device of `images`.
+        """
+        n, _, height, width = images.shape
+        uniform = torch.rand(5, n, 1, 1, generator=generator, device=images.device).mul_(2).sub_(1)
+        angle, scale, shear = uniform[0] * self.rotation, 1 + uniform[1] * self.scale, uniform[2] * self.shear
+        shift_x, shift_y = uniform[3] * (2 * self.shift / width), uniform[4] * (2 * self.shift / height)
+        # The centres of the pixels, in units where the image spans -1..1, and where each is taken from.
+        y = torch.arange(1 - height, height, 2, device=images.device).div(height).view(-1, 1)
+        x = torch.arange(1 - width, width, 2, device=images.device).div(width) + shear * y
+        cos, sin = scale * angle.cos(), scale * angle.sin()
+        grid = torch.stack([cos * x - sin * y + shift_x, sin * x + cos * y + shift_y], dim=-1)
+        return F.grid_sample(images, grid, align_corners=False)
+
+
+class TrainingBatches:
+    """The training split in shuffled, augmented and normalized batches, epoch after epoch.
+
+    An iteration runs to the end of the epoch. The position in it is part of the state: an iterator made after
+    load_state_dict continues where the one that was running at state_dict stood.
+
+    Args:
+        split: the images and labels, on the device that the batches are made on.
+        batch_size: images per batch; the last of an epoch may be smaller.
+        normalization: applied last.
+        augmentation: None for none.
+        seed: of the shuffling and the augmentation, which share a generator of their own.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        normalization: Normalization,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.split = split
+        self.batch_size = batch_size
+        self.normalization = normalization
+        self.augmentation = augmentation
+        self._generator = torch.Generator(split.images.device).manual_seed(seed)
+        self._order = torch.empty(0, dtype=torch.int64, device=split.images.device)
+        self._position = 0
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return math.ceil(len(self.split) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._position >= len(self._order):
+            self._order = torch.randperm(len(self.split), generator=self._generator, device=self._order.device)
+            self._position = 0
+        while self._position < len(self._order):
+            batch = self.split[self._order[self._position : self._position + self.batch_size]]
+            self._position += len(batch)
+            images = batch.images.float()
+            if self.augmentation:
+                images = self.augmentation(images, self._generator)
+            yield self.normalization(images), batch.labels
+
+    def state_dict(self) -> dict[str, Any]:
+        unfinished = self._position < len(self._order)
+        return {
+            "generator": self._generator.get_state(),
+            "order": self._order.cpu() if unfinished else None,
+            "position": self._position if unfinished else 0,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"])
+        order = state["order"]
+        self._order = self._order.new_empty(0) if order is None else order.to(self._order.device)
+        self._position = state["position"]

@@ -1,0 +1,14 @@
+"""The error that the programs report in one line."""
+
+
+class UserError(Exception):
+    """Something the user can mend: ends a program with one line that says what is wrong and what to do.
+
+    Args:
+        message: the line.
+        exit_code: 1 for a failure, 2 for wrong usage.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

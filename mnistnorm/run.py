@@ -1,0 +1,309 @@
+"""A training run in its folder: what it says, what it writes, and how it is interrupted and resumed."""
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import plots
+from .checkpoint import Checkpoint, write_atomically
+from .data import Augmentation, TrainingBatches, load_dataset
+from .errors import UserError
+from .kernels.functional import choose_implementation
+from .model import CNN
+from .training import Settings, Trainer
+
+# A run's files, besides TensorBoard's.
+LAST, BEST = "last.pt", "best.pt"
+CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
+
+
+def default_out(dataset: str, norm: str, fused: bool, seed: int) -> Path:
+    """The folder of a run that is given none."""
+    return Path("runs", f"{dataset}-{norm}-{'fused' if fused else 'stock'}-seed{seed}")
+
+
+def run_training(settings: Settings, out: Path, *, resume: bool = False, overwrite: bool = False) -> Trainer:
+    """Trains by `settings`, writing to `out` what a run leaves, and saying on stdout how it goes.
+
+    Args:
+        settings: of the run.
+        out: its folder, made if need be.
+        resume: continue from the checkpoint in `out`, which `settings` must be those of.
+        overwrite: replace a run in `out`.
+
+    Returns:
+        the trainer at the end of the run.
+
+    Raises:
+        UserError: `out` holds a run already or cannot be written; the training diverged; a signal stopped it, after it
+            was saved.
+    """
+    implementation = describe_implementation(settings)
+    checkpoint = load_run(out, settings) if resume else None
+    prepare_out(out, may_hold_run=resume or overwrite)
+    trainer = build_trainer(settings)
+    if checkpoint:
+        if checkpoint.training is None:
+            raise UserError(f"{out / LAST} holds a network only, no run to resume: leave out --resume")
+        trainer.model.load_state_dict(checkpoint.model)
+        trainer.load_state_dict(checkpoint.training)
+    else:
+        for path in (*(out / name for name in (BEST, METRICS, CURVES, MISTAKES)), *out.glob("events.out.tfevents.*")):
+            path.unlink(missing_ok=True)
+        save(trainer, out / LAST)
+    for line in describe(trainer, implementation, out):
+        print(line, flush=True)
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}
+    config = {"settings": asdict(settings), "layers": implementation, "environment": environment}
+    write_atomically(out / CONFIG, json.dumps(config, indent=2) + "\n")
+    _train_to_the_end(trainer, out)
+    _report(trainer, out)
+    return trainer
+
+
+def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
+    """The checkpoint to resume the run in `out` from.
+
+    Raises:
+        UserError: there is none, or it is not one of a run with `settings`.
+    """
+    if not (out / LAST).exists():
+        raise UserError(f"there is no run to resume in {out}: name its folder with --out or leave out --resume")
+    checkpoint = Checkpoint.load(out / LAST)
+    for name, value in asdict(settings or checkpoint.settings).items():
+        saved = getattr(checkpoint.settings, name)
+        if saved != value:
+            raise UserError(
+                f"the run in {out} has {name}={saved}, not {value}: resume it without the change", exit_code=2
+            )
+    return checkpoint
+
+
+def prepare_out(out: Path, *, may_hold_run: bool) -> None:
+    """Makes the folder of a run and checks that it can be written, and with not `may_hold_run` that it is free."""
+    if (out / LAST).exists() and not may_hold_run:
+        raise UserError(f"{out} holds a run: continue it (--resume), replace it (--overwrite) or name another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {error.strerror}; take another with --out") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise UserError(f"the folder {out} cannot be written to; take another with --out")
+
+
+def build_trainer(settings: Settings) -> Trainer:
+    """A trainer before its first step: data and model on the device, everything random seeded."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    device = torch.device(settings.device)
+    model = CNN(settings.norm, fused=settings.fused, dropout=settings.dropout, impl=settings.impl).to(device)
+    if device.type == "cpu" and settings.norm != "layer":
+        # Faster convolutions and pooling; layer norm wants its rows contiguous.
+        model = model.to(memory_format=torch.channels_last)
+    if settings.compile:
+        _check_compiler(device)
+        model.compile()
+    dataset = load_dataset(settings.dataset, Path(settings.data_dir) if settings.data_dir else None)
+    if settings.val_split:
+        dataset = dataset.with_validation(settings.val_split)
+    dataset = dataset.to(device)
+    augmentation = Augmentation() if settings.augment else None
+    batches = TrainingBatches(dataset.train, settings.batch_size, dataset.normalization, augmentation, settings.seed)
+    return Trainer(model, dataset, settings, batches)
+
+
+def _check_compiler(device: torch.device) -> None:
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile does not work on this machine, leave it out: {reason}") from error
+
+
+def describe_implementation(settings: Settings) -> str:
+    """Which implementation computes norm, dropout and ReLU, and why.
+
+    Raises:
+        UserError: the one asked for does not run here.
+    """
+    if not settings.fused:
+        if settings.impl != "auto":
+            raise UserError(f"--impl {settings.impl} is for the fused layers: add --fused", exit_code=2)
+        return "torch.nn's own layers (--no-fused)"
+    try:
+        chosen = choose_implementation(settings.impl, torch.device(settings.device))
+    except RuntimeError as error:
+        raise UserError(f"--impl {settings.impl}: {error}", exit_code=2) from error
+    name = {"torch": "fused layers in PyTorch", "triton": "fused layers in Triton"}[chosen]
+    if settings.impl != "auto":
+        return f"{name} (--impl {settings.impl})"
+    return f"{name} (Triton {'compiles' if chosen == 'triton' else 'does not compile'} for {settings.device})"
+
+
+def describe(trainer: Trainer, implementation: str, out: Path) -> Iterator[str]:
+    """What the run will run on, and what it will do, a line at a time."""
+    settings, dataset = trainer.settings, trainer.dataset
+    held_out = f", {len(dataset.validation):,} validation" if dataset.validation is not None else ""
+    extras = {
+        "dropout": settings.dropout,
+        "weight decay": settings.weight_decay,
+        "L1": settings.l1,
+        "label smoothing": settings.label_smoothing,
+    }
+    recipe = [
+        f"{settings.epochs} epochs",
+        f"batch {settings.batch_size}",
+        f"{settings.optimizer} at {settings.lr:g}",
+        "augmented" if settings.augment else "not augmented",
+        *(f"{name} {value:g}" for name, value in extras.items() if value),
+        f"seed {settings.seed}",
+    ]
+    options = "".join(f", {name}" for name in ("compile", "amp") if getattr(settings, name))
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    name = f" ({torch.cuda.get_device_name(trainer.device)})" if trainer.device.type == "cuda" else ""
+    yield f"device   {settings.device}{name}, CPU threads: {settings.threads}, torch {torch.__version__}{options}"
+    yield f"layers   {implementation}"
+    yield f"network  {settings.norm} norm, {parameters:,} parameters"
+    yield f"data     {dataset.name}: {len(dataset.train):,} training{held_out}, {len(dataset.test):,} test images"
+    yield f"recipe   {', '.join(recipe)}"
+    yield f"out      {out}" + (f", resumed at epoch {trainer.epoch + 1}" if trainer.step else "")
+
+
+def _train_to_the_end(trainer: Trainer, out: Path) -> None:
+    images, epochs = len(trainer.dataset.train), trainer.settings.epochs
+    bar = tqdm(
+        total=epochs * images,
+        initial=trainer.epoch * images + trainer.running[2],
+        unit=" images",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None,  # where stderr is no terminal
+    )
+
+    def after_step(batch: int) -> bool:
+        bar.update(batch)
+        if not bar.disable and trainer.step % 10 == 0:
+            loss, accuracy, _ = trainer.running
+            bar.set_description(f"epoch {trainer.epoch + 1}/{epochs}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+        return bool(signals)
+
+    with bar, _signals_deferred() as signals, _tensorboard_writer(out, purge_step=trainer.epoch + 1) as writer:
+        while trainer.epoch < epochs and not signals:
+            if trainer.train_epoch(after_step):
+                _save_epoch(trainer, out, writer)
+                bar.write(_epoch_line(trainer.history[-1], epochs))
+                sys.stdout.flush()
+        if trainer.epoch < epochs:
+            save(trainer, out / LAST)
+            raise UserError(
+                f"stopped by {signal.Signals(signals[0]).name} in epoch {trainer.epoch + 1} and saved in {out}; "
+                "the same command with --resume continues",
+                exit_code=128 + signals[0],
+            )
+
+
+def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
+    metrics = trainer.history[-1]
+    if not all(math.isfinite(value) for value in metrics.values()):
+        lr = trainer.settings.lr
+        raise UserError(f"the training diverged in epoch {trainer.epoch}: take a lower --lr than {lr:g}")
+    if best_epoch(trainer.history) == trainer.epoch:
+        save(trainer, out / BEST, to_resume=False)
+    save(trainer, out / LAST)
+    write_atomically(out / METRICS, "".join(json.dumps(line) + "\n" for line in trainer.history))
+    if writer:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, trainer.epoch)
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in the list it yields instead of letting them interrupt."""
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _tensorboard_writer(out: Path, purge_step: int) -> AbstractContextManager[Any]:
+    """A SummaryWriter that replaces events from `purge_step` on; None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return nullcontext()
+    return SummaryWriter(str(out), purge_step=purge_step)
+
+
+def save(trainer: Trainer, path: Path, *, to_resume: bool = True) -> None:
+    """Writes a checkpoint of `trainer`; not `to_resume`, of the network only."""
+    Checkpoint(
+        settings=trainer.settings,
+        model=trainer.model.state_dict(),
+        classes=trainer.dataset.classes,
+        normalization=trainer.dataset.normalization,
+        metrics=trainer.history[-1] if trainer.history else {},
+        training=trainer.state_dict() if to_resume else None,
+    ).save(path)
+
+
+def best_epoch(history: plots.History) -> int:
+    """The epoch of the highest validation accuracy, or without a validation split of the lowest training loss.
+
+    Never chosen by the test images, on which the result is reported.
+    """
+    if "validation_accuracy" in history[0]:
+        best = max(history, key=lambda metrics: metrics["validation_accuracy"])
+    else:
+        best = min(history, key=lambda metrics: metrics["train_loss"])
+    return int(best["epoch"])
+
+
+def _epoch_line(metrics: dict[str, float], epochs: int) -> str:
+    scores = (
+        f"{split} {metrics[f'{split}_loss']:.4f} {metrics[f'{split}_accuracy']:.2%}"
+        for split in ("train", "validation", "test")
+        if f"{split}_loss" in metrics
+    )
+    return (
+        f"epoch {metrics['epoch']:2}/{epochs}   {'   '.join(scores)}   "
+        f"{metrics['seconds']:.1f} s, {metrics['images_per_second']:,.0f} images/s"
+    )
+
+
+def mistakes_of(trainer: Trainer) -> plots.Mistakes:
+    """What the network gets wrong of the test images."""
+    test = trainer.dataset.test
+    return plots.Mistakes.of(trainer.log_probabilities(test), test)
+
+
+def _report(trainer: Trainer, out: Path) -> None:
+    settings, dataset, last = trainer.settings, trainer.dataset, trainer.history[-1]
+    title = f"{dataset.name}, {settings.norm} norm"
+    curves_title = f"{title}, trained on augmented images" if settings.augment else title
+    grid = plots.mistake_grid(mistakes_of(trainer), dataset.classes, title, rows=5, columns=10)
+    write_atomically(out / CURVES, plots.png(plots.run_curves(trainer.history, curves_title)))
+    write_atomically(out / MISTAKES, plots.png(grid))
+    seconds = sum(metrics["seconds"] for metrics in trainer.history)
+    reason = "highest validation accuracy" if dataset.validation is not None else "lowest training loss"
+    print(f"test     {last['test_accuracy']:.2%} right, loss {last['test_loss']:.4f}, after the last epoch")
+    print(f"time     {int(seconds // 60)} min {seconds % 60:.0f} s of training")
+    print(f"files    {out}: {LAST}, {BEST} (epoch {best_epoch(trainer.history)}, {reason}),")
+    print(f"         {CONFIG}, {METRICS}, {CURVES}, {MISTAKES}")

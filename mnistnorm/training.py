@@ -1,0 +1,287 @@
+"""The pieces of a training run, free of files and flags: settings, optimizers, schedule, trainer, evaluation."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import Dataset, Normalization, Split, TrainingBatches
+from .kernels.functional import Impl
+
+# The peak learning rate, by optimizer and norm.
+LEARNING_RATES = {
+    "muon": {"batch": 0.05, "group": 0.05, "layer": 0.1, "sample": 0.05},
+    "sgd": {"batch": 0.2, "group": 0.2, "layer": 0.2, "sample": 0.2},
+    "adamw": {"batch": 0.01, "group": 0.01, "layer": 0.02, "sample": 0.01},
+}
+
+# With Muon, what Muon does not take runs on AdamW at this share of the learning rate.
+ADAMW_SHARE = 0.2
+
+# The share of the steps in which the learning rate rises.
+WARMUP = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that decides the result of a training run.
+
+    Attributes:
+        norm: one of model.NORMS.
+        fused: whether the network is built of the fused layers.
+        impl: "auto", "triton" or "torch", of the fused layers.
+        dropout: probability of zeroing an element between norm and ReLU.
+        optimizer: "muon" (on the convolutions but the last, AdamW on the rest), "sgd" (Nesterov) or "adamw".
+        lr: peak learning rate.
+        epochs: length of the schedule.
+        batch_size: images per step.
+        weight_decay: decoupled with muon and adamw, as a gradient with sgd; on convolutions only.
+        l1: factor of the sum of the convolutions' absolute weights in the loss.
+        label_smoothing: share of the loss that is the mean over all classes.
+        augment: whether training images are augmented.
+        seed: of the initial weights, the order of the images, the augmentation and the dropout.
+        dataset: a key of data.DATASETS.
+        data_dir: folder of the data set; None: see data.load_dataset.
+        val_split: fraction of the training images kept for validation.
+        device: a torch device.
+        threads: of the CPU.
+        amp: forward in bfloat16 where autocast allows it.
+        compile: whether the network runs under torch.compile.
+    """
+
+    norm: str = "batch"
+    fused: bool = False
+    impl: Impl = "auto"
+    dropout: float = 0.0
+    optimizer: str = "muon"
+    lr: float
+    epochs: int = 15
+    batch_size: int = 128
+    weight_decay: float = 0.0
+    l1: float = 0.0
+    label_smoothing: float = 0.0
+    augment: bool = True
+    seed: int = 0
+    dataset: str = "mnist"
+    data_dir: str | None = None
+    val_split: float = 0.0
+    device: str = "cpu"
+    threads: int = 1
+    amp: bool = False
+    compile: bool = False
+
+
+class ConvMuon(torch.optim.Muon):
+    """torch.optim.Muon for convolutions: a weight (out, in, kH, kW) is optimized as a matrix of `out` rows.
+
+    The matrices share the weights' memory, so that the model's parameters keep their shapes.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], **options: Any) -> None:
+        super().__init__([nn.Parameter(_matrix(weight.detach())) for weight in weights], **options)
+        self._weights = weights
+        self.register_step_pre_hook(self._take_gradients)
+
+    def _take_gradients(self, *_: Any) -> None:
+        for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
+            matrix.grad = None if weight.grad is None else _matrix(weight.grad)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    # The order of the columns is the one that needs no copy; it does not matter to Muon.
+    if not weight.is_contiguous():
+        weight = weight.permute(0, 2, 3, 1)  # channels_last
+    return weight.view(len(weight), -1)
+
+
+def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """The optimizers that together train all parameters of `model`."""
+    convolutions = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    others = [parameter for parameter in model.parameters() if parameter.ndim != 4]
+    lr, weight_decay = settings.lr, settings.weight_decay
+    if settings.optimizer == "muon":
+        *hidden, last = convolutions
+        return [
+            ConvMuon(hidden, lr=lr, momentum=0.95, weight_decay=weight_decay),
+            torch.optim.AdamW(_decay_groups([last], others, weight_decay), lr=lr * ADAMW_SHARE, fused=True),
+        ]
+    groups = _decay_groups(convolutions, others, weight_decay)
+    if settings.optimizer == "sgd":
+        return [torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)]
+    if settings.optimizer == "adamw":
+        return [torch.optim.AdamW(groups, lr=lr, fused=True)]
+    raise ValueError(f"optimizer must be one of {', '.join(LEARNING_RATES)}, got {settings.optimizer!r}")
+
+
+def _decay_groups(decayed: list[nn.Parameter], others: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def lr_factor(progress: float) -> float:
+    """The learning rate at `progress` (0..1) of the run, relative to the peak: linear up, then linear down to 0."""
+    return progress / WARMUP if progress < WARMUP else (1 - progress) / (1 - WARMUP)
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[None]:
+    """Where `enabled`, a context in which the network computes in bfloat16 what bears it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean negative log-likelihood in nats, and the share of right answers."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: nn.Module, images: Tensor, normalization: Normalization, *, amp: bool = False, batch_size: int = 1000
+) -> Tensor:
+    """What `model`, in eval mode, says of raw images (uint8, (N, 1, 28, 28)): float32, (N, classes)."""
+    model.eval()
+    with autocast(images.device, amp):
+        return torch.cat([model(normalization(batch)).float() for batch in images.split(batch_size)])
+
+
+def score(log_probs: Tensor, labels: Tensor) -> Evaluation:
+    """How good `log_probs`, float of (N, classes), are for `labels`, int64 of (N,)."""
+    correct = log_probs.argmax(1).eq(labels).sum().item()
+    return Evaluation(loss=F.nll_loss(log_probs, labels).item(), accuracy=correct / len(labels))
+
+
+class Trainer:
+    """A model on its way through its training, with a state that can be saved after any step.
+
+    Args:
+        model: on the device of the data.
+        dataset: on the device to train on.
+        settings: how to train.
+        batches: what to train on.
+    """
+
+    def __init__(self, model: nn.Module, dataset: Dataset, settings: Settings, batches: TrainingBatches) -> None:
+        self.model = model
+        self.dataset = dataset
+        self.settings = settings
+        self.batches = batches
+        self.device = dataset.train.images.device
+        self.optimizers = build_optimizers(model, settings)
+        self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self._weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self._totals = torch.zeros(2, device=self.device)  # of loss and of right answers, over _images
+        self._images = 0
+        self._seconds = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return len(self.history)
+
+    @property
+    def total_steps(self) -> int:
+        return self.settings.epochs * len(self.batches)
+
+    @property
+    def running(self) -> tuple[float, float, int]:
+        """Mean loss, accuracy and number of images of the running epoch so far."""
+        loss, correct = (self._totals / max(self._images, 1)).tolist()
+        return loss, correct, self._images
+
+    def train_epoch(self, after_step: Callable[[int], bool] = lambda images: False) -> bool:
+        """Trains to the end of the running epoch and evaluates.
+
+        Args:
+            after_step: called with the number of images of each step; returns whether to stop there, which after an
+                epoch's last step is no longer heeded.
+
+        Returns:
+            whether the epoch was completed.
+        """
+        started = time.perf_counter()
+        self.model.train()
+        for images, labels in self.batches:
+            self.train_step(images, labels)
+            if after_step(len(labels)) and self.step % len(self.batches) != 0:
+                self._seconds += time.perf_counter() - started
+                return False
+        self._seconds += time.perf_counter() - started
+        self._end_epoch()
+        return True
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One step of the optimizers, on normalized images and their labels."""
+        factor = lr_factor((self.step + 0.5) / self.total_steps)
+        for optimizer, peaks in zip(self.optimizers, self._peak_lrs, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+        with autocast(self.device, self.settings.amp):
+            log_probs = self.model(images).float()
+        nll = F.nll_loss(log_probs, labels)
+        loss = nll
+        if self.settings.label_smoothing:
+            loss = torch.lerp(nll, -log_probs.mean(), self.settings.label_smoothing)
+        if self.settings.l1:
+            loss = loss + self.settings.l1 * torch.stack([weight.abs().sum() for weight in self._weights]).sum()
+        self.model.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        correct = log_probs.detach().argmax(1).eq(labels).sum()
+        self._totals += torch.stack([nll.detach() * len(labels), correct])
+        self._images += len(labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training continues from, but the model's own state."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "batches": self.batches.state_dict(),
+            "history": self.history,
+            "step": self.step,
+            "totals": self._totals.cpu(),
+            "images": self._images,
+            "seconds": self._seconds,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from what state_dict returned; the model's own state must be loaded as well."""
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        self.batches.load_state_dict(state["batches"])
+        self.history = state["history"]
+        self.step = state["step"]
+        self._totals = state["totals"].to(self.device)
+        self._images = state["images"]
+        self._seconds = state["seconds"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def log_probabilities(self, split: Split) -> Tensor:
+        """What the model, as it stands, says of a split's images: float32, (N, classes)."""
+        return log_probabilities(self.model, split.images, self.dataset.normalization, amp=self.settings.amp)
+
+    def _end_epoch(self) -> None:
+        loss, accuracy, images = self.running
+        metrics = {"epoch": self.epoch + 1, "train_loss": loss, "train_accuracy": accuracy}
+        for name, split in (("validation", self.dataset.validation), ("test", self.dataset.test)):
+            if split is not None:
+                evaluation = score(self.log_probabilities(split), split.labels)
+                metrics |= {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}
+        metrics |= {"seconds": self._seconds, "images_per_second": images / self._seconds}
+        self.history.append(metrics)
+        self._start_epoch()

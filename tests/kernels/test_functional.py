@@ -1,0 +1,497 @@
+"""The public functions against torch.nn's own operations composed in float64."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+from mnistnorm import batch_norm_relu, group_norm_relu, layer_norm_relu
+from mnistnorm.kernels import reference
+
+# A float32 result carries a few roundings of 2^-24 and sums of some thousand terms; half-precision results are computed
+# in float32 and rounded to 2^-11 (float16) or 2^-8 (bfloat16), twice where a residual is added; inputs and parameters
+# are rounded alike for the oracle.
+TOLERANCE = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+DTYPES = tuple(TOLERANCE)
+
+
+class Norm(NamedTuple):
+    """One of the three norms: ours, torch's, and the shapes it takes."""
+
+    fused: Callable[..., Tensor]
+    stock: Callable[..., Tensor]
+    affine_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+
+
+NORMS = {
+    "batch": Norm(
+        lambda x, w, b, **kw: batch_norm_relu(x, None, None, w, b, True, **kw),
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
+        lambda shape: shape[1:2],
+    ),
+    "group": Norm(
+        lambda x, w, b, **kw: group_norm_relu(x, 2, w, b, **kw),
+        lambda x, w, b: F.group_norm(x, 2, w, b),
+        lambda shape: shape[1:2],
+    ),
+    "layer": Norm(
+        lambda x, w, b, **kw: layer_norm_relu(x, x.shape[-1:], w, b, **kw),
+        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
+        lambda shape: shape[-1:],
+    ),
+    "layer3": Norm(
+        lambda x, w, b, **kw: layer_norm_relu(x, x.shape[1:], w, b, **kw),
+        lambda x, w, b: F.layer_norm(x, x.shape[1:], w, b),
+        lambda shape: shape[1:],
+    ),
+}
+norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., ::2].copy_(x),
+}
+
+
+def make(shape, dtype=torch.float32, layout="contiguous", offset=0.5):
+    torch.manual_seed(sum(shape))
+    values = torch.randn(shape, dtype=torch.float64) * 2 + offset
+    laid_out = LAYOUTS[layout](values.to(dtype)) if values.dim() == 4 else values.to(dtype)
+    return laid_out.detach().requires_grad_()
+
+
+def affine(shape, dtype):
+    torch.manual_seed(1)
+    return (torch.rand(shape) + 0.5).to(dtype).requires_grad_(), torch.randn(shape).to(dtype).requires_grad_()
+
+
+def compare(fused, stock, inputs, dtype, grad=None, activation="relu"):
+    """Output and every gradient of `fused` against `stock`, the value before the activation, in float64."""
+    present = [t for t in inputs if t is not None]
+    output = fused(*inputs)
+    assert output.dtype == dtype
+    grad = torch.randn_like(output) if grad is None else grad
+    gradients = torch.autograd.grad(output, present, grad)
+
+    def of_stock(convert):
+        copies = [None if t is None else convert(t.detach()).requires_grad_() for t in inputs]
+        value = stock(*copies)
+        # Rounding may carry a value across 0, but the mask of the gradient is always that of the output.
+        masked = grad.to(value.dtype) * (output > 0) if activation == "relu" else grad.to(value.dtype)
+        return value, torch.autograd.grad(value, [t for t in copies if t is not None], masked)
+
+    value, exact_gradients = of_stock(Tensor.double)
+    close(output, F.relu(value) if activation == "relu" else value, TOLERANCE[dtype])
+    for tensor, gradient, exact, same in zip(
+        present, gradients, exact_gradients, of_stock(Tensor.clone)[1], strict=True
+    ):
+        assert gradient.shape == tensor.shape
+        assert gradient.dtype == tensor.dtype
+        # Relative to the largest gradient; a slab of nearly equal values amplifies roundings, in torch as here.
+        tolerance = TOLERANCE[dtype] * max(1.0, exact.abs().max().item())
+        close(gradient, exact, max(tolerance, 2 * (same - exact).abs().max().item()))
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def stock_of(norm):
+    return lambda x, w, b, r=None: norm.stock(x, w, b) if r is None else norm.stock(x, w, b) + r
+
+
+def fused_of(norm, **options):
+    return lambda x, w, b, r=None: norm.fused(x, w, b, residual=r, **options)
+
+
+# Odd and prime sizes, one sample, few values to a slab, and enough rows, planes and samples for each of the fast paths.
+SHAPES = [
+    (2, 4, 1, 1),
+    (3, 6, 5, 7),
+    (1, 2, 13, 3),
+    (5, 8, 1, 2),
+    (64, 14, 7, 7),
+    (16, 4, 26, 26),
+    (128, 50, 5, 5),
+    (7, 4),
+    (3, 2, 11),
+    (2, 4, 3, 2, 5),
+]
+
+
+@norms
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_matches_torch(norm, shape, dtype, with_residual):
+    weight, bias = affine(norm.affine_shape(shape), dtype)
+    residual = make(shape, dtype, offset=0.0) if with_residual else None
+    compare(fused_of(norm), stock_of(norm), (make(shape, dtype), weight, bias, residual), dtype)
+
+
+@norms
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_input_with_float32_parameters(norm, dtype):
+    shape = (3, 4, 5, 6)
+    inputs = (make(shape, dtype), *affine(norm.affine_shape(shape), torch.float32), None)
+    compare(fused_of(norm), stock_of(norm), inputs, dtype)
+
+
+@norms
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "transposed", "expanded"])
+def test_layouts_of_input_and_gradient(norm, layout, dtype, grad_layout):
+    shape = (3, 4, 6, 5)
+    inputs = (make(shape, dtype, layout), *affine(norm.affine_shape(shape), dtype), make(shape, dtype, "transposed"))
+    grad = torch.randn(shape).to(dtype)
+    grad = grad[:1, :, :1].expand(shape) if grad_layout == "expanded" else LAYOUTS[grad_layout](grad)
+    compare(fused_of(norm), stock_of(norm), inputs, dtype, grad)
+
+
+@pytest.mark.parametrize("name", ["batch", "group"])
+@pytest.mark.parametrize(
+    ("shape", "memory_format"), [((2, 4, 3, 5), torch.channels_last), ((2, 4, 3, 2, 5), torch.channels_last_3d)]
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_memory_format_is_kept(name, shape, memory_format, dropout_p):
+    x = make(shape).detach().contiguous(memory_format=memory_format).requires_grad_()
+    output = NORMS[name].fused(x, None, None, dropout_p=dropout_p)
+    (grad,) = torch.autograd.grad(output, x, torch.randn_like(output))
+    assert output.is_contiguous(memory_format=memory_format)
+    assert grad.is_contiguous(memory_format=memory_format)
+
+
+@norms
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (64, 14, 7, 7)], ids=str)
+def test_without_weight_or_bias(norm, weight, bias, shape):
+    w, b = affine(norm.affine_shape(shape), torch.float32)
+    compare(
+        fused_of(norm), stock_of(norm), (make(shape), w if weight else None, b if bias else None, None), torch.float32
+    )
+
+
+@norms
+def test_identity_activation(norm):
+    shape = (3, 4, 6, 5)
+    inputs = (make(shape), *affine(norm.affine_shape(shape), torch.float32), make(shape, offset=0.0))
+    compare(fused_of(norm, activation="identity"), stock_of(norm), inputs, torch.float32, activation="identity")
+
+
+@norms
+@pytest.mark.parametrize("shape", [(4, 2, 9, 7), (64, 8, 7, 7), (64, 4, 26, 26)], ids=str)
+def test_a_large_mean_survives(norm, shape):
+    # float32 holds 1e4 +- 1 to 1e-3, and so exact is a centred sum; E[x^2] - E[x]^2 is off by units.
+    x = make(shape, offset=1e4)
+    output = norm.fused(x, None, None, activation="identity")
+    torch.testing.assert_close(output.double(), norm.stock(x.double(), None, None), atol=5e-3, rtol=0)
+
+
+@norms
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_pass_as_in_torch(norm, value):
+    x = make((3, 4, 6, 5)).detach()
+    x[1, 2, 3, 4] = value
+    torch.testing.assert_close(norm.fused(x, None, None), F.relu(norm.stock(x, None, None)), equal_nan=True)
+
+
+@norms
+def test_gradient_at_zero_is_zero(norm):
+    shape = (3, 4, 6, 5)
+    x = make(shape)
+    weight = torch.zeros(norm.affine_shape(shape), requires_grad=True)
+    output = norm.fused(x, weight, None)
+    grads = torch.autograd.grad(output.sum(), [x, weight])
+    assert all((grad == 0).all() for grad in (output, *grads))
+
+
+@norms
+def test_only_the_gradients_asked_for(norm):
+    shape = (3, 4, 6, 5)
+    for asked in range(4):
+        inputs = [make(shape), *affine(norm.affine_shape(shape), torch.float32), make(shape)]
+        inputs = [t.detach().requires_grad_(i == asked) for i, t in enumerate(inputs)]
+        norm.fused(*inputs[:3], residual=inputs[3]).sum().backward()
+        assert [t.grad is not None for t in inputs] == [i == asked for i in range(4)]
+
+
+@norms
+def test_saves_nothing_but_input_output_and_statistics(norm):
+    shape = (4, 8, 12, 12)
+    x = make(shape)
+    parameters = affine(norm.affine_shape(shape), torch.float32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        output = norm.fused(x, *parameters, dropout_p=0.3)
+    known = {t.untyped_storage().data_ptr() for t in (x, output, *parameters)}
+    other = sum(t.numel() for t in saved if t.untyped_storage().data_ptr() not in known)
+    statistics = {"batch": 2 * 8, "group": 2 * 4 * 2, "layer": 2 * 4 * 8 * 12, "layer3": 2 * 4}
+    assert other == statistics[next(name for name, n in NORMS.items() if n is norm)]
+
+
+# ---- batch norm's running statistics and eval mode
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (64, 14, 7, 7), (16, 4, 26, 26), (9, 4)], ids=str)
+def test_running_statistics(shape, dtype):
+    x = make(shape, dtype).detach()
+    mine = [torch.full(shape[1:2], 0.25, dtype=dtype), torch.full(shape[1:2], 2.0, dtype=dtype)]
+    theirs = [buffer.double() for buffer in mine]
+    batch_norm_relu(x, *mine, training=True, momentum=0.3)
+    F.batch_norm(x.double(), *theirs, training=True, momentum=0.3)
+    for buffer, exact in zip(mine, theirs, strict=True):
+        close(buffer, exact, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eval_mode(dtype, layout):
+    shape = (3, 4, 6, 5)
+    running = (torch.randn(4).to(dtype), (torch.rand(4) + 0.5).to(dtype))
+    inputs = (make(shape, dtype, layout), *affine((4,), dtype), make(shape, dtype))
+    compare(
+        lambda x, w, b, r: batch_norm_relu(x, *running, w, b, False, residual=r),
+        lambda x, w, b, r: F.batch_norm(x, *(t.to(w.dtype) for t in running), w, b, False) + r,
+        inputs,
+        dtype,
+    )
+
+
+def test_eval_gradient_does_not_see_later_updates():
+    running = torch.zeros(4), torch.ones(4)
+    x = make((3, 4, 6, 5))
+    output = batch_norm_relu(x, *running)
+    running[1].fill_(100.0)
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(grad, (x > 0) / (1 + 1e-5) ** 0.5)
+
+
+@norms
+@pytest.mark.parametrize("shape", [(0, 4, 6, 5), (3, 4, 0, 5)], ids=str)
+def test_empty_inputs(norm, shape):
+    inputs = (make(shape), *affine(norm.affine_shape(shape), torch.float32))
+    output = norm.fused(*inputs)
+    assert output.shape == shape
+    for tensor, gradient in zip(inputs, torch.autograd.grad(output.sum(), inputs), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+# ---- dropout
+
+
+@norms
+@pytest.mark.parametrize("dropout_p", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_dropout_forward_and_backward_share_a_mask(norm, dropout_p, dtype, activation, with_residual, layout):
+    shape = (4, 6, 9, 8)
+    weight, bias = affine(norm.affine_shape(shape), dtype)
+    inputs = (make(shape, dtype, layout), weight, bias, make(shape, dtype, offset=0.0) if with_residual else None)
+    torch.manual_seed(5)
+    # Read off an output that is 1 / (1 - p) where kept: weight 0, bias 1.
+    mask = norm.fused(
+        inputs[0].detach(), torch.zeros_like(weight), torch.ones_like(bias), dropout_p=dropout_p, activation="identity"
+    )
+    kept = mask != 0
+    assert 0.0 < kept.double().mean() < 1.0
+    close(mask[kept], torch.full_like(mask[kept], 1 / (1 - dropout_p), dtype=torch.float64), TOLERANCE[dtype])
+
+    def fused(x, w, b, r=None):
+        torch.manual_seed(5)
+        return norm.fused(x, w, b, residual=r, dropout_p=dropout_p, activation=activation)
+
+    def stock(x, w, b, r=None):
+        value = norm.stock(x, w, b) * kept / (1 - dropout_p)
+        return value if r is None else value + r
+
+    compare(fused, stock, inputs, dtype, activation=activation)
+
+
+@norms
+def test_dropout_keeps_at_the_right_rate(norm):
+    # The threshold is right to within 2^-17; the rest is chance: five standard deviations of a binomial.
+    for dropout_p in (0.001, 0.05, 0.5, 0.95):
+        x = torch.randn(64, 8, 64, 64)
+        output = norm.fused(
+            x, torch.zeros(norm.affine_shape(x.shape)), torch.ones(norm.affine_shape(x.shape)), dropout_p=dropout_p
+        )
+        n = output.numel()
+        bound = 5 * (dropout_p * (1 - dropout_p) / n) ** 0.5 + 2**-17
+        assert abs((output == 0).sum().item() / n - dropout_p) < bound
+
+
+def test_dropout_threshold_is_exact(monkeypatch):
+    # All 65,536 words once: the share that drops is p to within half a word.
+    words = torch.arange(-(2**15), 2**15).to(torch.int16)
+    monkeypatch.setattr(reference, "_word_source", lambda seed, device: lambda count: words)
+    for dropout_p in (0.05, 0.1, 1 / 3, 0.999):
+        values = torch.ones(2**16)
+        reference._drop_(values, torch.contiguous_format, dropout_p, 0)
+        assert abs((values == 0).sum().item() / 2**16 - dropout_p) <= 2**-17
+
+
+@norms
+def test_dropout_is_governed_by_manual_seed(norm):
+    x = make((4, 6, 9, 8)).detach()
+
+    def draw(seed=None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return norm.fused(x, None, None, dropout_p=0.5)
+
+    first = draw(0)
+    assert not torch.equal(first, draw())
+    assert torch.equal(first, draw(0))
+    assert not torch.equal(first, draw(1))
+
+
+@norms
+def test_dropout_of_everything_and_of_nothing(norm):
+    x = make((4, 6, 9, 8))
+    residual = make((4, 6, 9, 8), offset=0.0)
+    output = norm.fused(x, None, None, dropout_p=1.0, residual=residual)
+    torch.testing.assert_close(output, F.relu(residual))
+    assert (torch.autograd.grad(output.sum(), x)[0] == 0).all()
+    torch.testing.assert_close(norm.fused(x, None, None, dropout_p=0.0), F.relu(norm.stock(x, None, None)))
+
+
+def test_dropout_mask_is_the_same_under_checkpointing():
+    x = make((4, 6, 9, 8))
+
+    def block(x):
+        return batch_norm_relu(x, None, None, training=True, dropout_p=0.5).square()
+
+    torch.manual_seed(0)
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
+    torch.manual_seed(0)
+    (actual,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
+    assert torch.equal(actual, expected)
+
+
+# ---- derivatives
+
+
+@norms
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_first_and_second_derivatives(norm, dropout_p, activation, with_residual):
+    shape = (2, 4, 2, 3)
+    inputs = [make(shape, torch.float64), *affine(norm.affine_shape(shape), torch.float64)]
+    inputs += [make(shape, torch.float64, offset=0.0)] if with_residual else []
+
+    def fused(x, w, b, r=None):
+        torch.manual_seed(7)
+        return norm.fused(x, w, b, residual=r, dropout_p=dropout_p, activation=activation)
+
+    assert gradcheck(fused, inputs)
+    assert gradgradcheck(fused, inputs, fast_mode=True)
+
+
+def test_derivatives_in_eval_mode():
+    running = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
+    inputs = [make((3, 4, 3, 5), torch.float64), *affine((4,), torch.float64)]
+    assert gradcheck(lambda x, w, b: batch_norm_relu(x, *running, w, b), inputs)
+    assert gradgradcheck(lambda x, w, b: batch_norm_relu(x, *running, w, b), inputs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_shape_dtype_and_option(data):
+    """Shapes, strides, dtypes and options drawn at random, each against the oracle."""
+    norm = NORMS[data.draw(st.sampled_from(sorted(NORMS)))]
+    dtype = data.draw(st.sampled_from(DTYPES))
+    spatial = data.draw(st.lists(st.integers(1, 9), max_size=3))
+    shape = (data.draw(st.integers(2, 9)), data.draw(st.sampled_from([2, 4, 6, 10])), *spatial)
+    layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
+    weight, bias = affine(
+        norm.affine_shape(shape), data.draw(st.sampled_from([dtype, torch.float32])) if dtype.itemsize == 2 else dtype
+    )
+    if dtype.itemsize > 2:  # torch refuses a half-precision input with a float32 bias and no weight
+        weight, bias = (t if data.draw(st.booleans()) else None for t in (weight, bias))
+    residual = make(shape, dtype, layout, offset=0.0) if data.draw(st.booleans()) else None
+    compare(fused_of(norm), stock_of(norm), (make(shape, dtype, layout), weight, bias, residual), dtype)
+
+
+# ---- what is refused
+
+X = torch.ones(2, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: batch_norm_relu(torch.ones(4), None, None, training=True), ValueError, "2 to 5 dimensions"),
+        (lambda: batch_norm_relu(torch.ones(2, 2, 2, 2, 2, 2), None, None, training=True), ValueError, "2 to 5 dim"),
+        (lambda: batch_norm_relu([[1.0]], None, None), TypeError, "input must be a Tensor, got list"),
+        (lambda: batch_norm_relu(X.int(), None, None, training=True), NotImplementedError, "got torch.int32"),
+        (lambda: batch_norm_relu(X.cfloat(), None, None, training=True), NotImplementedError, "complex64"),
+        (lambda: batch_norm_relu(X, None, None), RuntimeError, "must be given when training=False"),
+        (lambda: batch_norm_relu(X, torch.ones(4), None), ValueError, "both be None or neither"),
+        (
+            lambda: batch_norm_relu(X, torch.ones(5), torch.ones(5)),
+            RuntimeError,
+            r"running_mean must have shape \(4,\)",
+        ),
+        (lambda: batch_norm_relu(X, None, None, torch.ones(3), training=True), RuntimeError, "weight must have shape"),
+        (lambda: batch_norm_relu(X, None, None, None, torch.ones(4, 1), True), RuntimeError, "bias must have shape"),
+        (
+            lambda: batch_norm_relu(X, None, None, torch.ones(4).double(), training=True),
+            RuntimeError,
+            "weight .* dtype",
+        ),
+        (
+            lambda: batch_norm_relu(X, None, None, torch.ones(4, device="meta"), training=True),
+            RuntimeError,
+            "device cpu",
+        ),
+        (lambda: batch_norm_relu(X[:1, :, :1, :1], None, None, training=True), ValueError, "more than 1 value"),
+        (lambda: batch_norm_relu(X, None, None, training=True, eps=0.0), ValueError, "eps must be positive"),
+        (lambda: batch_norm_relu(X, None, None, training=True, dropout_p=1.5), ValueError, "dropout_p .* got 1.5"),
+        (lambda: batch_norm_relu(X, None, None, training=True, dropout_p=float("nan")), ValueError, "got nan"),
+        (lambda: batch_norm_relu(X, None, None, training=True, activation="gelu"), ValueError, "'gelu'"),
+        (lambda: batch_norm_relu(X, None, None, training=True, impl="cuda"), ValueError, "impl must be .* 'cuda'"),
+        (lambda: batch_norm_relu(X, None, None, training=True, residual=X[:1]), RuntimeError, "residual .* shape"),
+        (lambda: batch_norm_relu(X, None, None, training=True, residual=X.half()), RuntimeError, "residual .* dtype"),
+        (lambda: batch_norm_relu(X, None, None, training=True, residual=X.to("meta")), RuntimeError, "residual .* dev"),
+        (lambda: batch_norm_relu(X, None, None, training=True, residual=1.0), TypeError, "residual must be a Tensor"),
+        (lambda: group_norm_relu(torch.ones(4), 2), RuntimeError, "2 to 5 dimensions"),
+        (lambda: group_norm_relu(X, 3), RuntimeError, "num_groups=3"),
+        (lambda: group_norm_relu(X, 0), RuntimeError, "num_groups=0"),
+        (lambda: group_norm_relu(X, 2, torch.ones(2)), RuntimeError, "weight must have shape"),
+        (lambda: layer_norm_relu(X, 3), TypeError, "tuple of ints"),
+        (lambda: layer_norm_relu(X, ()), RuntimeError, "at least one dimension"),
+        (lambda: layer_norm_relu(X, (2,)), RuntimeError, r"shape \(\*, 2\), got \(2, 4, 3, 3\)"),
+        (lambda: layer_norm_relu(X, (3,), None, torch.ones(4)), RuntimeError, "bias must have shape"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_bad_arguments_change_nothing():
+    running = torch.zeros(4), torch.ones(4)
+    with pytest.raises(RuntimeError):
+        batch_norm_relu(X, *running, training=True, residual=X[:1])
+    assert (running[0] == 0).all()
+    assert (running[1] == 1).all()

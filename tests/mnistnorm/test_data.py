@@ -1,0 +1,185 @@
+import gzip
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnistnorm import data
+from mnistnorm.data import Augmentation, Dataset, Normalization, Split, TrainingBatches, load_dataset
+from mnistnorm.errors import UserError
+
+
+def test_the_packaged_mnist_is_the_whole_of_it(mnist: Dataset) -> None:
+    for split, size in ((mnist.train, 60_000), (mnist.test, 10_000)):
+        assert split.images.shape == (size, 1, 28, 28)
+        assert split.images.dtype == torch.uint8
+        assert split.labels.shape == (size,)
+        assert split.labels.dtype == torch.int64
+        assert split.labels.unique().tolist() == list(range(10))
+    assert mnist.classes == tuple("0123456789")
+    assert mnist.normalization.mean == pytest.approx(0.1307, abs=1e-4)
+    assert mnist.normalization.std == pytest.approx(0.3081, abs=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "other content"])
+def test_a_damaged_packaged_file_is_named(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mnist"
+    shutil.copytree(data.PACKAGED_MNIST, folder)
+    monkeypatch.setattr(data, "PACKAGED_MNIST", folder)
+    victim = folder / "t10k-labels-idx1-ubyte.gz"
+    content = victim.read_bytes()
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "truncated":
+        victim.write_bytes(content[:-100])
+    elif damage == "garbage":
+        victim.write_bytes(b"no gzip at all")
+    else:
+        labels = bytearray(gzip.decompress(content))
+        labels[-1] ^= 1
+        victim.write_bytes(gzip.compress(labels))
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.*install mnistnorm again"):
+        load_dataset("mnist")
+
+
+@pytest.mark.parametrize("keep", [3, 15, 5000])
+def test_a_truncated_file_in_a_data_folder_is_named(keep: int, few_digits: list[str], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(few_digits[-1], root)
+    victim = root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte"
+    victim.write_bytes(victim.read_bytes()[:keep])
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte is corrupt or truncated; delete it") as failure:
+        load_dataset("fashion-mnist", root)
+    assert "\n" not in str(failure.value)
+
+
+def test_another_mnist_in_a_data_folder_is_refused(few_digits: list[str], tmp_path: Path) -> None:
+    shutil.copytree(Path(few_digits[-1]) / "FashionMNIST", tmp_path / "MNIST")
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte is corrupt.*delete it"):
+        load_dataset("mnist", tmp_path)
+
+
+def test_a_failing_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.datasets.KMNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
+    with pytest.raises(UserError, match="cannot read or download kmnist") as failure:
+        load_dataset("kmnist", tmp_path / "data")
+    assert "\n" not in str(failure.value)
+
+
+def test_a_data_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot read or download kmnist.*--data-dir"):
+        load_dataset("kmnist", tmp_path / "file")
+
+
+def test_qmnist_labels_are_the_first_of_its_columns(mnist: Dataset, tmp_path: Path) -> None:
+    raw = tmp_path / "QMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for what, split in (("train", mnist.train[:5]), ("test", mnist.test[:3])):
+        images = struct.pack(">IIII", 2051, len(split), 28, 28) + split.images.numpy().tobytes()
+        rows = [struct.pack(">8i", int(label), 4, 99, 4, 1, 2, 0, 0) for label in split.labels]
+        (raw / f"qmnist-{what}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"qmnist-{what}-labels-idx2-int").write_bytes(
+            struct.pack(">III", 0x0C02, len(split), 8) + b"".join(rows)
+        )
+    dataset = load_dataset("qmnist", tmp_path)
+    assert dataset.train.labels.equal(mnist.train.labels[:5])
+    assert dataset.test.labels.equal(mnist.test.labels[:3])
+    assert dataset.test.images.equal(mnist.test.images[:3])
+
+
+def test_the_validation_split_is_part_of_the_training_split_and_stays_the_same(mnist: Dataset) -> None:
+    small = Dataset("small", mnist.train[:1000], mnist.test[:10], mnist.classes, mnist.normalization)
+    split, again = small.with_validation(0.2), small.with_validation(0.2)
+    assert split.validation is not None
+    assert again.validation is not None
+    assert (len(split.train), len(split.validation)) == (800, 200)
+    assert split.validation.images.equal(again.validation.images)
+    both = torch.cat([split.train.images, split.validation.images]).flatten(1)
+    assert both.unique(dim=0).equal(small.train.images.flatten(1).unique(dim=0))
+
+
+def test_the_smallest_validation_split_is_one_image(mnist: Dataset) -> None:
+    small = Dataset("small", mnist.train[:10], mnist.test[:1], mnist.classes, mnist.normalization).with_validation(
+        0.001
+    )
+    assert small.validation is not None
+    assert (len(small.train), len(small.validation)) == (9, 1)
+
+
+def test_normalization_gives_mean_0_and_deviation_1() -> None:
+    images = torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8)
+    normalized = Normalization.of(images)(images).double()
+    assert normalized.mean().item() == pytest.approx(0, abs=1e-6)
+    assert normalized.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_augmentation_without_bounds_changes_nothing() -> None:
+    images = torch.rand(4, 1, 28, 28)
+    same = Augmentation(0, 0, 0, 0)(images, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(same, images)
+
+
+def test_augmentation_maps_each_image_within_its_bounds() -> None:
+    # A dot at (row, column) of an image of 28 x 28 must land where the inverse of the drawn map puts it.
+    bounds = Augmentation(rotation=0.3, shift=3, scale=0.2, shear=0.2)
+    row, column = 18, 9
+    y, x = row - 13.5, column - 13.5
+    coordinates = torch.arange(28.0)
+    images = torch.exp(-((coordinates[:, None] - row) ** 2 + (coordinates - column) ** 2) / 4).expand(64, 1, 28, 28)
+    mapped = bounds(images, torch.Generator().manual_seed(1))[:, 0].double()
+    drawn = torch.rand(5, 64, 1, 1, generator=torch.Generator().manual_seed(1)).flatten(1).double() * 2 - 1
+    mass = mapped.sum((1, 2))
+    rows = (mapped.sum(2) @ coordinates.double()) / mass - 13.5
+    columns = (mapped.sum(1) @ coordinates.double()) / mass - 13.5
+    for n in range(64):
+        angle, scale, shear = 0.3 * drawn[0, n].item(), 1 + 0.2 * drawn[1, n].item(), 0.2 * drawn[2, n].item()
+        rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        matrix = rotation @ torch.tensor([[scale, 0], [0, scale]]) @ torch.tensor([[1, shear], [0, 1]])
+        source = torch.tensor([x - 3 * drawn[3, n], y - 3 * drawn[4, n]])
+        expected = torch.linalg.solve(matrix.double(), source.double())
+        assert columns[n].item() == pytest.approx(expected[0].item(), abs=0.05)
+        assert rows[n].item() == pytest.approx(expected[1].item(), abs=0.05)
+
+
+def numbered(size: int) -> Split:
+    """Images of one value each, labelled by their number."""
+    labels = torch.arange(size)
+    return Split(labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28).contiguous(), labels)
+
+
+def test_an_epoch_is_every_image_once_in_a_new_order() -> None:
+    batches = TrainingBatches(numbered(50), 8, Normalization(0, 1 / 255))
+    epochs = [[(images, labels) for images, labels in batches] for _ in range(2)]
+    assert len(batches) == 7
+    assert [len(labels) for _, labels in epochs[0]] == [8] * 6 + [2]
+    orders = [torch.cat([labels for _, labels in epoch]) for epoch in epochs]
+    assert all(order.sort().values.equal(torch.arange(50)) for order in orders)
+    assert not orders[0].equal(orders[1])
+    for images, labels in epochs[0]:
+        assert images[:, 0, 3, 5].equal(labels.float())
+
+
+@pytest.mark.parametrize("steps", [0, 1, 6, 7, 9])
+def test_batches_continue_from_their_state(steps: int) -> None:
+    def batches(seed: int) -> TrainingBatches:
+        return TrainingBatches(numbered(50), 8, Normalization(0.1, 0.3), Augmentation(), seed)
+
+    def take(source: TrainingBatches, count: int) -> list[torch.Tensor]:
+        taken: list[torch.Tensor] = []
+        while len(taken) < count:
+            for images, _ in source:
+                taken.append(images)
+                if len(taken) == count:
+                    break
+        return taken
+
+    whole = take(batches(3), steps + 10)
+    interrupted, resumed = batches(3), batches(4)
+    take(interrupted, steps)
+    resumed.load_state_dict(interrupted.state_dict())
+    for expected, actual in zip(whole[steps:], take(resumed, 10), strict=True):
+        assert actual.equal(expected)

@@ -1,0 +1,176 @@
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mnistnorm import predict
+from mnistnorm.checkpoint import Checkpoint
+from mnistnorm.data import Augmentation, Dataset, Split, TrainingBatches
+from mnistnorm.model import CNN
+from mnistnorm.predict import read_image, to_mnist
+from mnistnorm.training import Settings, Trainer, log_probabilities
+
+COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def checkpoint(mnist: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a network that has seen enough of MNIST to read it."""
+    settings = Settings(norm="group", lr=0.05, epochs=1, batch_size=32)
+    torch.manual_seed(0)
+    dataset = Dataset("mnist", mnist.train[:6000], mnist.test[:COUNT], mnist.classes, mnist.normalization)
+    batches = TrainingBatches(dataset.train, settings.batch_size, dataset.normalization, Augmentation())
+    trainer = Trainer(CNN("group"), dataset, settings, batches)
+    trainer.train_epoch()
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    state = trainer.model.state_dict()
+    Checkpoint(settings, state, dataset.classes, dataset.normalization, trainer.history[-1]).save(path)
+    return path
+
+
+def as_is(digit: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    return digit
+
+
+def dark_on_light(digit: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    return 255 - digit
+
+
+def cropped(digit: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    rows, columns = np.flatnonzero(digit.any(1)), np.flatnonzero(digit.any(0))
+    return 255 - digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def photographed(digit: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Somewhere on a sheet of grey paper in slanting light, with noise."""
+    side = random.integers(60, 250)
+    height, width = side + random.integers(0, 200, 2)
+    ink = np.zeros((height, width))
+    top, left = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
+    ink[top : top + side, left : left + side] = np.asarray(Image.fromarray(digit).resize((side, side))) / 255
+    light = 190 + np.linspace(-25, 25, height)[:, None] + np.linspace(20, -20, width)
+    return (light * (1 - 0.7 * ink) + random.normal(0, 4, ink.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("drawn", [as_is, dark_on_light, cropped, photographed])
+def test_digits_are_read_however_they_are_drawn(
+    drawn: Callable[[np.ndarray, np.random.Generator], np.ndarray], checkpoint: Path, mnist: Dataset
+) -> None:
+    network = Checkpoint.load(checkpoint).network()
+    test: Split = mnist.test[:COUNT]
+    random = np.random.default_rng(0)
+    images = [to_mnist(drawn(digit[0].numpy(), random).astype(np.float32)) for digit in test.images]
+    right = []
+    for batch in (test.images, torch.from_numpy(np.stack(images)).unsqueeze(1)):
+        answers = log_probabilities(network, batch, mnist.normalization).argmax(1)
+        right.append(answers.eq(test.labels).float().mean().item())
+    assert right[1] >= right[0] - 0.03, right
+    assert right[1] >= 0.94
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (1, 9), (9, 1), (300, 40), (2000, 1500), (3, 3)])
+def test_the_digit_is_scaled_to_20_pixels_and_centred(shape: tuple[int, int]) -> None:
+    luminance = np.full((shape[0] + 6, shape[1] + 20), 200, dtype=np.float32)
+    luminance[3 : 3 + shape[0], 2 : 2 + shape[1]] = 30
+    image = to_mnist(luminance)
+    assert image.shape == (28, 28)
+    assert image.dtype == np.uint8
+    assert image.max() == 255
+    rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
+    assert max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1 == 20
+    for extent in (rows, columns):
+        assert abs((extent[0] + extent[-1]) / 2 - 14) <= 0.5
+
+
+def test_mnist_itself_stays_where_it_is(mnist: Dataset) -> None:
+    differences = []
+    for digit in mnist.test.images[:COUNT, 0].numpy():
+        original, again = digit.astype(int), to_mnist(digit.astype(np.float32)).astype(int)
+        differences.append(np.abs(again - original).mean() / original.mean())
+    assert np.mean(differences) < 0.15, "a shift by one pixel makes this about 0.5"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "I;16", "CMYK"])
+def test_every_kind_of_image_file_is_read(mode: str, mnist: Dataset, tmp_path: Path) -> None:
+    digit = 255 - mnist.test.images[0, 0].numpy()
+    if mode == "I;16":
+        image = Image.fromarray(digit.astype(np.uint16) * 257)
+    elif mode == "RGBA":
+        image = Image.fromarray(np.stack([np.zeros_like(digit)] * 3 + [255 - digit], axis=-1))
+    else:
+        image = Image.fromarray(digit).convert(mode)
+    path = tmp_path / ("digit.tif" if mode == "CMYK" else "digit.png")
+    image.save(path)
+    difference = to_mnist(read_image(path)).astype(int) - to_mnist(digit.astype(np.float32))
+    assert np.abs(difference).mean() < (12 if mode == "1" else 1)
+
+
+def save_digits(mnist: Dataset, folder: Path, count: int) -> list[str]:
+    paths = [folder / f"{index}.png" for index in range(count)]
+    for path, digit in zip(paths, mnist.test.images, strict=False):
+        Image.fromarray(255 - digit[0].numpy()).resize((140, 140)).save(path)
+    return [str(path) for path in paths]
+
+
+def test_the_program_prints_digit_and_probability(
+    checkpoint: Path, mnist: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = save_digits(mnist, tmp_path, 3)
+    assert predict.main([str(checkpoint), *paths]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, path, digit in zip(lines, paths, (7, 2, 1), strict=True):
+        assert line.startswith(f"{path}: {digit} (")
+        assert line.endswith("%)")
+
+    assert predict.main([str(checkpoint), *paths, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [result["prediction"] for result in results] == ["7", "2", "1"]
+    for result, path in zip(results, paths, strict=True):
+        assert result["image"] == path
+        assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert result["probability"] == max(result["probabilities"].values())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the image .*: No such file or directory"),
+        (b"", "cannot read the image .*: it is not an image, or is truncated"),
+        (b"just text", "cannot read the image .*: it is not an image, or is truncated"),
+        ("truncated", "cannot read the image .*: it is not an image, or is truncated"),
+        ("blank", "there is no digit in .*: it shows nothing but paper"),
+        ("slanting light", "there is no digit in .*: it shows nothing but paper"),
+    ],
+)
+def test_an_image_that_is_none_is_one_line(
+    content: bytes | str | None, message: str, checkpoint: Path, tmp_path: Path, one_error: Callable[[], str]
+) -> None:
+    path = tmp_path / "image.png"
+    if content == "blank":
+        Image.new("RGB", (30, 20), "beige").save(path)
+    elif content == "slanting light":
+        Image.fromarray(np.add.outer(np.arange(40), np.arange(50)).astype(np.uint8)).save(path)
+    elif content == "truncated":
+        Image.effect_noise((100, 100), 50).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    assert predict.main([str(checkpoint), str(path)]) == 1
+    assert re.search(message, one_error())
+
+
+def test_a_checkpoint_that_is_none_is_one_line(tmp_path: Path, one_error: Callable[[], str]) -> None:
+    path = tmp_path / "not.pt"
+    path.write_text("text")
+    assert predict.main([str(path), "image.png"]) == 1
+    assert f"{path} is not a checkpoint" in one_error()
+
+
+def test_an_image_must_be_given(checkpoint: Path, one_error: Callable[[], str]) -> None:
+    assert predict.main([str(checkpoint)]) == 2
+    assert "required: image" in one_error()

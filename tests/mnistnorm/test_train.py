@@ -1,0 +1,305 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnistnorm import run, train
+from mnistnorm.checkpoint import Checkpoint
+from mnistnorm.training import Trainer
+
+FILES = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "misclassified.png"}
+ROOT = Path(__file__).parents[2]
+
+OneError = Callable[[], str]
+
+
+def same_result(left: Path, right: Path) -> bool:
+    """Whether two runs ended with the same bits, metrics but the times included."""
+    runs = [Checkpoint.load(folder / "last.pt") for folder in (left, right)]
+    metrics = [{key: value for key, value in each.metrics.items() if "second" not in key} for each in runs]
+    weights = [each.model for each in runs]
+    return metrics[0] == metrics[1] and all(value.equal(weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_run_leaves_its_files(finished_run: Path, quick: list[str]) -> None:
+    names = {path.name for path in finished_run.iterdir() if not path.name.startswith("events.out.tfevents")}
+    assert names == FILES
+    config = json.loads((finished_run / "config.json").read_text())
+    assert config["settings"]["fused"] is True
+    assert config["settings"]["lr"] == 0.05
+    assert config["layers"].startswith("fused layers in PyTorch")
+    lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for name in ("curves.png", "misclassified.png"):
+        assert (finished_run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_events_are_there_where_it_is_installed(finished_run: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished_run))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("test_accuracy")] == [1, 2]
+
+
+def test_a_run_says_what_it_runs_on_and_what_came_out(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = [*quick, "--norm", "group", "--val-split", "0.2", "--dropout", "0.1", "--out", str(out)]
+    assert train.main(arguments) == 0
+    printed, error = capsys.readouterr()
+    assert error == ""
+    lines = printed.splitlines()
+    assert lines[0].startswith(f"device   cpu, CPU threads: 1, torch {torch.__version__}")
+    assert lines[1] == "layers   torch.nn's own layers (--no-fused)"
+    assert lines[2] == "network  group norm, 7,652 parameters"
+    assert lines[3] == "data     fashion-mnist: 256 training, 64 validation, 100 test images"
+    assert lines[4] == "recipe   2 epochs, batch 64, muon at 0.05, augmented, dropout 0.1, seed 0"
+    assert lines[5] == f"out      {out}"
+    assert [line.split("   ")[0] for line in lines[6:8]] == ["epoch  1/2", "epoch  2/2"]
+    accuracy = Checkpoint.load(out / "last.pt").metrics["test_accuracy"]
+    assert f"test     {accuracy:.2%} right" in printed
+    assert "highest validation accuracy" in printed
+    assert str(out) in lines[-2]
+
+
+def test_the_same_seed_gives_the_same_bits(quick: list[str], finished_run: Path, tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        assert train.main([*quick, "--fused", "--seed", seed, "--out", str(tmp_path / seed)]) == 0
+    assert same_result(tmp_path / "0", finished_run)
+    assert not same_result(tmp_path / "1", finished_run)
+
+
+def test_best_is_the_best_on_the_validation_split_or_by_the_training_loss() -> None:
+    history = [
+        {"epoch": 1, "train_loss": 0.5, "validation_accuracy": 0.7, "test_accuracy": 0.9},
+        {"epoch": 2, "train_loss": 0.3, "validation_accuracy": 0.8, "test_accuracy": 0.7},
+        {"epoch": 3, "train_loss": 0.2, "validation_accuracy": 0.8, "test_accuracy": 0.8},
+    ]
+    assert run.best_epoch(history) == 2
+    for metrics in history:
+        del metrics["validation_accuracy"]
+    assert run.best_epoch(history) == 3
+
+
+@pytest.fixture(scope="module")
+def long_flags(quick: list[str]) -> list[str]:
+    """Flags for a run of four epochs of twenty steps."""
+    return [*quick, "--epochs", "4", "--batch-size", "16", "--fused", "--dropout", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(long_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert train.main([*long_flags, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_leaves_a_run_that_resumes_to_the_same_bits(
+    number: signal.Signals, long_flags: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnistnorm.train", *long_flags, "--out", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("epoch  1/4") for line in process.stdout)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + number
+        assert error.startswith("error: stopped by SIGTERM in epoch ")
+        assert error.endswith(f" and saved in {tmp_path}; the same command with --resume continues\n")
+        assert error.count("\n") == 1
+    else:
+        assert process.returncode == -number
+    stopped = Checkpoint.load(tmp_path / "last.pt")
+    assert stopped.training is not None
+    assert 0 < stopped.training["step"] < 80
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 0
+    assert same_result(tmp_path, whole_run)
+
+
+@pytest.mark.parametrize("step", [1, 20, 35])
+def test_ctrl_c_saves_at_the_end_of_the_step(
+    step: int,
+    long_flags: list[str],
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_error: OneError,
+) -> None:
+    train_step = Trainer.train_step
+
+    def interrupted(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
+        train_step(trainer, images, labels)
+        if trainer.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert train.main([*long_flags, "--out", str(tmp_path)]) == 130
+    assert "stopped by SIGINT in epoch" in one_error()
+    monkeypatch.undo()
+    stopped = Checkpoint.load(tmp_path / "last.pt").training
+    assert stopped is not None
+    assert stopped["step"] == step
+    if step == 35:
+        assert train.main(["--resume", "--out", str(tmp_path)]) == 0
+        assert same_result(tmp_path, whole_run)
+
+
+def test_resuming_a_finished_run_changes_nothing(quick: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train.main([*quick, "--out", str(out)]) == 0
+    before = {name: (out / name).read_bytes() for name in FILES}
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert {name: (out / name).read_bytes() for name in FILES} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--norm", "instance"], "--norm: invalid choice: 'instance'"),
+        (["--dataset", "cifar"], "--dataset: invalid choice: 'cifar'"),
+        (["--optimizer", "adam"], "--optimizer: invalid choice: 'adam'"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used: take cpu"),
+        (["--device", "toaster"], "--device toaster cannot be used: take cpu"),
+        (["--device", "meta"], "--device meta cannot be used: take cpu"),
+        (["--epochs", "0"], "--epochs: expected an integer of at least 1, got '0'"),
+        (["--epochs", "two"], "--epochs: expected an integer of at least 1, got 'two'"),
+        (["--batch-size", "-1"], "--batch-size: expected an integer of at least 1, got '-1'"),
+        (["--lr", "nan"], "--lr: expected a number of at least 0, got 'nan'"),
+        (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got '1'"),
+        (["--val-split", "1.5"], "--val-split: expected a number from 0 to below 1, got '1.5'"),
+        (["--seed", "-1"], "--seed: expected an integer of at least 0, got '-1'"),
+        (["--impl", "triton"], "--impl triton is for the fused layers: add --fused"),
+        (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
+        (["--fuse"], "unrecognized arguments: --fuse"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    flags: list[str], message: str, quick: list[str], tmp_path: Path, one_error: OneError
+) -> None:
+    out = tmp_path / "run"
+    assert train.main([*quick, "--out", str(out), *flags]) == 2
+    assert message in one_error()
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_a_run_is_not_overwritten_unasked(
+    quick: list[str], finished_run: Path, tmp_path: Path, one_error: OneError
+) -> None:
+    before = {path.name: path.read_bytes() for path in finished_run.iterdir()}
+    assert train.main([*quick, "--out", str(finished_run)]) == 1
+    assert f"{finished_run} holds a run: continue it (--resume), replace it (--overwrite)" in one_error()
+    assert {path.name: path.read_bytes() for path in finished_run.iterdir()} == before
+
+
+def test_overwrite_replaces_a_run_and_leaves_other_files(quick: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train.main([*quick, "--out", str(out)]) == 0
+    (out / "notes.txt").write_text("mine")
+    assert train.main([*quick, "--norm", "layer", "--epochs", "1", "--overwrite", "--out", str(out)]) == 0
+    assert Checkpoint.load(out / "best.pt").settings.norm == "layer"
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len(list(out.glob("events.out.tfevents.*"))) <= 1
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_there_must_be_something_to_resume(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
+    assert train.main([*quick, "--resume", "--out", str(tmp_path / "none")]) == 1
+    assert "there is no run to resume in" in one_error()
+    assert not (tmp_path / "none").exists()
+
+
+def test_resuming_with_other_settings_is_refused(finished_run: Path, one_error: OneError) -> None:
+    for flags, message in (
+        (["--norm", "group"], "has norm=batch, not group"),
+        (["--lr", "0.3"], "has lr=0.05, not 0.3"),
+    ):
+        assert train.main(["--resume", "--out", str(finished_run), *flags]) == 2
+        assert message in one_error()
+
+
+def test_a_damaged_checkpoint_is_not_resumed(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
+    (tmp_path / "last.pt").write_bytes(b"PK\x03\x04 and then nothing")
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 1
+    assert "last.pt is not a checkpoint, or is truncated or damaged" in one_error()
+
+
+def test_a_network_without_training_state_is_not_resumed(
+    finished_run: Path, tmp_path: Path, one_error: OneError
+) -> None:
+    (tmp_path / "last.pt").write_bytes((finished_run / "best.pt").read_bytes())
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 1
+    assert "holds a network only" in one_error()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
+    (tmp_path / "file").touch()
+    assert train.main([*quick, "--out", str(tmp_path / "file" / "run")]) == 1
+    assert "cannot make the folder" in one_error()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: OneError
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # which root never sees from a folder's mode
+    assert train.main([*quick, "--out", str(tmp_path)]) == 1
+    assert f"the folder {tmp_path} cannot be written to; take another with --out" in one_error()
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_there(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: OneError
+) -> None:
+    written = []
+
+    def fsync(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) > 5:  # in the second epoch
+            raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert train.main([*quick, "--out", str(tmp_path)]) == 1
+    assert "No space left on device; nothing was overwritten" in one_error()
+    assert Checkpoint.load(tmp_path / "last.pt").metrics["epoch"] == 1
+    monkeypatch.undo()
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 0
+
+
+def test_a_diverging_run_is_one_line(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
+    flags = ["--optimizer", "sgd", "--lr", "1e30", "--norm", "layer"]
+    assert train.main([*quick, *flags, "--out", str(tmp_path)]) == 1
+    assert "the training diverged in epoch 1: take a lower --lr than 1e+30" in one_error()
+
+
+def test_amp_trains_in_bfloat16(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*quick, "--amp", "--fused", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(", amp")
+    checkpoint = Checkpoint.load(tmp_path / "last.pt")
+    assert checkpoint.metrics["train_loss"] < 2.3
+    assert all(value.dtype != torch.bfloat16 for value in checkpoint.model.values())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_checkpoint(quick: list[str], finished_run: Path, tmp_path: Path) -> None:
+    assert train.main([*quick, "--compile", "--fused", "--out", str(tmp_path)]) == 0
+    compiled, eager = (Checkpoint.load(folder / "last.pt") for folder in (tmp_path, finished_run))
+    assert list(compiled.model) == list(eager.model)
+    assert compiled.metrics["train_loss"] == pytest.approx(eager.metrics["train_loss"], rel=0.05)
