@@ -385,7 +385,7 @@ def gradient_sums_kernel(
     tl.store(partials_ptr + splits * slabs + partial, product_sum, mask=slab_mask)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=("dweight_ptr", "dbias_ptr"))
 def backward_kernel(
     dy_ptr,
     x_ptr,

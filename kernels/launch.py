@@ -13,6 +13,9 @@ MAX_SPLITS = 64
 # Elements of a tile in a split plan: enough bytes in flight for each program, few enough for 8 warps to hold.
 SPLIT_TILE = 4096
 
+# Rows of such a tile, where each is a slab of which every program reads all partials.
+SPLIT_ROWS = 8
+
 # 32-bit elements of a resident tile that a program holds at most: 16 for each thread of 16 warps.
 CAPACITY = 8192
 
@@ -136,7 +139,7 @@ def make_plan(
         if reduction == "resident":
             tile, cluster = resident_tile, min(resident_cluster, MAX_CLUSTER)
         elif not geometry.per_channel:
-            tile = (1, *tile[1:])
+            tile = (min(tile[0], SPLIT_ROWS), *tile[1:])
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
 
