@@ -13,9 +13,6 @@ MAX_SPLITS = 64
 # Elements of a tile in a split plan: enough bytes in flight for each program, few enough for 8 warps to hold.
 SPLIT_TILE = 4096
 
-# Rows of such a tile, where each is a slab of which every program reads all partials.
-SPLIT_ROWS = 8
-
 # 32-bit elements of a resident tile that a program holds at most: 16 for each thread of 16 warps.
 CAPACITY = 8192
 
@@ -39,6 +36,7 @@ MAX_CLUSTER = 16
 MAX_TILE = 2**20
 
 Kind = Literal["resident", "split"]
+Reduction = Literal["resident", "split", "none"]
 Tile = tuple[int, int, int]
 
 
@@ -91,7 +89,7 @@ class Plan:
         constants: constexprs and compiler options of every kernel of the plan.
     """
 
-    reduction: Literal["resident", "split", "none"]
+    reduction: Reduction
     programs: int
     row_programs: int
     splits: int
@@ -123,23 +121,10 @@ def make_plan(
     Raises:
         ValueError: the slab is too large for the resident plan that was asked for.
     """
-    reduction: Literal["resident", "split", "none"] = "none"
     vector = gcd(geometry.channels if geometry.channels_last else geometry.positions, 16 // itemsize)
     # 64-bit values and arithmetic take more registers, and so do addresses where each element needs its own.
     registers = (4 if itemsize == 8 else 1) * (2 if vector == 1 else 1)
-    values = registers * (2 if geometry.elementwise_affine else 1)
-    tile, cluster = _split_tile(geometry, itemsize, SPLIT_TILE // values), 1
-    if reduces:
-        resident_tile = _resident_tile(geometry, itemsize)
-        resident_cluster = _cluster(geometry, resident_tile, CAPACITY // values, _max_cluster(target))
-        fits = resident_cluster <= _max_cluster(target) and (
-            resident_cluster == 1 or _slab_block(geometry, resident_tile) == 1
-        )
-        reduction = kind or ("resident" if fits else "split")
-        if reduction == "resident":
-            tile, cluster = resident_tile, min(resident_cluster, MAX_CLUSTER)
-        elif not geometry.per_channel:
-            tile = (min(tile[0], SPLIT_ROWS), *tile[1:])
+    reduction, tile, cluster = _choose(geometry, itemsize, registers, _max_cluster(target), reduces, kind)
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
 
@@ -160,7 +145,7 @@ def make_plan(
         row_programs = _row_programs(geometry, tile, row_blocks, channel_blocks * position_blocks)
         parameter_partials = _parameter_partials(geometry, tile, row_programs, position_blocks)
 
-    num_warps = _num_warps(prod(tile) // cluster * registers, target)
+    num_warps = _num_warps(prod(tile) // cluster * registers, reduction, target)
     return Plan(
         reduction=reduction,
         programs=row_programs * channel_blocks * position_blocks,
@@ -191,17 +176,37 @@ def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
+def _choose(
+    geometry: Geometry, itemsize: int, registers: int, max_cluster: int, reduces: bool, kind: Kind | None
+) -> tuple[Reduction, Tile, int]:
+    """How to reduce, the tile of a program or of a cluster of them, and the programs of that cluster."""
+    # Weight, bias and their gradients take as much room again.
+    values = registers * (2 if geometry.elementwise_affine else 1)
+    if reduces:
+        capacity = CAPACITY // values
+        tile = _resident_tile(geometry, itemsize, min(SMALL_TILE, capacity))
+        cluster = _cluster(geometry, tile, capacity, max_cluster)
+        # Sums over a cluster are of one slab: the compiler cannot spread those of several without narrowing the loads.
+        fits = cluster <= max_cluster and (cluster == 1 or _slab_block(geometry, tile) == 1)
+        if kind == "resident" or (kind is None and fits):
+            return "resident", tile, min(cluster, MAX_CLUSTER)
+    tile = _split_tile(geometry, itemsize, SPLIT_TILE // values)
+    if not reduces:
+        return "none", tile, 1
+    return "split", tile if geometry.per_channel else (1, *tile[1:]), 1
+
+
 def _slab_block(geometry: Geometry, tile: Tile) -> int:
     """Slabs that a tile touches."""
     return tile[1] if geometry.per_channel else tile[0]
 
 
-def _resident_tile(geometry: Geometry, itemsize: int) -> Tile:
-    """A tile that holds whole slabs."""
+def _resident_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
+    """A tile that holds whole slabs: one, or as many as make up `size` elements."""
     rows, channels, positions = (next_power_of_2(size) for size in geometry[:3])
     if geometry.per_channel:
         return rows, _side_by_side(channels, itemsize) if geometry.channels_last else 1, positions
-    return max(1, min(SMALL_TILE // (channels * positions), rows // ENOUGH_PROGRAMS)), channels, positions
+    return max(1, min(size // (channels * positions), rows // ENOUGH_PROGRAMS)), channels, positions
 
 
 def _split_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
@@ -276,9 +281,9 @@ def _parameter_partials(geometry: Geometry, tile: Tile, row_programs: int, posit
     return row_programs * tile[0] // geometry.groups * position_blocks
 
 
-def _num_warps(values: int, target: GPUTarget) -> int:
-    """16 values a thread, and at most 16 warps."""
-    return min(16, max(1, values // (16 * target.warp_size)))
+def _num_warps(values: int, reduction: Reduction, target: GPUTarget) -> int:
+    """16 values a thread, and at most 16 warps; at least 4 where there are partials to merge besides."""
+    return min(16, max(4 if reduction == "split" else 1, values // (16 * target.warp_size)))
 
 
 def _register_limit(num_warps: int, target: GPUTarget) -> dict[str, int]:

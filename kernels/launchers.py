@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from triton.backends.compiler import GPUTarget
 
 from .fused_norm import backward_kernel, forward_kernel, gradient_sums_kernel, statistics_kernel
@@ -67,10 +68,11 @@ def batch_norm_forward(
     *,
     use_batch_stats: bool,
     momentum: float,
-    process_group: None = None,
+    process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over (N, C, ...); returns (output, mean (C,), rstd (C,)) and updates the running statistics."""
+    _refuse(process_group)
     input, channels_last = _dense(input, 1)
     geometry = _batch_geometry(input.shape, channels_last)
     dense = _contiguous(running_mean), _contiguous(running_var)
@@ -103,10 +105,11 @@ def batch_norm_backward(
     rstd: Tensor,
     *,
     use_batch_stats: bool,
-    process_group: None = None,
+    process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> Gradients:
     """Gradients of `batch_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
+    _refuse(process_group)
     input, channels_last = _dense(input, 1)
     geometry = _batch_geometry(input.shape, channels_last)
     return _backward(geometry, use_batch_stats, grad_output, input, weight, bias, output, mean, rstd, **options)
@@ -208,6 +211,11 @@ def _layer_geometry(shape: torch.Size, channels_last: bool, leading: int) -> Geo
     if channels_last:
         return Geometry(rows, shape[1], prod(shape[2:]), elementwise_affine=True, channels_last=True)
     return Geometry(rows, 1, prod(shape[leading:]), elementwise_affine=True)
+
+
+def _refuse(process_group: ProcessGroup | None) -> None:
+    if process_group is not None:
+        raise NotImplementedError('batch norm over a process_group runs with impl="torch" only')
 
 
 def _dense(input: Tensor, leading: int) -> tuple[Tensor, bool]:
