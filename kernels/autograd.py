@@ -20,6 +20,9 @@ class FusedOperation(NamedTuple):
     normalize: Callable[..., Tensor]
     # Whether backward reads the mask of every ReLU from the output; else it does so behind a residual only.
     keeps_output: bool
+    # compose(input, weight, bias, all_options) is norm and affine alone, recorded by torch's own autograd, or None
+    # where forward and backward are faster. Without a dropout, an addition and a ReLU in place complete it.
+    compose: Callable[..., Tensor | None] | None = None
 
 
 def apply(
@@ -34,6 +37,11 @@ def apply(
     """Runs `operation`, recorded by autograd where a gradient can be asked for."""
     if input.numel() == 0 and options.get("process_group") is None:
         return _empty(input, weight, bias, residual)
+    if operation.compose is not None and options["dropout_p"] == 0:
+        output = operation.compose(input, weight, bias, {**options, **forward_options})
+        if output is not None:
+            output = output if residual is None else output.add_(residual)
+            return output.relu_() if options["relu"] else output
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, residual)
     ):

@@ -15,17 +15,29 @@ Impl = Literal["auto", "triton", "torch"]
 
 _BATCH_NORM = {
     "torch": FusedOperation(
-        reference.batch_norm_forward, reference.batch_norm_backward, reference.batch_normalize, keeps_output=True
+        reference.batch_norm_forward,
+        reference.batch_norm_backward,
+        reference.batch_normalize,
+        True,
+        reference.batch_compose,
     ),
 }
 _GROUP_NORM = {
     "torch": FusedOperation(
-        reference.group_norm_forward, reference.group_norm_backward, reference.group_normalize, keeps_output=True
+        reference.group_norm_forward,
+        reference.group_norm_backward,
+        reference.group_normalize,
+        True,
+        reference.group_compose,
     ),
 }
 _LAYER_NORM = {
     "torch": FusedOperation(
-        reference.layer_norm_forward, reference.layer_norm_backward, reference.layer_normalize, keeps_output=True
+        reference.layer_norm_forward,
+        reference.layer_norm_backward,
+        reference.layer_normalize,
+        True,
+        reference.layer_compose,
     ),
 }
 

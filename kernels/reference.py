@@ -264,6 +264,47 @@ def layer_normalize(
     return _in_statistics_dtype(F.layer_norm, input, options["normalized_shape"], weight, bias, options["eps"])
 
 
+def batch_compose(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
+) -> Tensor | None:
+    """Batch norm and affine by torch's own kernel, where that is the fastest and takes the tensors as they are."""
+    running_mean, running_var = options["running_mean"], options["running_var"]
+    if (
+        options["process_group"] is not None
+        or not options["use_batch_stats"]
+        or not _takes(input, weight, bias, running_mean, running_var)
+        or _has_fast_statistics(input)
+    ):
+        return None
+    return F.batch_norm(input, running_mean, running_var, weight, bias, True, options["momentum"], options["eps"])
+
+
+def group_compose(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
+) -> Tensor | None:
+    """Group norm and affine by torch's own kernel, where that takes the tensors as they are."""
+    if not _takes(input, weight, bias):
+        return None
+    return F.group_norm(input, options["num_groups"], weight, bias, options["eps"])
+
+
+def layer_compose(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
+) -> Tensor | None:
+    """Layer norm and affine by torch's own kernel, where that is the fastest and takes the tensors as they are."""
+    if not _takes(input, weight, bias) or _has_short_rows(input, options["normalized_shape"]):
+        return None
+    return F.layer_norm(input, options["normalized_shape"], weight, bias, options["eps"])
+
+
+def _takes(input: Tensor, weight: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether torch's kernels take these tensors and keep statistics in the dtype that they are owed."""
+    dtype = _statistics_dtype(input)
+    if weight is None and input.dtype != dtype:
+        return False
+    return all(tensor is None or tensor.dtype == dtype for tensor in (weight, *others))
+
+
 def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
     dtype = _statistics_dtype(input)
     converted = [value.to(dtype) if isinstance(value, Tensor) else value for value in arguments]
