@@ -116,7 +116,7 @@ def make_plan(
         target: what the kernels are compiled for.
         backward: whether for the backward.
         reduces: whether sums over the slabs are needed; not so where the statistics are given.
-        kind: the plan to take; None chooses.
+        kind: how to take those sums; None chooses.
 
     Raises:
         ValueError: the slab is too large for the resident plan that was asked for.
@@ -136,11 +136,11 @@ def make_plan(
     splits, row_programs, parameter_partials = 1, row_blocks, 1
     if reduction == "split":
         tiles = position_blocks * (row_blocks if geometry.per_channel else channel_blocks)
-        readers = position_blocks if geometry.per_channel else tiles
+        readers = max(1, position_blocks if geometry.per_channel else tiles)
         reads = max(1, geometry.slab_size * itemsize // BYTES_PER_PARTIAL)
         splits = _splits(slab_blocks, tiles, min(isqrt(reads), reads // readers))
         if geometry.per_channel:
-            row_programs = min(row_blocks, max(1, reads // splits // position_blocks))
+            row_programs = min(row_blocks, max(1, reads // splits // readers))
     if backward and not (geometry.per_channel and reduces):
         row_programs = _row_programs(geometry, tile, row_blocks, channel_blocks * position_blocks)
         parameter_partials = _parameter_partials(geometry, tile, row_programs, position_blocks)
@@ -185,11 +185,11 @@ def _choose(
     if reduces:
         capacity = CAPACITY // values
         tile = _resident_tile(geometry, itemsize, min(SMALL_TILE, capacity))
-        cluster = _cluster(geometry, tile, capacity, max_cluster)
         # Sums over a cluster are of one slab: the compiler cannot spread those of several without narrowing the loads.
-        fits = cluster <= max_cluster and (cluster == 1 or _slab_block(geometry, tile) == 1)
-        if kind == "resident" or (kind is None and fits):
-            return "resident", tile, min(cluster, MAX_CLUSTER)
+        limit = max_cluster if _slab_block(geometry, tile) == 1 else 1
+        cluster = _cluster(geometry, tile, capacity, limit)
+        if kind == "resident" or (kind is None and cluster <= limit):
+            return "resident", tile, min(cluster, limit)
     tile = _split_tile(geometry, itemsize, SPLIT_TILE // values)
     if not reduces:
         return "none", tile, 1
@@ -203,7 +203,7 @@ def _slab_block(geometry: Geometry, tile: Tile) -> int:
 
 def _resident_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
     """A tile that holds whole slabs: one, or as many as make up `size` elements."""
-    rows, channels, positions = (next_power_of_2(size) for size in geometry[:3])
+    rows, channels, positions = (next_power_of_2(length) for length in geometry[:3])
     if geometry.per_channel:
         return rows, _side_by_side(channels, itemsize) if geometry.channels_last else 1, positions
     return max(1, min(size // (channels * positions), rows // ENOUGH_PROGRAMS)), channels, positions
@@ -211,7 +211,7 @@ def _resident_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
 
 def _split_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
     """A tile of about `size` elements, filled in the order in which they lie in memory."""
-    rows, channels, positions = (next_power_of_2(size) for size in geometry[:3])
+    rows, channels, positions = (next_power_of_2(length) for length in geometry[:3])
     if geometry.channels_last:
         block_channels = _side_by_side(channels, itemsize) if geometry.per_channel else min(channels, 64)
         block_positions = min(positions, size // block_channels)

@@ -146,7 +146,8 @@ def test_vectors_run_along_the_channels_in_channels_last():
 
 
 def test_a_plan_can_be_forced_as_far_as_a_tile_goes():
-    assert make_plan(batch(128, 8, 676), 4, SM_80, backward=False, kind="resident").reduction == "resident"
+    plan = make_plan(batch(128, 8, 676), 4, SM_80, backward=False, kind="resident")
+    assert (plan.reduction, plan.constants["num_ctas"]) == ("resident", 1)
     assert make_plan(layer(4, 26), 4, SM_90, backward=False, kind="split").reduction == "split"
     with pytest.raises(ValueError, match="at most 1048576 elements"):
         make_plan(layer(1, (1 << 20) + 1), 4, SM_90, backward=False, kind="resident")
@@ -155,8 +156,9 @@ def test_a_plan_can_be_forced_as_far_as_a_tile_goes():
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_an_empty_tensor_launches_no_program(per_channel):
     for sizes in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
-        plan = make_plan(Geometry(*sizes, per_channel=per_channel), 4, SM_80, backward=True)
-        assert plan.programs == 0
+        for kind in (None, "resident", "split"):
+            plan = make_plan(Geometry(*sizes, per_channel=per_channel), 4, SM_80, backward=True, kind=kind)
+            assert plan.programs == 0
 
 
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if prod(g[:3]) > 1 << 16])
