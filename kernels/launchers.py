@@ -4,7 +4,7 @@ Kernels take dense tensors of one layout, contiguous or channels last; whatever 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -51,11 +51,11 @@ def _device_target(device: torch.device) -> GPUTarget:
         return triton.runtime.driver.active.get_current_target()
 
 
-def _current(device: torch.device) -> Any:
+def _current(device: torch.device) -> AbstractContextManager[None]:
     """Makes the device the current one where it is not."""
-    if device.type == "cpu" or torch.get_device_module(device).current_device() == device.index:
+    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
         return nullcontext()
-    return torch.get_device_module(device).device(device)
+    return torch.accelerator.device_index(device.index)
 
 
 def batch_norm_forward(
@@ -277,7 +277,7 @@ def _forward(
 
 def _backward(
     geometry: Geometry,
-    uses_own_statistics: bool,
+    statistics_depend_on_input: bool,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
@@ -293,6 +293,8 @@ def _backward(
     needs: Sequence[bool],
     plan: Kind | None = None,
 ) -> Gradients:
+    # With a residual the mask is read from the output; without, it is recomputed and the output not asked for.
+    output = output if has_residual else None
     needs_input, needs_weight, needs_bias, needs_residual = needs
     if not (needs_input or needs_weight or needs_bias or (needs_residual and relu)):
         return None, None, None, grad_output if needs_residual else None
@@ -302,7 +304,7 @@ def _backward(
         input.element_size(),
         target,
         backward=True,
-        reduces=uses_own_statistics and needs_input,
+        reduces=statistics_depend_on_input and needs_input,
         kind=plan,
     )
     grad_input = torch.empty_like(input) if needs_input else None

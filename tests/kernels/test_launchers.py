@@ -3,6 +3,7 @@
 import itertools
 from math import prod
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -392,6 +393,22 @@ def test_empty(norm, device):
     assert grad_input.shape == norm.shape
     assert torch.equal(grad_weight, torch.zeros(norm.parameter_shape, dtype=torch.float64, device=device))
     assert torch.equal(grad_bias, grad_weight)
+
+
+def test_launches_on_the_device_of_the_tensors():
+    accelerator = "mnistnorm.kernels.launchers.torch.accelerator"
+    with (
+        mock.patch(f"{accelerator}.current_device_index", return_value=0),
+        mock.patch(f"{accelerator}.device_index") as to,
+    ):
+        for device in ("cpu", "cuda:0", "cuda:1"):
+            launchers.run([], torch.device(device))
+    to.assert_called_once_with(1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    check(Problem(SMALL[0], "cuda:1"))
 
 
 @pytest.mark.parametrize("length", [70_001, pytest.param(1_000_003, marks=pytest.mark.slow)])
