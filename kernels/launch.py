@@ -105,6 +105,7 @@ def make_plan(
     target: GPUTarget,
     *,
     backward: bool,
+    residual: bool = False,
     reduces: bool = True,
     kind: Kind | None = None,
 ) -> Plan:
@@ -115,6 +116,7 @@ def make_plan(
         itemsize: bytes of one of its elements.
         target: what the kernels are compiled for.
         backward: whether for the backward.
+        residual: whether there is one, which makes for one tensor more to load, and in the backward one to store.
         reduces: whether sums over the slabs are needed; not so where the statistics are given.
         kind: how to take those sums; None chooses.
 
@@ -123,7 +125,7 @@ def make_plan(
     """
     vector = gcd(geometry.channels if geometry.channels_last else geometry.positions, 16 // itemsize)
     # 64-bit values and arithmetic take more registers, and so do addresses where each element needs its own.
-    registers = (4 if itemsize == 8 else 1) * (2 if vector == 1 else 1)
+    registers = (4 if itemsize == 8 else 1) * ((4 if residual else 2) if vector == 1 else 1)
     reduction, tile, cluster = _choose(geometry, itemsize, registers, _max_cluster(target), reduces, kind)
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")

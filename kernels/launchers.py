@@ -253,7 +253,15 @@ def _forward(
     plan: Kind | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     target = current_target(input.device)
-    chosen = make_plan(geometry, input.element_size(), target, backward=False, reduces=reduces, kind=plan)
+    chosen = make_plan(
+        geometry,
+        input.element_size(),
+        target,
+        backward=False,
+        residual=residual is not None,
+        reduces=reduces,
+        kind=plan,
+    )
     mean = input.new_empty(statistics_shape, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
     rstd = torch.empty_like(mean)
     output = torch.empty_like(input)
@@ -304,6 +312,7 @@ def _backward(
         input.element_size(),
         target,
         backward=True,
+        residual=has_residual,
         reduces=statistics_depend_on_input and needs_input,
         kind=plan,
     )

@@ -91,10 +91,12 @@ def test_programs_hold_what_their_registers_hold(geometry):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(("channels", "height"), NETWORK_SHAPES)
-@pytest.mark.parametrize("backward", [False, True])
-def test_batch_norm_of_the_network_is_one_launch_where_there_are_clusters(channels, height, backward, itemsize):
+@pytest.mark.parametrize("residual", [False, True])
+def test_batch_norm_of_the_network_is_one_launch_where_there_are_clusters(channels, height, residual, itemsize):
     geometry = batch(128, channels, height * height)
-    assert make_plan(geometry, itemsize, SM_90, backward=backward).reduction == "resident"
+    for backward in (False, True):
+        plan = make_plan(geometry, itemsize, SM_90, backward=backward, residual=residual)
+        assert plan.reduction == "resident"
 
 
 def test_clusters_only_where_the_target_places_them():
