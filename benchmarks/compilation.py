@@ -1,0 +1,454 @@
+"""Compiles Triton kernels for GPUs that are not there, down to machine code, and reads off what came out.
+
+Needs a process in which TRITON_INTERPRET was not set when triton was imported; `compiler_processes` gives some.
+"""
+
+import functools
+import itertools
+import linecache
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture: what Triton compiles for, and what one multiprocessor of it holds.
+
+    Attributes:
+        gpu: Triton's name of it.
+        block_shared_memory: bytes that one program (each one of a cluster) may have.
+        shared_memory: bytes of a multiprocessor.
+        reserved_shared_memory: bytes that the system takes for each program.
+        warps: resident on a multiprocessor at most.
+        blocks: programs resident on a multiprocessor at most.
+        registers: 32-bit registers of a multiprocessor; 0 for AMD, whose compiler says itself how many warps fit.
+    """
+
+    gpu: GPUTarget
+    block_shared_memory: int
+    shared_memory: int
+    reserved_shared_memory: int
+    warps: int
+    blocks: int
+    registers: int
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.gpu.arch}" if self.gpu.backend == "cuda" else str(self.gpu.arch)
+
+
+def _nvidia(capability: int, block_kib: int, kib: int, reserved: int, warps: int, blocks: int) -> Target:
+    gpu = GPUTarget("cuda", capability, 32)
+    return Target(gpu, block_kib * 1024, kib * 1024, reserved, warps, blocks, registers=65536)
+
+
+def _amd(arch: str, warp_size: int, kib: int, warps: int, blocks: int) -> Target:
+    return Target(GPUTarget("hip", arch, warp_size), 64 * 1024, kib * 1024, 0, warps, blocks, registers=0)
+
+
+# NVIDIA: CUDA Programming Guide, "Technical Specifications per Compute Capability".
+# AMD: LLVM's AMDGPUBaseInfo (getMaxWavesPerEU, getMaxWorkGroupsPerCU, getLocalMemorySize). The multiprocessor is a
+# compute unit of 4 SIMDs (gfx9), or a work-group processor of 4 (gfx11, gfx12).
+TARGETS = {
+    target.name: target
+    for target in (
+        _nvidia(75, 64, 64, 0, 32, 16),
+        _nvidia(80, 163, 164, 1024, 64, 32),
+        _nvidia(86, 99, 100, 1024, 48, 16),
+        _nvidia(89, 99, 100, 1024, 48, 24),
+        _nvidia(90, 227, 228, 1024, 64, 32),
+        _nvidia(100, 227, 228, 1024, 64, 32),
+        _nvidia(120, 99, 100, 1024, 48, 24),
+        _amd("gfx90a", 64, 64, 32, 16),
+        _amd("gfx942", 64, 64, 32, 16),
+        _amd("gfx1100", 32, 128, 64, 32),
+        _amd("gfx1201", 32, 128, 64, 32),
+    )
+}
+
+# Of every target: threads of a program at most; parts of a multiprocessor with registers and warps of their own.
+_BLOCK_THREADS = 1024
+_SIMDS = 4
+
+
+@dataclass(frozen=True)
+class Access:
+    """Load or store instructions of global memory: how wide, how many, and the kernel's line that they come from."""
+
+    kind: Literal["load", "store"]
+    bits: int
+    count: int
+    line: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one launch of a kernel.
+
+    Attributes:
+        kernel: its name.
+        target: name of the target.
+        grid: programs on each axis.
+        num_warps: of each program.
+        num_ctas: programs of a cluster.
+        registers: of each thread.
+        spill_stores, spill_loads: bytes of each thread; for AMD 4 for each vector register that its compiler spilled.
+        scalar_spills: AMD's scalar registers that went to lanes of vector registers; costs instructions, but no memory.
+        local_memory: bytes of each thread: stack, spills, arrays that are indexed.
+        static_shared_memory, dynamic_shared_memory: bytes of each program.
+        occupancy: resident warps that registers, shared memory and programs allow, as a part of what the target holds.
+        instructions: in the machine code.
+        accesses: instructions on global memory.
+    """
+
+    kernel: str
+    target: str
+    grid: tuple[int, ...]
+    num_warps: int
+    num_ctas: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    scalar_spills: int
+    local_memory: int
+    static_shared_memory: int
+    dynamic_shared_memory: int
+    occupancy: float
+    instructions: int
+    accesses: tuple[Access, ...]
+
+    @property
+    def spills(self) -> bool:
+        """Whether registers go to memory and back."""
+        return self.spill_stores + self.spill_loads > 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the target can launch it at all."""
+        return self.occupancy > 0
+
+    def widths(self, kind: Literal["load", "store"], source: str = "") -> dict[int, int]:
+        """Instructions by width in bits, of the kernel's lines that contain a text."""
+        counts: Counter[int] = Counter()
+        for access in self.accesses:
+            if access.kind == kind and source in access.source:
+                counts[access.bits] += access.count
+        return dict(counts)
+
+
+@dataclass
+class Capture:
+    """The launches that were compiled instead, and how many of them had to be compiled and not only looked up."""
+
+    target: Target
+    compilations: int = 0
+    _launches: list[tuple[JITFunction, tuple[int, ...], CompiledKernel]] = field(default_factory=list)
+
+    def reports(self) -> list[Compiled]:
+        """One for each launch, in order."""
+        return [_report(self.target, *launch) for launch in self._launches]
+
+
+@contextmanager
+def capture(target: str) -> Iterator[Capture]:
+    """Compiles for a target every kernel that is launched inside, in place of launching it.
+
+    Arguments are specialised as in a launch, so tensors may be on any device; those on "meta" need no memory and are as
+    aligned as their storage offset makes them. Each capture starts with an empty cache of compiled kernels.
+
+    Args:
+        target: a key of TARGETS.
+
+    Raises:
+        KeyError: unknown target.
+        RuntimeError: the interpreter is on.
+    """
+    if target not in TARGETS:
+        raise KeyError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton's interpreter is on: compile in one of compiler_processes()")
+    captured = Capture(TARGETS[target])
+    device = next(_devices)
+    launch = JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> CompiledKernel:
+        cache = self.device_caches[device][0]
+        known = len(cache)
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        captured.compilations += len(cache) - known
+        if callable(grid):
+            grid = grid(self.signature.bind_partial(*args, **_only_named(self, kwargs)).arguments)
+        captured._launches.append((self, tuple(grid), kernel))
+        return kernel
+
+    driver = triton.runtime.driver
+    previous = driver._active
+    driver.set_active(_Driver(TARGETS[target].gpu, device))
+    JITFunction.run = run
+    try:
+        yield captured
+    finally:
+        JITFunction.run = launch
+        driver._active = previous
+
+
+def compile_kernel(
+    kernel: JITFunction, target: str, grid: tuple[int, ...] | Callable[..., tuple[int, ...]], *args: Any, **kwargs: Any
+) -> Compiled:
+    """Compiles one kernel as `kernel[grid](*args, **kwargs)` would for a target.
+
+    Args:
+        kernel: what @triton.jit gave.
+        target: a key of TARGETS.
+        grid: as in a launch.
+        args: the kernel's arguments; tensors on any device.
+        kwargs: the same by name, constexprs, num_warps and other options.
+
+    Raises:
+        KeyError: unknown target.
+        RuntimeError: the interpreter is on.
+    """
+    with capture(target) as captured:
+        kernel[grid](*args, **kwargs)
+    return captured.reports()[0]
+
+
+@contextmanager
+def compiler_processes(workers: int = 2) -> Iterator[ProcessPoolExecutor]:
+    """Fresh processes in which Triton compiles, whatever the interpreter's setting in this one.
+
+    What is submitted must be importable: a function of a module, called with arguments that pickle (meta tensors do).
+    """
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        for _ in range(workers):  # a process starts, with this environment, when a task finds none idle
+            pool.submit(time.sleep, 0.1)
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+    with pool:
+        yield pool
+
+
+# Devices number the captures: Triton keeps compiled kernels by device.
+_devices = itertools.count()
+
+
+@dataclass(frozen=True)
+class _Driver:
+    """All that Triton asks of a driver before it launches."""
+
+    gpu: GPUTarget
+    device: int
+
+    def get_current_target(self) -> GPUTarget:
+        return self.gpu
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _only_named(kernel: JITFunction, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+
+
+def _report(target: Target, kernel: JITFunction, grid: tuple[int, ...], compiled: CompiledKernel) -> Compiled:
+    inspect = _inspect_nvidia if target.gpu.backend == "cuda" else _inspect_amd
+    code = inspect(compiled.hash, compiled)
+    metadata = compiled.metadata
+    shared = code.static_shared_memory + metadata.shared
+    accesses = Counter(code.accesses)
+    file = kernel.fn.__code__.co_filename
+    return Compiled(
+        kernel=metadata.name,
+        target=target.name,
+        grid=grid,
+        num_warps=metadata.num_warps,
+        num_ctas=metadata.num_ctas,
+        registers=code.registers,
+        spill_stores=code.spill_stores,
+        spill_loads=code.spill_loads,
+        scalar_spills=code.scalar_spills,
+        local_memory=code.local_memory,
+        static_shared_memory=code.static_shared_memory,
+        dynamic_shared_memory=metadata.shared,
+        occupancy=_occupancy(target, code, metadata.num_warps, shared),
+        instructions=code.instructions,
+        accesses=tuple(
+            Access(kind, bits, count, line, linecache.getline(file, line).strip())
+            for (kind, bits, line), count in sorted(accesses.items())
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What the tools say of one kernel; AMD's also say how many warps its registers allow on a SIMD."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    local_memory: int
+    static_shared_memory: int
+    instructions: int
+    accesses: tuple[tuple[Literal["load", "store"], int, int], ...]
+    simd_warps: int = 0
+    scalar_spills: int = 0
+
+
+def _occupancy(target: Target, code: _Code, num_warps: int, shared: int) -> float:
+    """Part of the target's resident warps that fit (the CUDA occupancy calculator's rules)."""
+    if shared > target.block_shared_memory or num_warps * target.gpu.warp_size > _BLOCK_THREADS:
+        return 0.0
+    if target.gpu.backend == "cuda":
+        warp_registers = -(-code.registers * target.gpu.warp_size // 256) * 256
+        warps = target.registers // _SIMDS // warp_registers * _SIMDS
+    else:
+        warps = code.simd_warps * _SIMDS
+    blocks = min(min(warps, target.warps) // num_warps, target.blocks)
+    taken = -(-(shared + target.reserved_shared_memory) // 128) * 128
+    if taken:
+        blocks = min(blocks, target.shared_memory // taken)
+    return blocks * num_warps / target.warps
+
+
+_FIRST_ACCESS = 1_000_000
+_PTX_LINE = re.compile(r"\t\.loc\s+(\d+ \d+ \d+)(?:,.* inlined_at (\d+ \d+ \d+))?")
+
+
+def _with_numbered_accesses(ptx: str) -> tuple[str, dict[int, int]]:
+    """PTX in which each piece of inline assembly, which loads and stores are, has a line number of its own.
+
+    Also returns the kernel's line for each. Without such numbers the assembler would merge the calls of a device
+    function, and lines are counted on within a piece.
+    """
+    callers: dict[str, str | None] = {}
+    kernel_lines: dict[int, int] = {}
+    text, expected, inside = [], False, False
+    for line in ptx.splitlines():
+        if "// begin inline asm" in line:
+            expected = inside = True
+        elif "// end inline asm" in line:
+            inside = False
+        elif match := _PTX_LINE.match(line):
+            if inside and not expected:
+                continue
+            callers[match[1]] = match[2]
+            if inside:
+                place = match[1]
+                while caller := callers.get(place):
+                    place = caller
+                expected = False
+                number = _FIRST_ACCESS + len(kernel_lines)
+                kernel_lines[number] = int(place.split()[1])
+                line = f"\t.loc\t1 {number} 0"
+        text.append(line)
+    return "\n".join(text), kernel_lines
+
+
+@functools.cache
+def _inspect_nvidia(_: str, compiled: CompiledKernel) -> _Code:
+    arch = compiled.metadata.target.arch
+    with tempfile.TemporaryDirectory() as directory:
+        ptx, cubin = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
+        text, kernel_lines = _with_numbered_accesses(compiled.asm["ptx"])
+        ptx.write_text(text)
+        # The flags with which Triton itself calls it.
+        flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(arch)}"]
+        if not compiled.metadata.enable_fp_fusion:
+            flags.append("--fmad=false")
+        log = _run(get_ptxas(arch).path, *flags, ptx, "-o", cubin)
+        sass = _run(triton.knobs.nvidia.nvdisasm.path, "--print-line-info-inline", "--print-code", cubin)
+    instructions, accesses, line = 0, [], 0
+    for text in sass.splitlines():
+        if match := re.match(r'\s*//## File ".*", line (\d+)$', text):
+            line = int(match[1])
+        elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)((?:\.\w+)*)", text):
+            operation, modifiers = match[1], match[2].split(".")
+            instructions += operation != "NOP"
+            if operation in ("LDG", "LDGSTS", "STG"):
+                accesses.append((_kind(operation == "STG"), _sass_bits(modifiers), kernel_lines.get(line, line)))
+    return _Code(
+        registers=_number(r"Used (\d+) registers", log),
+        spill_stores=_number(r"(\d+) bytes spill stores", log),
+        spill_loads=_number(r"(\d+) bytes spill loads", log),
+        local_memory=_number(r"(\d+) bytes stack frame", log),
+        static_shared_memory=_number(r"(\d+) bytes smem", log),
+        instructions=instructions,
+        accesses=tuple(accesses),
+    )
+
+
+@functools.cache
+def _inspect_amd(_: str, compiled: CompiledKernel) -> _Code:
+    asm = compiled.asm["amdgcn"]
+    instructions, accesses, line = 0, [], 0
+    for text in asm.partition(".Lfunc_end0:")[0].splitlines():
+        if text.startswith("\t.loc") and (places := re.findall(r"[^\s:]+:(\d+):\d+", text)):
+            line = int(places[-1])  # the innermost place comes first, the kernel's own last
+        elif match := re.match(r"\t([a-z]\w+)", text):
+            instructions += 1
+            if access := re.fullmatch(r"(?:buffer|global|flat)_(load|store)_(\w+?)(?:_d16\w*)?", match[1]):
+                accesses.append((_kind(access[1] == "store"), _amd_bits(access[2]), line))
+    spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", asm)
+    return _Code(
+        registers=_number(r"\.vgpr_count:\s+(\d+)", asm),
+        spill_stores=spilled,
+        spill_loads=spilled,
+        local_memory=_number(r"\.private_segment_fixed_size:\s+(\d+)", asm),
+        static_shared_memory=_number(r"\.group_segment_fixed_size:\s+(\d+)", asm),
+        instructions=instructions,
+        accesses=tuple(accesses),
+        simd_warps=_number(r"; Occupancy: (\d+)", asm),
+        scalar_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", asm),
+    )
+
+
+def _run(*command: str | os.PathLike[str]) -> str:
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return result.stdout + result.stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    return sum(int(number) for number in re.findall(pattern, text))
+
+
+def _kind(stores: bool) -> Literal["load", "store"]:
+    return "store" if stores else "load"
+
+
+def _sass_bits(modifiers: list[str]) -> int:
+    for modifier in modifiers:
+        if match := re.fullmatch(r"[US]?(8|16|64|128|256)", modifier):
+            return int(match[1])
+    return 32
+
+
+def _amd_bits(suffix: str) -> int:
+    if match := re.fullmatch(r"dword(?:x(\d))?", suffix):
+        return 32 * int(match[1] or 1)
+    if match := re.fullmatch(r"[biu](\d+)", suffix):
+        return int(match[1])
+    return 8 if suffix.endswith("byte") else 16

@@ -1,0 +1,154 @@
+"""Machine code of the kernels for GPUs that are not there: it fits, does not spill, and moves 128 bits at a time."""
+
+from itertools import product
+from math import gcd
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks import compilation
+from mnistnorm.kernels import launchers
+
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+NORMS = ("batch", "group", "layer")
+NETWORK = (128, 8, 26, 26)
+SHAPES = (NETWORK, (64, 64, 56, 56), (64, 256, 14, 14), (13, 7, 17, 19))
+LATER_IN_NETWORK = ((24, 8), (22, 8), (9, 12), (7, 14), (7, 8), (5, 26), (5, 50))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# The lines of the kernels that move activations.
+LOADS = ("x = device.load(x_ptr", "load_gradient(")
+STORES = ("tl.store(y_ptr", "tl.store(dx_ptr")
+
+
+class Case(NamedTuple):
+    norm: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+    plan: str | None
+    target: str
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        shape = "x".join(map(str, self.shape))
+        return f"{self.target}-{self.norm}-{shape}-{str(self.dtype)[6:]}-{layout}-{self.plan or 'chosen'}"
+
+    @property
+    def length(self) -> int:
+        """Elements of the longest run that the kernels may take as one: neighbours in memory that have one mask."""
+        groups = 2 if self.norm == "group" and self.shape[1] % 2 == 0 else 1
+        if self.channels_last:
+            return self.shape[1] // groups
+        return self.shape[3] if self.norm == "layer" else self.shape[2] * self.shape[3]
+
+    @property
+    def bits(self) -> int:
+        itemsize = self.dtype.itemsize
+        return 8 * itemsize * gcd(self.length, 16 // itemsize)
+
+
+def run(launches, device):
+    for kernel, grid, arguments, constants in launches:
+        kernel[grid](*arguments, **constants)
+
+
+def launch(case, samples=None):
+    """The forward and the backward, all gradients needed, on tensors without memory."""
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    shape = (samples or case.shape[0], *case.shape[1:])
+    x = torch.empty(shape, dtype=case.dtype, device="meta").to(memory_format=layout)
+    parameter_shape = shape[1:2]
+    options = {"seed": 1, "dropout_p": 0.0, "relu": True, "plan": case.plan}
+    only_forward = {"eps": 1e-5}
+    running = ()
+    if case.norm == "batch":
+        options["use_batch_stats"] = True
+        only_forward["momentum"] = 0.1
+        running = torch.empty(2, shape[1], device="meta").unbind()
+    elif case.norm == "group":
+        options["num_groups"] = 2 if shape[1] % 2 == 0 else 1
+    else:
+        parameter_shape = options["normalized_shape"] = shape[1:] if case.channels_last else shape[3:]
+    weight, bias = torch.empty(2, *parameter_shape, device="meta").unbind()
+    forward = getattr(launchers, f"{case.norm}_norm_forward")
+    backward = getattr(launchers, f"{case.norm}_norm_backward")
+    gpu = compilation.TARGETS[case.target].gpu
+    with mock.patch.object(launchers, "run", run), mock.patch.object(launchers, "current_target", return_value=gpu):
+        _, mean, rstd = forward(x, weight, bias, None, *running, **only_forward, **options)
+        needs = (True, True, True, False)
+        backward(torch.empty_like(x), x, weight, bias, None, mean, rstd, has_residual=False, needs=needs, **options)
+
+
+def compile_case(case):
+    with compilation.capture(case.target) as captured:
+        launch(case)
+    return captured.reports()
+
+
+def count_compilations(case, batch_sizes):
+    counts = []
+    with compilation.capture(case.target) as captured:
+        for samples in batch_sizes:
+            launch(case, samples)
+            counts.append(captured.compilations)
+    return counts
+
+
+def is_sampled(case):
+    """Whether the default run compiles it: the network's sizes for one target, the others for two."""
+    if case.shape[0] == NETWORK[0]:
+        sampled = case.target == "sm_90" and case.dtype in (torch.float32, torch.bfloat16) and not case.channels_last
+    else:
+        sampled = case.target in ("sm_75", "gfx942") and case.dtype == torch.float32
+        sampled = sampled and (not case.channels_last or case.shape == (64, 256, 14, 14))
+    return sampled and (case.plan is None or case.norm == "batch")
+
+
+def cases():
+    matrix = [Case(*values) for values in product(NORMS, SHAPES, DTYPES, (False, True), (None, "split"), TARGETS)]
+    later = [
+        Case(norm, (128, channels, size, size), torch.float32, False, None, target)
+        for norm, (size, channels), target in product(NORMS, LATER_IN_NETWORK, TARGETS)
+    ]
+    return [
+        pytest.param(case, id=str(case), marks=() if is_sampled(case) else pytest.mark.slow) for case in matrix + later
+    ]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with compilation.compiler_processes() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def reports(request, processes):
+    """Reports by case, of all the cases that will be asked for, two compiled at a time."""
+    asked = [item.callspec.params["case"] for item in request.session.items if "reports" in item.fixturenames]
+    futures = {case: processes.submit(compile_case, case) for case in asked}
+    return lambda case: futures[case].result()
+
+
+@pytest.mark.parametrize("case", cases())
+def test_fits_without_spills_and_moves_wide(reports, case):
+    if case.shape[0] == NETWORK[0] and case.plan is None and case.target in ("sm_90", "sm_100"):
+        assert len(reports(case)) == 2  # one launch forward, one backward
+    for compiled in reports(case):
+        assert compiled.fits, compiled
+        assert not compiled.spills, compiled
+        assert compiled.local_memory == 0, compiled
+        loads = {bits for line in LOADS for bits in compiled.widths("load", line)}
+        stores = {bits for line in STORES for bits in compiled.widths("store", line)}
+        assert loads == {case.bits}, compiled
+        assert stores == ({case.bits} if compiled.kernel in ("forward_kernel", "backward_kernel") else set()), compiled
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_batch_size_does_not_recompile(processes, norm, target):
+    case = Case(norm, NETWORK, torch.float32, False, "split", target)
+    first, *later = processes.submit(count_compilations, case, [128, 127, 100, 112]).result()
+    assert later == [first] * 3

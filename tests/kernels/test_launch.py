@@ -1,0 +1,174 @@
+"""The choice of plans: which one, and that what it launches covers the tensor."""
+
+from itertools import product
+from math import prod
+
+import pytest
+from triton.backends.compiler import GPUTarget
+
+from mnistnorm.kernels.launch import CAPACITY, MAX_SPLITS, Geometry, make_plan
+
+SM_80, SM_90, SM_120 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 120))
+GFX942 = GPUTarget("hip", "gfx942", 64)
+TARGETS = [SM_80, SM_90, SM_120, GFX942]
+
+# (channels, height) of what the network's eight blocks normalize.
+NETWORK_SHAPES = [(8, 26), (8, 24), (8, 22), (12, 9), (14, 7), (8, 7), (26, 5), (50, 5)]
+
+
+def batch(samples, channels, positions):
+    return Geometry(samples, channels, positions, per_channel=True)
+
+
+def batch_channels_last(samples, channels, positions):
+    return Geometry(samples * positions, channels, 1, per_channel=True, channels_last=True)
+
+
+def group(samples, channels, positions, groups, channels_last=False):
+    return Geometry(samples * groups, channels // groups, positions, groups=groups, channels_last=channels_last)
+
+
+def layer(rows, length):
+    return Geometry(rows, 1, length, elementwise_affine=True)
+
+
+GEOMETRIES = [
+    batch(128, 8, 676),
+    batch(1, 3, 1),
+    batch(7, 5, 143),
+    batch(1, 2, 1 << 20),
+    batch(4096, 3, 12544),
+    batch_channels_last(128, 8, 676),
+    batch_channels_last(32, 512, 196),
+    batch_channels_last(5, 1, 7),
+    group(128, 8, 676, 4),
+    group(700, 6, 4, 3),
+    group(2, 64, 50176, 2),
+    group(32, 64, 3136, 32, channels_last=True),
+    layer(26624, 26),
+    layer(4096, 1024),
+    layer(4, 1 << 20),
+    Geometry(32, 64, 3136, elementwise_affine=True, channels_last=True),
+]
+
+
+def blocks(geometry, plan):
+    names = ("BLOCK_ROWS", "BLOCK_CHANNELS", "BLOCK_POSITIONS")
+    return [-(-size // plan.constants[name]) for size, name in zip(geometry[:3], names, strict=True)]
+
+
+def tile_size(plan):
+    return plan.constants["BLOCK_ROWS"] * plan.constants["BLOCK_CHANNELS"] * plan.constants["BLOCK_POSITIONS"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_every_plan_covers_the_tensor(geometry, itemsize, backward):
+    for target, reduces in product(TARGETS, (True, False)):
+        plan = make_plan(geometry, itemsize, target, backward=backward, reduces=reduces)
+        row_blocks, channel_blocks, position_blocks = blocks(geometry, plan)
+        assert plan.programs == plan.row_programs * channel_blocks * position_blocks
+        tiles = position_blocks * (row_blocks if geometry.per_channel else channel_blocks)
+        assert 1 <= plan.splits <= min(MAX_SPLITS, tiles)
+        assert plan.reduction == "none" or reduces
+        if plan.reduction == "resident":
+            assert tiles == 1
+            assert plan.splits == 1
+        # Every lane of a program must stay at its channel while the program steps through the rows.
+        if plan.row_programs < row_blocks and not geometry.per_channel:
+            assert plan.row_programs * plan.constants["BLOCK_ROWS"] % geometry.groups == 0
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_programs_hold_what_their_registers_hold(geometry):
+    for target, itemsize, backward in product(TARGETS, (2, 4, 8), (False, True)):
+        plan = make_plan(geometry, itemsize, target, backward=backward)
+        per_program = tile_size(plan) // plan.constants["num_ctas"]
+        assert per_program * (2 if itemsize == 8 else 1) <= CAPACITY
+        assert per_program <= 16 * target.warp_size * max(16, plan.constants["num_warps"])
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("channels", "height"), NETWORK_SHAPES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_batch_norm_of_the_network_is_one_launch_where_there_are_clusters(channels, height, residual, itemsize):
+    geometry = batch(128, channels, height * height)
+    for backward in (False, True):
+        plan = make_plan(geometry, itemsize, SM_90, backward=backward, residual=residual)
+        assert plan.reduction == "resident"
+
+
+def test_clusters_only_where_the_target_places_them():
+    geometry = batch(128, 8, 676)
+    assert make_plan(geometry, 4, SM_90, backward=True).constants["num_ctas"] == 16
+    for target in (SM_80, SM_120, GFX942):
+        plan = make_plan(geometry, 4, target, backward=True)
+        assert (plan.reduction, plan.constants["num_ctas"]) == ("split", 1)
+    assert make_plan(batch(128, 16, 100), 4, SM_120, backward=True).constants["num_ctas"] <= 8
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_small_slabs_share_a_program(target):
+    for geometry in (layer(26624, 26), group(1024, 8, 25, 4)):
+        plan = make_plan(geometry, 4, target, backward=False)
+        assert plan.reduction == "resident"
+        assert plan.constants["BLOCK_ROWS"] > 1
+        assert plan.programs >= 128
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shape", [(8, 676), (16, 100), (64, 3136)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_last_short_batch_compiles_nothing_new(target, shape, backward):
+    channels, positions = shape
+    for geometry in (
+        lambda n: batch(n, channels, positions),
+        lambda n: batch_channels_last(n, channels, positions),
+        lambda n: group(n, channels, positions, 4),
+        lambda n: layer(n * channels, positions),
+    ):
+        plans = [make_plan(geometry(samples), 4, target, backward=backward) for samples in (128, 96, 111)]
+        assert plans[0].constants == plans[1].constants == plans[2].constants
+
+
+@pytest.mark.parametrize(
+    ("positions", "itemsize", "vector"), [(676, 4, 4), (676, 2, 4), (3136, 2, 8), (26, 4, 2), (169, 4, 1), (100, 8, 2)]
+)
+def test_vectors_divide_the_length(positions, itemsize, vector):
+    plan = make_plan(batch(4, 3, positions), itemsize, SM_80, backward=False)
+    assert plan.constants["POSITION_VECTOR"] == vector
+    assert plan.constants["CHANNEL_VECTOR"] == 1
+
+
+def test_vectors_run_along_the_channels_in_channels_last():
+    plan = make_plan(batch_channels_last(4, 24, 169), 2, SM_80, backward=False)
+    assert plan.constants["CHANNEL_VECTOR"] == 8
+    assert plan.constants["POSITION_VECTOR"] == 1
+
+
+def test_a_plan_can_be_forced_as_far_as_a_tile_goes():
+    plan = make_plan(batch(128, 8, 676), 4, SM_80, backward=False, kind="resident")
+    assert (plan.reduction, plan.constants["num_ctas"]) == ("resident", 1)
+    assert make_plan(layer(4, 26), 4, SM_90, backward=False, kind="split").reduction == "split"
+    with pytest.raises(ValueError, match="at most 1048576 elements"):
+        make_plan(layer(1, (1 << 20) + 1), 4, SM_90, backward=False, kind="resident")
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_an_empty_tensor_launches_no_program(per_channel):
+    for sizes in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        for kind in (None, "resident", "split"):
+            plan = make_plan(Geometry(*sizes, per_channel=per_channel), 4, SM_80, backward=True, kind=kind)
+            assert plan.programs == 0
+
+
+@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if prod(g[:3]) > 1 << 16])
+def test_partials_are_few(geometry):
+    for itemsize in (2, 4):
+        forward = make_plan(geometry, itemsize, SM_80, backward=False)
+        if forward.reduction != "split" or not geometry.per_channel:
+            continue
+        readers = forward.programs // blocks(geometry, forward)[1]
+        slab_bytes = geometry.slab_size * itemsize
+        assert 3 * 4 * forward.splits * (readers + 1) <= 0.02 * 3 * slab_bytes

@@ -1,0 +1,443 @@
+"""The Triton kernels, both plans, against torch.nn.functional's norms composed in float64."""
+
+import itertools
+from math import prod
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from mnistnorm.kernels import device as device_functions
+from mnistnorm.kernels import fused_norm, launchers
+
+PLANS = ["resident", "split"]
+
+# (relative, absolute). float64: the exact formula, hundreds of roundings. float32: as many roundings of 2^-24, and
+# cancellation in dx. Half precision: one rounding of 2^-11 or 2^-8 to the output, the rest in float32.
+TOLERANCES = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (1e-4, 2e-5),
+    torch.float16: (1e-3, 1e-4),
+    torch.bfloat16: (8e-3, 1e-4),
+}
+
+
+class Norm(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    option: object = None  # num_groups or normalized_shape
+
+    @property
+    def parameter_shape(self):
+        return self.option if self.name == "layer" else self.shape[1:2]
+
+    @property
+    def options(self):
+        return {"group": {"num_groups": self.option}, "layer": {"normalized_shape": self.option}}.get(self.name, {})
+
+    def __str__(self):
+        return f"{self.name}-{'x'.join(map(str, self.shape))}-{self.option}"
+
+
+BATCH_NORMS = [
+    Norm("batch", (5, 3, 7, 6)),
+    Norm("batch", (6, 4)),
+    Norm("batch", (3, 5, 9)),
+    Norm("batch", (2, 3, 2, 3, 5)),
+    Norm("batch", (2, 1, 1, 1)),
+    Norm("batch", (1, 2, 100, 100)),
+    Norm("batch", (33, 20, 3, 3)),
+]
+GROUP_NORMS = [
+    Norm("group", (5, 6, 7, 6), 3),
+    Norm("group", (3, 6), 2),
+    Norm("group", (2, 4, 9), 1),
+    Norm("group", (2, 6, 2, 3, 5), 6),
+    Norm("group", (2, 6, 40, 50), 3),
+]
+LAYER_NORMS = [
+    Norm("layer", (5, 3, 7, 6), (6,)),
+    Norm("layer", (5, 3, 7, 6), (3, 7, 6)),
+    Norm("layer", (5, 3, 7, 6), (7, 6)),
+    Norm("layer", (7, 26), (26,)),
+    Norm("layer", (13,), (13,)),
+    Norm("layer", (3, 9001), (9001,)),
+    Norm("layer", (4, 1), (1,)),
+]
+NORMS = BATCH_NORMS + GROUP_NORMS + LAYER_NORMS
+# So many rows that programs step through them.
+MANY_ROWS = [Norm("group", (1300, 6, 1, 2), 3), Norm("layer", (9000, 2), (2,)), Norm("layer", (300, 3, 2), (3, 2))]
+SMALL = [Norm("batch", (4, 3, 3, 5)), Norm("group", (3, 4, 3, 5), 2), Norm("layer", (3, 3, 2, 5), (3, 2, 5))]
+MEDIUM = [Norm("batch", (5, 3, 7, 9)), Norm("group", (4, 4, 7, 9), 2), Norm("layer", (5, 3, 7, 9), (3, 7, 9))]
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced": lambda x: torch.stack([x, x], -1)[..., 1],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+}
+
+
+class Problem:
+    """Tensors of one operation, their results by the kernels, and by torch in float64."""
+
+    def __init__(
+        self,
+        norm,
+        device,
+        dtype=torch.float64,
+        *,
+        weight=True,
+        bias=True,
+        residual=True,
+        relu=True,
+        training=True,
+        layout="contiguous",
+        plan=None,
+        dropout_p=0.0,
+        seed=0,
+        parameter_dtype=None,
+    ):
+        self.norm, self.relu, self.training = norm, relu, training
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape, dtype=dtype):
+            return torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype)
+
+        parameter_dtype = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+        place = LAYOUTS[layout]
+        self.x = place(randn(*norm.shape))
+        self.weight = randn(*norm.parameter_shape, dtype=parameter_dtype) if weight else None
+        self.bias = randn(*norm.parameter_shape, dtype=parameter_dtype) if bias else None
+        self.residual = place(randn(*norm.shape)) if residual else None
+        self.grad_output = place(randn(*norm.shape))
+        self.running = ()
+        if norm.name == "batch":
+            channels = norm.shape[1:2]
+            self.running = (
+                randn(*channels, dtype=parameter_dtype),
+                randn(*channels, dtype=parameter_dtype).square() + 0.5,
+            )
+        self.shared = {**norm.options, "dropout_p": dropout_p, "seed": seed, "relu": relu, "plan": plan}
+        if norm.name == "batch":
+            self.shared["use_batch_stats"] = training
+        self.given = (self.x, self.weight, self.bias, self.residual)
+
+    def forward(self):
+        momentum = {"momentum": 0.3} if self.norm.name == "batch" else {}
+        self.output, self.mean, self.rstd = getattr(launchers, f"{self.norm.name}_norm_forward")(
+            *self.given, *self.running, eps=1e-3, **momentum, **self.shared
+        )
+        return self.output
+
+    def backward(self, needs=None):
+        if needs is None:
+            needs = tuple(tensor is not None for tensor in self.given)
+        output = self.output if self.relu and self.residual is not None else None
+        return getattr(launchers, f"{self.norm.name}_norm_backward")(
+            *(self.grad_output, self.x, self.weight, self.bias, output, self.mean, self.rstd),
+            **{"has_residual": self.residual is not None, "needs": needs, **self.shared},
+        )
+
+    def oracle(self, factor=None):
+        """Output, gradients and running statistics in float64; `factor` is what dropout multiplies by."""
+        x, weight, bias, residual = (
+            None if tensor is None else tensor.detach().double().clone().requires_grad_() for tensor in self.given
+        )
+        running = [buffer.double().clone() for buffer in self.running]
+        if self.norm.name == "batch":
+            y = F.batch_norm(x, *running, weight, bias, self.training, 0.3, 1e-3)
+        elif self.norm.name == "group":
+            y = F.group_norm(x, self.norm.option, weight, bias, 1e-3)
+        else:
+            y = F.layer_norm(x, self.norm.option, weight, bias, 1e-3)
+        if factor is not None:
+            y = y * factor
+        if residual is not None:
+            y = y + residual
+        if self.relu:
+            y = y.relu()
+        needed = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+        gradients = iter(torch.autograd.grad(y, needed, self.grad_output.double()))
+        return y, [None if tensor is None else next(gradients) for tensor in self.given], running
+
+
+def assert_close(actual, expected, dtype, scale=1.0):
+    relative, absolute = TOLERANCES[dtype]
+    torch.testing.assert_close(actual.double(), expected, rtol=relative, atol=absolute * scale)
+
+
+def check(problem, dtype=torch.float64, factor=None):
+    expected, expected_gradients, running = problem.oracle(factor)
+    output = problem.forward()
+    assert output.dtype == problem.x.dtype
+    assert_close(output, expected, dtype)
+    gradients = problem.backward()
+    summed = prod(problem.norm.shape) / prod(problem.norm.parameter_shape)
+    for index, (gradient, wanted, given) in enumerate(zip(gradients, expected_gradients, problem.given, strict=True)):
+        if wanted is None:
+            assert gradient is None
+            continue
+        assert gradient.dtype == given.dtype
+        # A parameter's gradient is a sum of that many terms of size 1.
+        assert_close(gradient, wanted, gradient.dtype, scale=summed if index in (1, 2) else 1.0)
+    for buffer, wanted in zip(problem.running, running, strict=True):
+        assert_close(buffer, wanted, buffer.dtype)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_shapes(norm, plan, device):
+    check(Problem(norm, device, plan=plan, residual=False))
+
+
+@pytest.mark.parametrize("norm", MANY_ROWS, ids=str)
+def test_many_rows(norm, device):
+    check(Problem(norm, device, residual=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", [*SMALL, Norm("batch", (3, 5, 9)), Norm("group", (2, 6, 2, 3, 5), 2)], ids=str)
+def test_layouts(norm, plan, layout, device):
+    problem = Problem(norm, device, plan=plan, layout=layout)
+    check(problem)
+    if layout == "channels_last":
+        assert problem.output.stride() == problem.x.stride()
+        assert problem.backward()[0].stride() == problem.x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_dtypes(norm, plan, dtype, device):
+    for residual in (False, True):
+        check(Problem(norm, device, dtype, plan=plan, residual=residual), dtype)
+    check(Problem(norm, device, dtype, plan=plan, residual=False, parameter_dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize(("weight", "bias", "residual", "relu"), list(itertools.product([False, True], repeat=4)))
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_options(norm, plan, weight, bias, residual, relu, device):
+    check(Problem(norm, device, plan=plan, weight=weight, bias=bias, residual=residual, relu=relu))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("norm", [BATCH_NORMS[0], BATCH_NORMS[5]], ids=str)
+def test_batch_norm_with_running_statistics(norm, residual, layout, device):
+    problem = Problem(norm, device, training=False, residual=residual, layout=layout)
+    check(problem)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_batch_norm_keeps_no_running_statistics_it_was_not_given(plan, device):
+    problem = Problem(BATCH_NORMS[0], device, plan=plan)
+    expected, _, _ = problem.oracle()
+    problem.running = (None, None)
+    assert_close(problem.forward(), expected, torch.float64)
+
+
+def test_running_statistics_of_any_stride_and_type(device):
+    problem = Problem(BATCH_NORMS[0], device, torch.float16, parameter_dtype=torch.float16)
+    problem.running = tuple(torch.stack([buffer, buffer], -1)[:, 1] for buffer in problem.running)
+    _, _, running = problem.oracle()
+    problem.forward()
+    for buffer, wanted in zip(problem.running, running, strict=True):
+        assert_close(buffer, wanted, torch.float16)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_only_needed_gradients(norm, plan, device):
+    problem = Problem(norm, device, plan=plan)
+    problem.forward()
+    every = problem.backward()
+    for needs in [(index == 0, index == 1, index == 2, index == 3) for index in range(5)] + [(True, True, False, True)]:
+        for gradient, needed, wanted in zip(problem.backward(needs), needs, every, strict=True):
+            assert (gradient is not None) == needed
+            if needed:
+                torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_expanded_gradient_and_strided_parameters(norm, device):
+    problem = Problem(norm, device, layout="channels_last")
+    problem.grad_output = problem.grad_output.flatten()[0].expand(norm.shape)
+    problem.residual = problem.residual.contiguous()
+    problem.weight = torch.stack([problem.weight, problem.weight], -1)[..., 1]
+    problem.given = (problem.x, problem.weight, problem.bias, problem.residual)
+    check(problem)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_statistics_survive_a_large_mean(norm, plan, device):
+    problem = Problem(norm, device, torch.float32, plan=plan, relu=False, residual=False)
+    problem.x += 1e4
+    # The mean is right to a few roundings of 1e4, 1e-3 each, which every element and the weight's gradient inherit.
+    expected, gradients, _ = problem.oracle()
+    torch.testing.assert_close(problem.forward().double(), expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(problem.backward()[0].double(), gradients[0], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_no_gradient_at_exactly_zero(norm, plan, device):
+    problem = Problem(norm, device, plan=plan, residual=False)
+    problem.weight.zero_()
+    problem.bias.zero_()
+    assert not problem.forward().any()
+    assert not problem.backward()[0].any()
+    assert not problem.backward()[2].any()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_nan_and_infinity_pass_as_in_torch(norm, value, residual, device):
+    for place in ("x", "residual") if residual else ("x",):
+        problem = Problem(norm, device, residual=residual)
+        getattr(problem, place)[1, 2, 1, 4] = value
+        expected, gradients, _ = problem.oracle()
+        torch.testing.assert_close(problem.forward(), expected, equal_nan=True)
+        torch.testing.assert_close(problem.backward()[0], gradients[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("norm", NORMS[::3], ids=str)
+def test_the_same_input_gives_the_same_bits(norm, device):
+    results = []
+    for _ in range(2):
+        problem = Problem(norm, device, torch.float32, dropout_p=0.5)
+        results.append([problem.forward(), *problem.backward()])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def kept_by_output(problem):
+    """What dropout kept, read off an operation that gives 1 / (1 - p) where it does and 0 where not."""
+    problem.weight.zero_()
+    problem.bias.fill_(1)
+    return problem.forward()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", MEDIUM, ids=str)
+def test_dropout(norm, plan, residual, relu, device):
+    options = {"dropout_p": 0.3, "seed": 2**62 + 5, "plan": plan}
+    factor = kept_by_output(Problem(norm, device, residual=False, relu=False, **options))
+    kept = factor != 0
+    torch.testing.assert_close(factor[kept], torch.full_like(factor[kept], 1 / 0.7))
+    # Far beyond five standard deviations of a binomial.
+    assert abs(kept.double().mean() - 0.7) < 5 * (0.3 * 0.7 / kept.numel()) ** 0.5
+    check(Problem(norm, device, residual=residual, relu=relu, **options), factor=factor)
+
+
+@pytest.mark.parametrize("norm", MEDIUM, ids=str)
+def test_the_dropout_mask_follows_from_seed_and_place_alone(norm, device):
+    def mask(**options):
+        options = {"dropout_p": 0.5, "seed": 7, **options}
+        return kept_by_output(Problem(norm, device, residual=False, **options)) != 0
+
+    for options in ({"plan": "split"}, {"layout": "channels_last"}, {"dtype": torch.float32}):
+        assert torch.equal(mask(), mask(**options))
+    for seed in (8, 7 + 2**32, 2**63 - 1):
+        assert 0.3 < (mask() == mask(seed=seed)).double().mean() < 0.7
+
+
+@pytest.mark.parametrize("norm", MEDIUM, ids=str)
+def test_elements_are_dropped_independently(norm, device):
+    kept = kept_by_output(Problem(norm, device, residual=False, dropout_p=0.5, seed=7)) != 0
+    sign = (2.0 * kept - 1.0).flatten(2)
+    samples, channels, positions = sign.shape
+    for row, channel, position in itertools.product((0, 1), (0, 1, 2), range(-8, 9)):
+        if (row, channel) == (0, 0) and position <= 0:
+            continue
+        ahead = sign[row:, channel:, max(0, position) : positions + min(0, position)]
+        behind = sign[: samples - row, : channels - channel, max(0, -position) : positions - max(0, position)]
+        # Five standard deviations of the mean of independent signs.
+        assert (ahead * behind).mean().abs() < 5 / ahead.numel() ** 0.5, (row, channel, position)
+
+
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_dropout_of_everything(norm, device):
+    problem = Problem(norm, device, dropout_p=1.0)
+    problem.x[0, 0, 0, 0] = float("nan")
+    assert torch.equal(problem.forward(), problem.residual.relu())
+    gradients = problem.backward()
+    assert not any(gradient[~gradient.isnan()].any() for gradient in gradients[1:3])
+    assert torch.equal(gradients[3], problem.grad_output * (problem.residual > 0))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        Norm("batch", (0, 3, 4, 4)),
+        Norm("group", (0, 4, 3), 2),
+        Norm("group", (2, 4, 0), 2),
+        Norm("layer", (0, 5), (5,)),
+        Norm("layer", (2, 0), (0,)),
+    ],
+    ids=str,
+)
+def test_empty(norm, device):
+    problem = Problem(norm, device, residual=False, training=False)
+    assert problem.forward().shape == norm.shape
+    grad_input, grad_weight, grad_bias, _ = problem.backward()
+    assert grad_input.shape == norm.shape
+    assert torch.equal(grad_weight, torch.zeros(norm.parameter_shape, dtype=torch.float64, device=device))
+    assert torch.equal(grad_bias, grad_weight)
+
+
+def test_launches_on_the_device_of_the_tensors():
+    accelerator = "mnistnorm.kernels.launchers.torch.accelerator"
+    with (
+        mock.patch(f"{accelerator}.current_device_index", return_value=0),
+        mock.patch(f"{accelerator}.device_index") as to,
+    ):
+        for device in ("cpu", "cuda:0", "cuda:1"):
+            launchers.run([], torch.device(device))
+    to.assert_called_once_with(1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    check(Problem(SMALL[0], "cuda:1"))
+
+
+@pytest.mark.parametrize("length", [70_001, pytest.param(1_000_003, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows(dtype, length, device):
+    check(Problem(Norm("layer", (2, length), (length,)), device, dtype, residual=False), dtype)
+
+
+BLOCK = tl.constexpr(64)
+
+
+@triton.jit
+def offset_kernel(offset_ptr, row, channel, position_block, channels, positions, groups, CHANNELS_LAST: tl.constexpr):
+    place = fused_norm.tile_at(row, channel, position_block, 1, 1, BLOCK)
+    offset = device_functions.element_offset(place, (row + 1, channels, positions, groups), CHANNELS_LAST)
+    tl.store(offset_ptr + tl.arange(0, BLOCK)[None, None, :], offset)
+
+
+def test_addresses_beyond_32_bits(device):
+    offset = torch.zeros(64, dtype=torch.int64, device=device)
+    for row, channel, position_block, channels, positions, groups in (
+        (70_001, 33, 15, 64, 1021, 2),
+        (0, 0, 2**26 - 1, 1, 2**33, 1),
+    ):
+        position = 64 * position_block + torch.arange(64, device=device)
+        sizes = (channels, positions, groups)
+        offset_kernel[(1,)](offset, row, channel, position_block, *sizes, CHANNELS_LAST=False)
+        assert torch.equal(offset, (row * channels + channel) * positions + position)
+        assert offset.max() > 2**31
+        offset_kernel[(1,)](offset, row, channel, position_block, *sizes, CHANNELS_LAST=True)
+        sample, group = divmod(row, groups)
+        assert torch.equal(offset, (sample * positions + position) * channels * groups + group * channels + channel)
