@@ -28,7 +28,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         UserError: it cannot be written; what was there before still is.
     """
-    # A name of its own, so that two writers of one file do not mix; and not tempfile's, whose files are the owner's only.
+    # A name of its own, so that two writers of a file do not mix; tempfile's files would be for their owner only.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
     try:
         with temporary.open("xb") as file:
