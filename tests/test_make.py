@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("version", [(3, 9), (3, 10)])
 def test_an_old_python_is_named_before_anything_is_made(version: tuple[int, int], tmp_path: Path) -> None:
     python, venv = tmp_path / "python", tmp_path / "venv"
-    check = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
-    script = ["#!/bin/sh", f'test "$1" = -c && exec {sys.executable} -c "{check}" "$2"', 'echo "called: $*"', "exit 1\n"]
+    code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    script = ["#!/bin/sh", f'test "$1" = -c && exec {sys.executable} -c "{code}" "$2"', 'echo "called: $*"', "exit 1\n"]
     python.write_text("\n".join(script))
     python.chmod(0o755)
     command = ["make", "setup", f"PYTHON={python}", f"VENV={venv}"]
