@@ -4,13 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, choose_device, fraction, run_program
+from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program
 
 from .cases import LAYERS, NORMS, Case, Shape, check, network_shapes
 from .machine import describe_machine
@@ -29,7 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--rounds", type=at_least(2), default=40, metavar="N", help="of each case, all layers in turn (%(default)s)")
     add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     return parser
 
 

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, fraction, run_program
+from mnistnorm.cli import Parser, at_least, fraction, output_file, run_program
 from mnistnorm.data import Augmentation, Dataset, load_dataset
 from mnistnorm.model import CNN
 from mnistnorm.run import build_trainer
@@ -45,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--rounds", type=at_least(2), default=12, metavar="N", help="all loops in turn (%(default)s)")
     add("--workers", type=at_least(0), default=0, metavar="N", help="processes of the course-style loop (%(default)s)")
     add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     return parser
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from .data import Normalization
-from .errors import UserError
-from .model import CNN
+from .errors import UserError, one_line
+from .model import CNN, NUM_CLASSES
 from .training import Settings
 
 FORMAT = "mnistnorm checkpoint 1"
@@ -102,8 +102,11 @@ class Checkpoint:
             content["normalization"] = Normalization(**content["normalization"])
             checkpoint = cls(**content)
             checkpoint.network()
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is a checkpoint of another network or version: {_one_line(error)}") from error
+            if [type(name) for name in checkpoint.classes] != [str] * NUM_CLASSES:
+                raise ValueError(f"its classes are {checkpoint.classes}")
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{one_line(error)}; name another"
+            raise UserError(f"{path} is a checkpoint of another network or version: {reason}") from error
         return checkpoint
 
     def network(self) -> CNN:
@@ -111,7 +114,3 @@ class Checkpoint:
         model = CNN(self.settings.norm, fused=self.settings.fused, dropout=self.settings.dropout)
         model.load_state_dict(self.model)
         return model
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

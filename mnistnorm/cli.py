@@ -1,11 +1,13 @@
 """What the programs' command lines share: one-line errors, checked values, the flags of a training run."""
 
 import argparse
-import math
+import io
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -30,10 +32,17 @@ def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[s
     """Runs `program`, turning what the user can mend into one line on stderr.
 
     Returns:
-        the exit code: the program's own, 2 for wrong usage, 1 for failure.
+        the exit code: the program's own, 2 for wrong usage, 1 for failure; 141 where nobody reads stdout any more.
     """
+    _make_streams_bear_everything()
     try:
-        return program(argv)
+        exit_code = program(argv)
+        sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:
+        # Nothing more is printed, not even by the flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if SIGPIPE had ended it
     except UserError as user_error:
         message, exit_code = str(user_error), user_error.exit_code
     except OSError as error:
@@ -44,21 +53,32 @@ def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[s
     return exit_code
 
 
+def _make_streams_bear_everything() -> None:
+    """Drops what is printed to a closed stream, and escapes what the terminal's encoding has no characters for."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_error(message: object) -> None:
     """One line on stderr."""
     print(f"error: {message}", file=sys.stderr)
 
 
 def at_least(low: int, kind: type[int] | type[float] = int) -> Callable[[str], int | float]:
-    """A flag's type: a finite number of `kind`, not below `low`."""
+    """A flag's type: a finite number of `kind`, not below `low`; an integer also fits into 32 bits."""
+    high = 2**31 - 1 if kind is int else sys.float_info.max
 
     def parse(text: str) -> int | float:
         with suppress(ValueError):
             value = kind(text)
-            if low <= value < math.inf:
+            if low <= value <= high:
                 return value
-        what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"expected {what} of at least {low}, got {text!r}")
+        what = f"an integer from {low} to {high}" if kind is int else f"a number of at least {low}"
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
 
     return parse
 
@@ -70,6 +90,14 @@ def fraction(text: str) -> float:
         if 0 <= value < 1:
             return value
     raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+
+
+def output_file(text: str) -> Path:
+    """A flag's type: a file that can be written."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a folder that you may write to")
+    return path
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +145,15 @@ def settings_of(args: argparse.Namespace, **chosen: Any) -> Settings:
     values["device"] = str(choose_device(values["device"]))
     values["threads"] = values["threads"] or torch.get_num_threads()
     return Settings(**values)
+
+
+def set_saved_defaults(parser: argparse.ArgumentParser, saved: Mapping[str, Any]) -> None:
+    """Makes the flags of a saved run the defaults; a device that is not here gives way to "auto"."""
+    parser.set_defaults(**saved)
+    try:
+        choose_device(saved["device"])
+    except UserError:
+        parser.set_defaults(device="auto")
 
 
 def choose_device(name: str) -> torch.device:

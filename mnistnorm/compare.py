@@ -4,15 +4,22 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from . import plots
 from .checkpoint import write_atomically
-from .cli import Parser, add_training_flags, at_least, run_program, settings_of
+from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
+from .errors import UserError
 from .model import NORMS
-from .run import LAST, RUN_FILES, mistakes_of, prepare_folder, run_training
+from .run import CONFIG, LAST, RUN_FILES, load_run, locked, mistakes_of, prepare_folder, run_training
+from .training import Settings
+
+TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON = "comparison.txt", "comparison.md", "comparison.json"
+GRAPH, MISTAKES = "test-{}.png", "misclassified-{}.png"
+COMPARISON_FILES = (CONFIG, TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON, GRAPH.format("*"), MISTAKES.format("*"))
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -69,42 +76,88 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 
 def compare(argv: Sequence[str] | None) -> int:
-    args = get_parser().parse_args(argv)
-    norms, seeds, out = list(dict.fromkeys(args.norms)), list(dict.fromkeys(args.seeds)), args.out
-    settings = {(norm, seed): settings_of(args, norm=norm, seed=seed) for norm in norms for seed in seeds}
-    folders = {(norm, seed): out / f"{norm}-seed{seed}" for norm, seed in settings}
-    for folder in folders.values():
-        prepare_folder(folder, RUN_FILES, "a run", may_hold_them=args.resume or args.overwrite)
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    out = args.out
+    if args.resume:
+        set_saved_defaults(parser, saved_flags(out))
+        args = parser.parse_args(argv)
+    norms, seeds = list(dict.fromkeys(args.norms)), list(dict.fromkeys(args.seeds))
+    runs = {norm: [settings_of(args, norm=norm, seed=seed) for seed in seeds] for norm in norms}
 
-    histories: dict[str, list[plots.History]] = {norm: [] for norm in norms}
+    may_hold_them = args.resume or args.overwrite
+    prepare_folder(out, COMPARISON_FILES, "a comparison", may_hold_them=may_hold_them)
+    for settings in (settings for of_norm in runs.values() for settings in of_norm):
+        folder = folder_of(out, settings)
+        prepare_folder(folder, RUN_FILES, "a run", may_hold_them=may_hold_them)
+        if args.resume and (folder / LAST).exists():
+            load_run(folder, settings)
+    with locked(out):
+        first = runs[norms[0]][0]
+        flags = {name: getattr(args, name) for name in sorted(flag_names())}
+        flags |= {"device": first.device, "threads": first.threads}
+        write_atomically(out / CONFIG, json.dumps(flags, indent=2) + "\n")
+        compare_runs(runs, out, resume=args.resume, overwrite=args.overwrite)
+    return 0
+
+
+def flag_names() -> set[str]:
+    """The flags that make a comparison what it is."""
+    return {"norms", "seeds"} | {field.name for field in fields(Settings) if field.name not in ("norm", "seed")}
+
+
+def saved_flags(out: Path) -> dict[str, Any]:
+    """The flags of the comparison in `out`.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = out / CONFIG
+    if not path.exists():
+        raise UserError(f"there is no comparison to resume in {out}: name its folder with --out or leave out --resume")
+    try:
+        flags = json.loads(path.read_text())
+        if flags.keys() != flag_names():
+            raise ValueError("it has other flags")
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{path} is not of a comparison, or is damaged: start again with --overwrite") from error
+    return flags
+
+
+def folder_of(out: Path, settings: Settings) -> Path:
+    return out / f"{settings.norm}-seed{settings.seed}"
+
+
+def compare_runs(runs: Mapping[str, Sequence[Settings]], out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Trains all `runs`, given by norm, in folders of their own, and writes what comes out to `out`."""
+    histories: dict[str, list[plots.History]] = {norm: [] for norm in runs}
     results = []
-    for norm in norms:
-        for seed in seeds:
-            folder = folders[norm, seed]
-            resume = args.resume and (folder / LAST).exists()
-            trainer = run_training(settings[norm, seed], folder, resume=resume, overwrite=args.overwrite)
+    for norm, of_norm in runs.items():
+        for settings in of_norm:
+            folder = folder_of(out, settings)
+            started = resume and (folder / LAST).exists()
+            trainer = run_training(settings, folder, resume=started, overwrite=overwrite)
             histories[norm].append(trainer.history)
-            if seed == seeds[0]:
+            if settings is of_norm[0]:
                 grid = plots.mistake_grid(mistakes_of(trainer), trainer.dataset.classes, f"{norm} norm", 2, 5)
-                write_atomically(out / f"misclassified-{norm}.png", plots.png(grid))
+                write_atomically(out / MISTAKES.format(norm), plots.png(grid))
             print()
         results.append(
             Result(
                 norm=norm,
                 parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
-                seeds=seeds,
+                seeds=[settings.seed for settings in of_norm],
                 accuracies=[history[-1]["test_accuracy"] for history in histories[norm]],
                 seconds=[sum(metrics["seconds"] for metrics in history) for history in histories[norm]],
             )
         )
     for metric in ("loss", "accuracy"):
-        write_atomically(out / f"test-{metric}.png", plots.png(plots.comparison_curves(histories, metric)))
-    write_atomically(out / "comparison.txt", text_table(results))
-    write_atomically(out / "comparison.md", markdown_table(results))
-    write_atomically(out / "comparison.json", json.dumps([asdict(result) for result in results], indent=2) + "\n")
+        write_atomically(out / GRAPH.format(metric), plots.png(plots.comparison_curves(histories, metric)))
+    write_atomically(out / TABLE_TEXT, text_table(results))
+    write_atomically(out / TABLE_MARKDOWN, markdown_table(results))
+    write_atomically(out / TABLE_JSON, json.dumps([asdict(result) for result in results], indent=2) + "\n")
     print(text_table(results))
     print(f"files    {out}: comparison.txt, .md, .json; test-loss.png, test-accuracy.png; misclassified-NORM.png")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 DATASETS: dict[str, type[datasets.MNIST]] = {
     "mnist": datasets.MNIST,
@@ -95,6 +95,9 @@ class Dataset:
         """Moves `fraction` of the training images, at least one and always the same ones, to a validation split."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
         count = max(1, round(fraction * len(self.train)))
+        if count >= len(self.train):
+            message = f"--val-split {fraction} leaves none of the {len(self.train):,} images to train on: take less"
+            raise UserError(message, exit_code=2)
         return replace(self, validation=self.train[order[:count]], train=self.train[order[count:]])
 
 
@@ -125,36 +128,52 @@ def _read(name: str, root: Path, *, download: bool) -> Dataset:
     source = DATASETS[name]
     raw = root / source.__name__ / "raw"
     try:
-        train, test = (source(root, train=train, download=download) for train in (True, False))
+        train, test = (_split(source(root, train=train, download=download)) for train in (True, False))
     except OSError as error:
         raise UserError(f"cannot read or download {name} in {root}: {error}; name a folder with --data-dir") from error
     except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
         for path in sorted(path for path in raw.glob("*") if path.suffix not in (".gz", ".xz")):
-            if not _is_readable(path):
+            if not _is_sound(path):
                 raise UserError(f"{path} is corrupt or truncated; delete it to have it downloaded again") from error
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read or download {name} in {root}: {reason}; put the files into {raw}") from error
+        reason = f"{one_line(error)}; put the files into {raw}"
+        raise UserError(f"cannot read or download {name} in {root}: {reason}") from error
+    for split in (train, test):
+        if len(split.images) != len(split.labels):
+            counts = f"it has {len(split.images):,} images but {len(split.labels):,} labels"
+            raise UserError(f"{raw} is corrupt: {counts}; delete it to have it downloaded again")
     return Dataset(
         name=name,
-        train=_split(train),
-        test=_split(test),
+        train=train,
+        test=test,
         classes=tuple(label.split(" - ")[0] for label in source.classes),
-        normalization=Normalization.of(train.data),
+        normalization=Normalization.of(train.images),
     )
 
 
 def _split(source: datasets.MNIST) -> Split:
     # QMNIST's labels are rows of (N, 8) whose first column is the class.
     labels = source.targets if source.targets.ndim == 1 else source.targets[:, 0].contiguous()
+    if not (_are_images(source.data) and _are_labels(labels)):
+        raise ValueError("they are not images of 28 x 28 pixels and labels from 0 to 9")
     return Split(source.data.unsqueeze(1), labels)
 
 
-def _is_readable(path: Path) -> bool:
+def _are_images(values: Tensor) -> bool:
+    return values.ndim == 3 and values.shape[1:] == (28, 28) and len(values) > 0
+
+
+def _are_labels(values: Tensor) -> bool:
+    # QMNIST's are the first of eight columns.
+    classes = values[:, 0] if values.ndim == 2 else values
+    return classes.ndim == 1 and len(classes) > 0 and int(classes.min()) >= 0 and int(classes.max()) <= 9
+
+
+def _is_sound(path: Path) -> bool:
     try:
-        read_sn3_pascalvincent_tensor(str(path))
+        values = read_sn3_pascalvincent_tensor(str(path))
     except Exception:  # whatever the reader does with garbage
         return False
-    return True
+    return _are_images(values) or _are_labels(values)
 
 
 def _unpack_mnist(folder: Path) -> None:
@@ -257,7 +276,12 @@ class TrainingBatches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._generator.set_state(state["generator"])
-        order = state["order"]
+        generator, order = state["generator"], state["order"]
+        if generator.shape == self._generator.get_state().shape:
+            self._generator.set_state(generator)
+        else:  # of another kind of device: go on with random numbers that are fixed by it
+            self._generator.manual_seed(zlib.crc32(generator.numpy().tobytes()))
+        if order is not None and not order.sort().values.equal(torch.arange(len(self.split))):
+            raise ValueError(f"it is not of {len(self.split):,} training images")
         self._order = self._order.new_empty(0) if order is None else order.to(self._order.device)
         self._position = state["position"]

@@ -1,4 +1,4 @@
-"""The error that the programs report in one line."""
+"""The errors that the programs report, in one line each."""
 
 
 class UserError(Exception):
@@ -12,3 +12,8 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def one_line(error: Exception) -> str:
+    """What `error` says, without line breaks."""
+    return " ".join(str(error).split())

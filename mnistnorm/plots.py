@@ -99,10 +99,10 @@ def _draw_accuracies(axes: Axes, lines: Mapping[str, np.ndarray]) -> None:
     lines = {name: 100 * values for name, values in lines.items()}
     _draw_lines(axes, lines, "{:.2f} %")
     axes.set_ylabel("accuracy (%)")
-    # The first epoch would flatten the rest: start where the second does.
-    second = min(values[:, min(1, values.shape[1] - 1)].min() for values in lines.values())
-    top = max(values.max() for values in lines.values())
-    axes.set_ylim(second - 0.3 * (top - second) - 0.05, min(top + 0.1 * (top - second) + 0.02, 100))
+    # Of long runs, the first epoch would flatten the rest: show all from the second on.
+    shown = [values[:, 1:] if values.shape[1] > 2 else values for values in lines.values()]
+    bottom, top = min(values.min() for values in shown), max(values.max() for values in shown)
+    axes.set_ylim(bottom - 0.3 * (top - bottom) - 0.05, top + 0.1 * (top - bottom) + 0.02)
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, np.ndarray], label: str) -> None:

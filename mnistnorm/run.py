@@ -18,10 +18,10 @@ from tqdm import tqdm
 from . import plots
 from .checkpoint import UNFINISHED, Checkpoint, write_atomically
 from .data import Augmentation, TrainingBatches, load_dataset
-from .errors import UserError
+from .errors import UserError, one_line
 from .kernels.functional import choose_implementation
 from .model import CNN
-from .training import Settings, Trainer
+from .training import MACHINE_SETTINGS, Settings, Trainer
 
 LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
@@ -40,7 +40,7 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
     Args:
         settings: of the run.
         out: its folder, made if need be.
-        resume: continue from the checkpoint in `out`, which `settings` must be those of.
+        resume: continue from the checkpoint in `out`, which must have the same settings but the MACHINE_SETTINGS.
         overwrite: replace a run in `out`.
 
     Returns:
@@ -56,16 +56,13 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
     with locked(out):
         trainer = build_trainer(settings)
         if checkpoint:
-            if checkpoint.training is None:
-                raise UserError(f"{out / LAST} holds a network only, no run to resume: leave out --resume")
-            trainer.model.load_state_dict(checkpoint.model)
-            trainer.load_state_dict(checkpoint.training)
+            _continue(trainer, checkpoint, out / LAST)
         else:
             save(trainer, out / LAST)
         if trainer.step == 0:  # what is left is another run's; it goes only once this one could be written
             for path in (path for name in (BEST, METRICS, CURVES, MISTAKES, TENSORBOARD) for path in out.glob(name)):
                 path.unlink()
-        for line in describe(trainer, implementation, out):
+        for line in describe(trainer, implementation, out, checkpoint.settings if checkpoint else settings):
             print(line, flush=True)
         environment = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}
         config = {"settings": asdict(settings), "layers": implementation, "environment": environment}
@@ -89,18 +86,29 @@ def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
     """The checkpoint to resume the run in `out` from.
 
     Raises:
-        UserError: there is none, or it is not one of a run with `settings`.
+        UserError: there is none, or it is not one of a run with `settings`, on whatever machine.
     """
     if not (out / LAST).exists():
         raise UserError(f"there is no run to resume in {out}: name its folder with --out or leave out --resume")
     checkpoint = Checkpoint.load(out / LAST)
     for name, value in asdict(settings or checkpoint.settings).items():
         saved = getattr(checkpoint.settings, name)
-        if saved != value:
+        if saved != value and name not in MACHINE_SETTINGS:
             raise UserError(
                 f"the run in {out} has {name}={saved}, not {value}: resume it without the change", exit_code=2
             )
     return checkpoint
+
+
+def _continue(trainer: Trainer, checkpoint: Checkpoint, path: Path) -> None:
+    if checkpoint.training is None:
+        raise UserError(f"{path} holds a network only, no run to resume: leave out --resume")
+    trainer.model.load_state_dict(checkpoint.model)
+    try:
+        trainer.load_state_dict(checkpoint.training)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{one_line(error)}; start again with --overwrite"
+        raise UserError(f"{path} holds the training state of another run or version: {reason}") from error
 
 
 def prepare_folder(out: Path, files: Sequence[str], what: str, *, may_hold_them: bool) -> None:
@@ -198,8 +206,8 @@ def describe_implementation(settings: Settings) -> str:
     return f"{name} (Triton {'compiles' if chosen == 'triton' else 'does not compile'} for {settings.device})"
 
 
-def describe(trainer: Trainer, implementation: str, out: Path) -> Iterator[str]:
-    """What the run will run on, and what it will do, a line at a time."""
+def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) -> Iterator[str]:
+    """What the run will run on, and what it will do, a line at a time; `saved` are the settings it began with."""
     settings, dataset = trainer.settings, trainer.dataset
     held_out = f", {len(dataset.validation):,} validation" if dataset.validation is not None else ""
     extras = {
@@ -229,6 +237,13 @@ def describe(trainer: Trainer, implementation: str, out: Path) -> Iterator[str]:
     else:
         progress = f", resumed in epoch {trainer.epoch + 1}" if trainer.step else ""
     yield f"out      {out}{progress}"
+    changes = [
+        f"{name} {getattr(settings, name)} instead of {getattr(saved, name)}"
+        for name in MACHINE_SETTINGS
+        if getattr(settings, name) != getattr(saved, name)
+    ]
+    if changes:
+        yield f"note     resumed with {', '.join(changes)}: the result may differ from an uninterrupted run's in bits"
 
 
 def _train_to_the_end(trainer: Trainer, out: Path, signals: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .cli import Parser, add_training_flags, at_least, run_program, settings_of
+from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
 from .model import NORMS
 from .run import default_out, load_run, run_training
 
@@ -25,7 +25,7 @@ def train(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     out = args.out or default_out(args.dataset, args.norm, args.fused, args.seed)
     if args.resume:
-        parser.set_defaults(**asdict(load_run(out).settings))
+        set_saved_defaults(parser, asdict(load_run(out).settings))
         args = parser.parse_args(argv)
     run_training(settings_of(args), out, resume=args.resume, overwrite=args.overwrite)
     return 0

@@ -3,15 +3,16 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Dataset, Normalization, Split, TrainingBatches
+from .data import DATASETS, Dataset, Normalization, Split, TrainingBatches
 from .kernels.functional import Impl
+from .model import NORMS
 
 # The peak learning rate, by optimizer and norm.
 LEARNING_RATES = {
@@ -25,6 +26,9 @@ ADAMW_SHARE = 0.2
 
 # The share of the steps in which the learning rate rises.
 WARMUP = 0.2
+
+# The settings that say where and how to compute, not what: they decide but the last bits of the result.
+MACHINE_SETTINGS = ("impl", "device", "threads", "compile", "data_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,9 @@ class Settings:
         threads: of the CPU.
         amp: forward in bfloat16 where autocast allows it.
         compile: whether the network runs under torch.compile.
+
+    Raises:
+        TypeError, ValueError: one of them is of another type, unknown or out of range.
     """
 
     norm: str = "batch"
@@ -75,6 +82,18 @@ class Settings:
     amp: bool = False
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        known = {"norm": NORMS, "impl": get_args(Impl), "optimizer": (*LEARNING_RATES,), "dataset": (*DATASETS,)}
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if field.name in known:
+                if value not in known[field.name]:
+                    raise ValueError(f"{field.name} must be one of {', '.join(known[field.name])}, got {value!r}")
+            elif not isinstance(value, (int, float) if kind is float else kind):  # type: ignore[arg-type]
+                raise TypeError(f"{field.name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
+        if min(self.epochs, self.batch_size, self.threads) < 1:
+            raise ValueError("epochs, batch_size and threads must be at least 1")
+
 
 class ConvMuon(torch.optim.Muon):
     """torch.optim.Muon for convolutions: a weight (out, in, kH, kW) is optimized as a matrix of `out` rows.
@@ -90,6 +109,25 @@ class ConvMuon(torch.optim.Muon):
     def _take_gradients(self, *_: Any) -> None:
         for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if weight.grad is None else _matrix(weight.grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Muon's, but with the momentum in the weights' shape, whose meaning does not hang on the memory format."""
+        state = super().state_dict()
+        return state | {"state": {index: self._unflatten(index, values) for index, values in state["state"].items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what state_dict returned, for weights of whatever device and memory format."""
+        state = {index: self._flatten(index, values) for index, values in state_dict["state"].items()}
+        super().load_state_dict(state_dict | {"state": state})
+
+    def _unflatten(self, index: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        momentum = torch.empty_like(self._weights[index], requires_grad=False)
+        _matrix(momentum).copy_(values["momentum_buffer"])
+        return values | {"momentum_buffer": momentum}
+
+    def _flatten(self, index: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        momentum = torch.empty_like(self._weights[index], requires_grad=False).copy_(values["momentum_buffer"])
+        return values | {"momentum_buffer": _matrix(momentum)}
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -113,9 +151,7 @@ def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.O
     groups = _decay_groups(convolutions, others, weight_decay)
     if settings.optimizer == "sgd":
         return [torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)]
-    if settings.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, lr=lr, fused=True)]
-    raise ValueError(f"optimizer must be one of {', '.join(LEARNING_RATES)}, got {settings.optimizer!r}")
+    return [torch.optim.AdamW(groups, lr=lr, fused=True)]
 
 
 def _decay_groups(decayed: list[nn.Parameter], others: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -258,8 +294,17 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what state_dict returned; the model's own state must be loaded as well."""
+        """Continues from what state_dict returned; the model's own state must be loaded as well.
+
+        Raises:
+            AttributeError, LookupError, RuntimeError, TypeError, ValueError: `state` is of something else.
+        """
+        if len(state["history"]) != state["step"] // len(self.batches):
+            raise ValueError(f"it has {len(state['history'])} epochs of {len(self.batches)} in {state['step']} steps")
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            saved, own = (list(each["param_groups"][0]) for each in (optimizer_state, optimizer.state_dict()))
+            if saved != own:
+                raise ValueError(f"its optimizer has {', '.join(saved)}, not {', '.join(own)}")
             optimizer.load_state_dict(optimizer_state)
         self.batches.load_state_dict(state["batches"])
         self.history = state["history"]
@@ -268,7 +313,7 @@ class Trainer:
         self._images = state["images"]
         self._seconds = state["seconds"]
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     def log_probabilities(self, split: Split) -> Tensor:

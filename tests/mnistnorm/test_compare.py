@@ -1,11 +1,16 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mnistnorm import compare
 from mnistnorm.checkpoint import Checkpoint
+from mnistnorm.errors import UserError
+from mnistnorm.training import Settings, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +59,50 @@ def test_a_comparison_is_not_overwritten_but_resumed(
     flags, out = comparison
     before = (out / "comparison.json").read_bytes()
     assert compare.main(flags) == 1
-    assert "holds a run: continue it (--resume)" in one_error()
+    assert "holds a comparison: continue it (--resume)" in one_error()
+    assert compare.main([*flags, "--norms", "group"]) == 1
+    assert "holds a comparison: continue it (--resume)" in one_error()
     assert compare.main([*flags, "--resume"]) == 0
     assert (out / "comparison.json").read_bytes() == before
+
+
+def test_a_comparison_that_was_stopped_goes_on_with_its_own_settings_on_another_machine(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: Callable[[], str]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    flags = [*quick[:-4], "--epochs", "1", "--norms", "layer", "sample", "--seeds", "3", "--dropout", "0.1"]
+    run_training = compare.run_training
+
+    def stopped(settings: Settings, *others: Any, **options: Any) -> Trainer:
+        if settings.norm == "sample":
+            raise UserError("stopped")
+        return run_training(settings, *others, **options)
+
+    monkeypatch.setattr(compare, "run_training", stopped)
+    assert compare.main([*flags, *out]) == 1
+    assert "stopped" in one_error()
+    monkeypatch.undo()
+    threads = Checkpoint.load(tmp_path / "layer-seed3" / "last.pt").settings.threads
+    torch.set_num_threads(threads + 1)
+    before = (tmp_path / "layer-seed3" / "metrics.jsonl").read_bytes()
+    assert compare.main(["--resume", *out]) == 0
+    assert (tmp_path / "layer-seed3" / "metrics.jsonl").read_bytes() == before
+    layer, sample = (Checkpoint.load(tmp_path / f"{norm}-seed3" / "last.pt").settings for norm in ("layer", "sample"))
+    assert sample == replace(layer, norm="sample", lr=0.05)
+    assert (layer.lr, layer.dropout, layer.epochs) == (0.2, 0.1, 1)
+    assert compare.main(["--resume", "--dropout", "0.3", *out]) == 2
+    assert "has dropout=0.1, not 0.3" in one_error()
+    assert compare.main(["--resume", *out]) == 0
+
+
+def test_there_must_be_something_to_resume(tmp_path: Path, one_error: Callable[[], str]) -> None:
+    out = tmp_path / "none"
+    assert compare.main(["--resume", "--out", str(out)]) == 1
+    assert f"there is no comparison to resume in {out}: name its folder with --out or leave out --resume" in one_error()
+    assert not out.exists()
+    (tmp_path / "config.json").write_text('{"norms": ["batch"]}')
+    assert compare.main(["--resume", "--out", str(tmp_path)]) == 1
+    assert "config.json is not of a comparison, or is damaged" in one_error()
 
 
 def test_an_unknown_norm_is_one_line(one_error: Callable[[], str]) -> None:

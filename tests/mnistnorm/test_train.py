@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,13 +227,15 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--device", "cuda:99"], "--device cuda:99 cannot be used: take cpu"),
         (["--device", "toaster"], "--device toaster cannot be used: take cpu"),
         (["--device", "meta"], "--device meta cannot be used: take cpu"),
-        (["--epochs", "0"], "--epochs: expected an integer of at least 1, got '0'"),
-        (["--epochs", "two"], "--epochs: expected an integer of at least 1, got 'two'"),
-        (["--batch-size", "-1"], "--batch-size: expected an integer of at least 1, got '-1'"),
+        (["--epochs", "0"], "--epochs: expected an integer from 1 to 2147483647, got '0'"),
+        (["--epochs", "two"], "--epochs: expected an integer from 1 to 2147483647, got 'two'"),
+        (["--batch-size", "-1"], "--batch-size: expected an integer from 1 to 2147483647, got '-1'"),
         (["--lr", "nan"], "--lr: expected a number of at least 0, got 'nan'"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got '1'"),
         (["--val-split", "1.5"], "--val-split: expected a number from 0 to below 1, got '1.5'"),
-        (["--seed", "-1"], "--seed: expected an integer of at least 0, got '-1'"),
+        (["--val-split", "0.999"], "--val-split 0.999 leaves none of the 320 images to train on: take less"),
+        (["--seed", "-1"], "--seed: expected an integer from 0 to 2147483647, got '-1'"),
+        (["--seed", "1000000000000000000000"], "--seed: expected an integer from 0 to 2147483647, got '1000"),
         (["--impl", "triton"], "--impl triton is for the fused layers: add --fused"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
@@ -380,6 +383,7 @@ def test_amp_trains_in_bfloat16(quick: list[str], tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="--compile on a CPU needs a C++ compiler")
 def test_a_compiled_run_has_the_same_checkpoint(quick: list[str], finished_run: Path, tmp_path: Path) -> None:
     assert train.main([*quick, "--compile", "--fused", "--out", str(tmp_path)]) == 0
     compiled, eager = (Checkpoint.load(folder / "last.pt") for folder in (tmp_path, finished_run))

@@ -1,0 +1,69 @@
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from mnistnorm.cli import Parser, at_least, output_file, run_program
+from mnistnorm.errors import UserError
+
+
+def prints(text: str) -> Callable[[Sequence[str] | None], int]:
+    def program(_: Sequence[str] | None) -> int:
+        print(text)
+        return 0
+
+    return program
+
+
+def test_nobody_need_read_the_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run_program(prints("x" * 100_000), None) == 141
+        stdout.write("at exit")
+    assert capsys.readouterr().err == ""
+
+
+def test_stdout_and_stderr_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Sequence[str] | None) -> int:
+        sys.stdout.write("text")
+        raise UserError("wrong", exit_code=2)
+
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_program(fail, None) == 2
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run_program(prints("caf\u00e9.png"), None) == 0
+    assert stdout.buffer.getvalue() == b"caf\\xe9.png\n"
+
+
+def flag(kind: Callable[[str], object], text: str) -> object:
+    parser = Parser("test", "")
+    parser.add_argument("--flag", type=kind)
+    return parser.parse_args(["--flag", text]).flag
+
+
+def test_integers_are_bounded() -> None:
+    assert flag(at_least(0), "2147483647") == 2**31 - 1
+    for text in ("-1", "2147483648", "1" + 30 * "0", "1" + 5000 * "0"):
+        with pytest.raises(UserError, match=r"--flag: expected an integer from 0 to 2147483647, got"):
+            flag(at_least(0), text)
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert flag(output_file, "file.json") == Path("file.json")
+    assert not any(tmp_path.iterdir())
+    for text in (str(tmp_path), str(tmp_path / "none" / "file.json"), ""):
+        with pytest.raises(UserError, match="cannot be written: name a file in a folder that you may write to"):
+            flag(output_file, text)
