@@ -61,6 +61,10 @@ class Normalization:
     mean: float
     std: float
 
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std must be above 0, got {self.std}: all images are of one shade")
+
     @classmethod
     def of(cls, images: Tensor) -> "Normalization":
         """The exact figures of `images` (uint8, any shape), from the count of each of the 256 values."""
@@ -129,6 +133,7 @@ def _read(name: str, root: Path, *, download: bool) -> Dataset:
     raw = root / source.__name__ / "raw"
     try:
         train, test = (_split(source(root, train=train, download=download)) for train in (True, False))
+        normalization = Normalization.of(train.images)
     except OSError as error:
         raise UserError(f"cannot read or download {name} in {root}: {error}; name a folder with --data-dir") from error
     except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -146,7 +151,7 @@ def _read(name: str, root: Path, *, download: bool) -> Dataset:
         train=train,
         test=test,
         classes=tuple(label.split(" - ")[0] for label in source.classes),
-        normalization=Normalization.of(train.images),
+        normalization=normalization,
     )
 
 

@@ -74,13 +74,39 @@ def test_another_files_content_is_refused(content: object, tmp_path: Path) -> No
         Checkpoint.load(path)
 
 
-@pytest.mark.parametrize("change", ["norm", "unknown norm", "shape", "missing", "settings"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "norm",
+        "unknown norm",
+        "unknown dataset",
+        "unknown optimizer",
+        "type",
+        "range",
+        "classes",
+        "normalization",
+        "shape",
+        "missing",
+        "settings",
+        "list",
+    ],
+)
 def test_another_network_is_refused(change: str, finished_run: Path, tmp_path: Path) -> None:
     content = torch.load(finished_run / "last.pt", weights_only=True)
     if change == "norm":
         content["settings"]["norm"] = "layer"
-    elif change == "unknown norm":
-        content["settings"]["norm"] = "instance"
+    elif change.startswith("unknown"):
+        content["settings"][change.split()[1]] = "instance"
+    elif change == "type":
+        content["settings"]["epochs"] = "two"
+    elif change == "range":
+        content["settings"]["batch_size"] = 0
+    elif change == "classes":
+        content["classes"] = content["classes"][:9]
+    elif change == "normalization":
+        content["normalization"]["std"] = "0.3"
+    elif change == "list":
+        content["model"] = list(content["model"])
     elif change == "shape":
         content["model"]["classifier.weight"] = torch.zeros(10, 49, 1, 1)
     elif change == "missing":

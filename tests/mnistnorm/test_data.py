@@ -56,6 +56,33 @@ def test_a_truncated_file_in_a_data_folder_is_named(keep: int, few_digits: list[
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("a label of 10", "train-labels-idx1-ubyte is corrupt or truncated; delete it"),
+        ("images of 20 x 28", "train-images-idx3-ubyte is corrupt or truncated; delete it"),
+        ("no images", "train-images-idx3-ubyte is corrupt or truncated; delete it"),
+        ("a label too few", r"raw is corrupt: it has 320 images but 319 labels; delete it"),
+    ],
+)
+def test_files_that_are_readable_but_wrong_are_named(
+    damage: str, message: str, few_digits: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(few_digits[-1], tmp_path / "data")
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    images, labels = raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"
+    if damage == "a label of 10":
+        labels.write_bytes(labels.read_bytes()[:-1] + b"\x0a")
+    elif damage == "images of 20 x 28":
+        images.write_bytes(struct.pack(">IIII", 2051, 320, 20, 28) + bytes(320 * 20 * 28))
+    elif damage == "no images":
+        images.write_bytes(struct.pack(">IIII", 2051, 0, 28, 28))
+    else:
+        labels.write_bytes(struct.pack(">II", 2049, 319) + labels.read_bytes()[8:-1])
+    with pytest.raises(UserError, match=message):
+        load_dataset("fashion-mnist", tmp_path / "data")
+
+
 def test_another_mnist_in_a_data_folder_is_refused(few_digits: list[str], tmp_path: Path) -> None:
     shutil.copytree(Path(few_digits[-1]) / "FashionMNIST", tmp_path / "MNIST")
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte is corrupt.*delete it"):
@@ -145,6 +172,15 @@ def test_augmentation_maps_each_image_within_its_bounds() -> None:
         assert rows[n].item() == pytest.approx(expected[1].item(), abs=0.05)
 
 
+def test_a_validation_split_leaves_images_to_train_on(mnist: Dataset) -> None:
+    small = Dataset("small", mnist.train[:10], mnist.test[:1], mnist.classes, mnist.normalization)
+    with pytest.raises(
+        UserError, match="--val-split 0.99 leaves none of the 10 images to train on: take less"
+    ) as failure:
+        small.with_validation(0.99)
+    assert failure.value.exit_code == 2
+
+
 def numbered(size: int) -> Split:
     """Images of one value each, labelled by their number."""
     labels = torch.arange(size)
@@ -183,3 +219,20 @@ def test_batches_continue_from_their_state(steps: int) -> None:
     resumed.load_state_dict(interrupted.state_dict())
     for expected, actual in zip(whole[steps:], take(resumed, 10), strict=True):
         assert actual.equal(expected)
+
+
+def test_batches_continue_from_a_generator_of_another_kind_of_device() -> None:
+    def orders(generator_state: torch.Tensor) -> list[int]:
+        batches = TrainingBatches(numbered(50), 50, Normalization(0.1, 0.3))
+        batches.load_state_dict({"generator": generator_state, "order": None, "position": 0})
+        return next(iter(batches))[1].tolist()
+
+    cuda = torch.arange(16, dtype=torch.uint8)  # seed and offset
+    assert orders(cuda) == orders(cuda)
+    assert orders(cuda) != orders(cuda + 1)
+
+
+def test_batches_of_other_images_are_refused() -> None:
+    state = TrainingBatches(numbered(50), 8, Normalization(0.1, 0.3)).state_dict() | {"order": torch.arange(49)}
+    with pytest.raises(ValueError, match="it is not of 50 training images"):
+        TrainingBatches(numbered(50), 8, Normalization(0.1, 0.3)).load_state_dict(state)

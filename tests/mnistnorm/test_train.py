@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -320,6 +321,30 @@ def test_resuming_with_other_settings_is_refused(finished_run: Path, one_error: 
     ):
         assert train.main(["--resume", "--out", str(finished_run), *flags]) == 2
         assert message in one_error()
+
+
+def test_a_run_goes_on_on_another_machine_and_says_so(
+    long_flags: list[str], whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = Checkpoint.load(whole_run / "last.pt")
+    gone = replace(saved.settings, device="cuda:7", impl="torch", threads=3, data_dir="/nowhere")
+    assert saved.training is not None
+    replace(saved, settings=gone, training=saved.training | {"cuda_rng": torch.zeros(16, dtype=torch.uint8)}).save(
+        tmp_path / "last.pt"
+    )
+    data_dir = long_flags[3]
+    assert train.main(["--resume", "--threads", "1", "--data-dir", data_dir, "--out", str(tmp_path)]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    changes = f"device cpu instead of cuda:7, threads 1 instead of 3, data_dir {data_dir} instead of /nowhere"
+    assert note == f"note     resumed with {changes}: the result may differ from an uninterrupted run's in bits"
+    assert Checkpoint.load(whole_run / "last.pt").settings == saved.settings
+
+
+def test_a_foreign_training_state_is_not_resumed(finished_run: Path, tmp_path: Path, one_error: OneError) -> None:
+    saved = Checkpoint.load(finished_run / "last.pt")
+    replace(saved, training={"weights": [1, 2, 3]}).save(tmp_path / "last.pt")
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 1
+    assert "last.pt holds the training state of another run or version: 'history'; start again with" in one_error()
 
 
 def test_a_damaged_checkpoint_is_not_resumed(quick: list[str], tmp_path: Path, one_error: OneError) -> None:

@@ -55,6 +55,50 @@ def test_conv_muon_is_muon_on_the_weight_as_a_matrix(memory_format: torch.memory
     torch.testing.assert_close(convolution.weight.flatten(1), reference, rtol=0, atol=tolerance)
 
 
+def test_the_momentum_moves_between_memory_formats() -> None:
+    """As when a run on a GPU, contiguous, goes on on a CPU, channels last."""
+    gradients = [torch.randn(12, 8, 3, 3) for _ in range(2)]
+    results = []
+    for formats in ((torch.contiguous_format,) * 2, (torch.contiguous_format, torch.channels_last)):
+        weight, state = torch.zeros(12, 8, 3, 3), None
+        for memory_format, gradient in zip(formats, gradients, strict=True):
+            parameter = nn.Parameter(weight.contiguous(memory_format=memory_format))
+            parameter.grad = gradient.contiguous(memory_format=memory_format)
+            optimizer = ConvMuon([parameter], lr=0.05, momentum=0.95)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            optimizer.step()
+            weight, state = parameter.detach(), optimizer.state_dict()
+        results.append(weight)
+    torch.testing.assert_close(*results, rtol=0, atol=0.01)
+    torch.testing.assert_close(state["state"][0]["momentum_buffer"], expected_momentum(gradients))
+
+
+def expected_momentum(gradients: list[torch.Tensor]) -> torch.Tensor:
+    first, second = gradients
+    return 0.95 * 0.05 * first + 0.05 * second
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"history": [{}]}, "it has 1 epochs of 4 in 0 steps"),
+        ({"optimizers": []}, "is shorter"),
+        ({"step": "4"}, "unsupported operand"),
+        ({"history": None}, "has no len"),
+    ],
+)
+def test_a_foreign_state_is_refused(change: dict[str, object], message: str, mnist: Dataset) -> None:
+    run = trainer(mnist)
+    with pytest.raises((TypeError, ValueError), match=message):
+        run.load_state_dict(run.state_dict() | change)
+
+
+def test_another_optimizers_state_is_refused(mnist: Dataset) -> None:
+    with pytest.raises(ValueError, match="its optimizer has"):
+        trainer(mnist, optimizer="sgd").load_state_dict(trainer(mnist, optimizer="adamw").state_dict())
+
+
 @pytest.mark.parametrize("optimizer", LEARNING_RATES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_parameter_is_trained(norm: str, optimizer: str, mnist: Dataset) -> None:
