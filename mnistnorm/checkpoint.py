@@ -18,6 +18,9 @@ from .training import Settings
 
 FORMAT = "mnistnorm checkpoint 1"
 
+# What to do about a checkpoint that cannot be used.
+INSTEAD = "name another last.pt or best.pt, or train again"
+
 # Ends the name of a file that is being written.
 UNFINISHED = ".mnistnorm.tmp"
 
@@ -86,17 +89,16 @@ class Checkpoint:
         try:
             data = path.read_bytes()
         except OSError as error:
-            reason = f"{error.strerror}; name a last.pt or best.pt that a run wrote"
-            raise UserError(f"cannot read the checkpoint {path}: {reason}") from error
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}; {INSTEAD}") from error
         try:
             # torch.load does not compare the checksums.
             if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load's errors are as many as the ways to damage a file
-            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged; name another") from error
+            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged; {INSTEAD}") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}")
+            raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}; {INSTEAD}")
         try:
             content["settings"] = Settings(**content["settings"])
             content["normalization"] = Normalization(**content["normalization"])
@@ -105,7 +107,7 @@ class Checkpoint:
             if [type(name) for name in checkpoint.classes] != [str] * NUM_CLASSES:
                 raise ValueError(f"its classes are {checkpoint.classes}")
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{one_line(error)}; name another"
+            reason = f"{one_line(error)}; {INSTEAD}"
             raise UserError(f"{path} is a checkpoint of another network or version: {reason}") from error
         return checkpoint
 

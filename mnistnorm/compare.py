@@ -1,6 +1,7 @@
 """python -m mnistnorm.compare: trains the network with several norms and sets them side by side."""
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -14,12 +15,12 @@ from .checkpoint import write_atomically
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
 from .errors import UserError
 from .model import NORMS
-from .run import CONFIG, LAST, RUN_FILES, load_run, locked, mistakes_of, prepare_folder, run_training
+from .run import CONFIG, LAST, RUN_FILES, load_run, locked, mistakes_of, prepare_folder, remove_files, run_training
 from .training import Settings
 
 TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON = "comparison.txt", "comparison.md", "comparison.json"
 GRAPH, MISTAKES = "test-{}.png", "misclassified-{}.png"
-COMPARISON_FILES = (CONFIG, TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON, GRAPH.format("*"), MISTAKES.format("*"))
+RESULTS = (TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON, GRAPH.format("*"), MISTAKES.format("*"))
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -86,9 +87,9 @@ def compare(argv: Sequence[str] | None) -> int:
     runs = {norm: [settings_of(args, norm=norm, seed=seed) for seed in seeds] for norm in norms}
 
     may_hold_them = args.resume or args.overwrite
-    prepare_folder(out, COMPARISON_FILES, "a comparison", may_hold_them=may_hold_them)
-    for settings in (settings for of_norm in runs.values() for settings in of_norm):
-        folder = folder_of(out, settings)
+    prepare_folder(out, (CONFIG, *RESULTS), "a comparison", may_hold_them=may_hold_them)
+    folders = {folder_of(out, settings): settings for of_norm in runs.values() for settings in of_norm}
+    for folder, settings in folders.items():
         prepare_folder(folder, RUN_FILES, "a run", may_hold_them=may_hold_them)
         if args.resume and (folder / LAST).exists():
             load_run(folder, settings)
@@ -97,6 +98,10 @@ def compare(argv: Sequence[str] | None) -> int:
         flags = {name: getattr(args, name) for name in sorted(flag_names())}
         flags |= {"device": first.device, "threads": first.threads}
         write_atomically(out / CONFIG, json.dumps(flags, indent=2) + "\n")
+        if args.overwrite:  # all at once, so that --resume takes none of the earlier runs for one of these
+            remove_files(out, RESULTS)
+            for folder in folders:
+                remove_files(folder, RUN_FILES)
         compare_runs(runs, out, resume=args.resume, overwrite=args.overwrite)
     return 0
 
@@ -119,7 +124,10 @@ def saved_flags(out: Path) -> dict[str, Any]:
         flags = json.loads(path.read_text())
         if flags.keys() != flag_names():
             raise ValueError("it has other flags")
-    except (AttributeError, ValueError) as error:
+        for norm, seed in itertools.product(flags["norms"], flags["seeds"]):
+            common = {name: value for name, value in flags.items() if name not in ("norms", "seeds")}
+            Settings(**common | {"norm": norm, "seed": seed, "lr": flags["lr"] or 0.0})
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not of a comparison, or is damaged: start again with --overwrite") from error
     return flags
 

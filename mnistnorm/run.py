@@ -60,8 +60,7 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
         else:
             save(trainer, out / LAST)
         if trainer.step == 0:  # what is left is another run's; it goes only once this one could be written
-            for path in (path for name in (BEST, METRICS, CURVES, MISTAKES, TENSORBOARD) for path in out.glob(name)):
-                path.unlink()
+            remove_files(out, (BEST, METRICS, CURVES, MISTAKES, TENSORBOARD))
         for line in describe(trainer, implementation, out, checkpoint.settings if checkpoint else settings):
             print(line, flush=True)
         environment = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}
@@ -130,6 +129,12 @@ def prepare_folder(out: Path, files: Sequence[str], what: str, *, may_hold_them:
         raise UserError(f"the folder {out} cannot be written to; take another with --out")
 
 
+def remove_files(out: Path, files: Sequence[str]) -> None:
+    """Deletes the files in `out` whose names match one of the patterns `files`."""
+    for path in (path for name in files for path in out.glob(name)):
+        path.unlink()
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keeps other programs from writing to the folder `out`, and clears what one that was killed left half written.
@@ -150,8 +155,7 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another run is writing to {out}: wait for its end or name another --out") from error
-        for path in out.glob(f".*{UNFINISHED}"):
-            path.unlink()
+        remove_files(out, [f".*{UNFINISHED}"])
         yield
     finally:
         os.close(folder)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,9 +101,33 @@ def test_there_must_be_something_to_resume(tmp_path: Path, one_error: Callable[[
     assert compare.main(["--resume", "--out", str(out)]) == 1
     assert f"there is no comparison to resume in {out}: name its folder with --out or leave out --resume" in one_error()
     assert not out.exists()
-    (tmp_path / "config.json").write_text('{"norms": ["batch"]}')
-    assert compare.main(["--resume", "--out", str(tmp_path)]) == 1
-    assert "config.json is not of a comparison, or is damaged" in one_error()
+
+
+def test_flags_that_are_none_of_a_comparison_are_refused(
+    comparison: tuple[list[str], Path], tmp_path: Path, one_error: Callable[[], str]
+) -> None:
+    flags = json.loads((comparison[1] / "config.json").read_text())
+    for content in ({"norms": ["batch"]}, [], flags | {"norms": ["none"]}, flags | {"seeds": 3}, flags | {"device": 1}):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert compare.main(["--resume", "--out", str(tmp_path)]) == 1
+        assert "config.json is not of a comparison, or is damaged" in one_error()
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_comparison(
+    comparison: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: Callable[[], str]
+) -> None:
+    out = tmp_path / "compare"
+    shutil.copytree(comparison[1], out)
+
+    def stop(*_: Any, **__: Any) -> Trainer:
+        raise UserError("stopped")
+
+    monkeypatch.setattr(compare, "run_training", stop)
+    assert compare.main([*comparison[0], "--dropout", "0.1", "--overwrite", "--out", str(out)]) == 1
+    assert "stopped" in one_error()
+    assert [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()] == ["config.json"]
+    assert compare.main(["--resume", "--out", str(out)]) == 1
+    assert "stopped" in one_error()
 
 
 def test_an_unknown_norm_is_one_line(one_error: Callable[[], str]) -> None:
