@@ -11,10 +11,13 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto
 setup: $(VENV)/installed
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mnistnorm needs Python 3.10 or newer: make PYTHON=python3.x")'
+	@test -e $(VENV) || rm -f $(VENV)  # a link to nowhere
+	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# make train ARGS=--resume continues a run that was stopped.
 train: setup
 	$(RUN) -m mnistnorm.train --fused $(ARGS)
 

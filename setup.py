@@ -32,6 +32,7 @@ setup(
     install_requires=[
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "pillow>=10.1",
         "torch>=2.14",
         "torchinfo>=1.8",
         "torchvision>=0.29",

@@ -4,10 +4,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from mnistnorm.training import LEARNING_RATES, Settings
 from .cases import NORMS
 from .machine import describe_machine
 from .timing import Spread, interleaved, ratio
+
+T = TypeVar("T")
 
 COLUMNS = "{:<6} {:>7} {:>16} {:>16} {:>16} {:>19} {:>19}"
 HEADER = COLUMNS.format("norm", "dropout", "course-style", "stock", "fused", "fused/course", "fused/stock")
@@ -75,9 +77,10 @@ class PILImages(TorchDataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def endless(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(epoch: Iterable[T]) -> Iterator[T]:
+    """The batches of `epoch`, epoch after epoch."""
     while True:
-        yield from loader
+        yield from epoch
 
 
 def course_style(dataset: Dataset, settings: Settings, steps: int, workers: int) -> Callable[[], float]:
@@ -107,12 +110,13 @@ def course_style(dataset: Dataset, settings: Settings, steps: int, workers: int)
 def ours(settings: Settings, steps: int) -> Callable[[], float]:
     """The step of mnistnorm.train with the same network, batch, dropout, augmentation and optimizer."""
     trainer = build_trainer(settings)
+    batches = endless(trainer.batches)
 
     def run() -> float:
         start = time.perf_counter()
         trainer.model.train()
-        for _, (images, labels) in zip(range(steps), trainer.batches, strict=False):
-            trainer.train_step(images, labels)
+        for _ in range(steps):
+            trainer.train_step(*next(batches))
         return time.perf_counter() - start
 
     return run

@@ -2,6 +2,8 @@
 
 import io
 import os
+import secrets
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,9 @@ from .training import Settings
 
 FORMAT = "mnistnorm checkpoint 1"
 
+# Ends the name of a file that is being written.
+UNFINISHED = ".mnistnorm.tmp"
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes a file so that at every moment it holds the old content or the new, whole.
@@ -23,17 +28,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         UserError: it cannot be written; what was there before still is.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A name of its own, so that two writers of a file do not mix; tempfile's files would be for their owner only.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; nothing was overwritten") from error
+        if not isinstance(error, OSError):
+            raise
+        reason = f"{error.strerror}; what was there is unchanged: free some space or write to another folder"
+        raise UserError(f"cannot write {path}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -77,11 +86,15 @@ class Checkpoint:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+            reason = f"{error.strerror}; name a last.pt or best.pt that a run wrote"
+            raise UserError(f"cannot read the checkpoint {path}: {reason}") from error
         try:
+            # torch.load does not compare the checksums.
+            if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load's errors are as many as the ways to damage a file
-            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged") from error
+            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged; name another") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}")
         try:

@@ -40,8 +40,13 @@ def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[s
         message, exit_code = str(error), 1
     except KeyboardInterrupt:
         message, exit_code = "interrupted", 130
-    print(f"error: {message}", file=sys.stderr)
+    print_error(message)
     return exit_code
+
+
+def print_error(message: object) -> None:
+    """One line on stderr."""
+    print(f"error: {message}", file=sys.stderr)
 
 
 def at_least(low: int, kind: type[int] | type[float] = int) -> Callable[[str], int | float]:

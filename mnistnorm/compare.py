@@ -12,7 +12,7 @@ from . import plots
 from .checkpoint import write_atomically
 from .cli import Parser, add_training_flags, at_least, run_program, settings_of
 from .model import NORMS
-from .run import LAST, mistakes_of, prepare_out, run_training
+from .run import LAST, RUN_FILES, mistakes_of, prepare_folder, run_training
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def compare(argv: Sequence[str] | None) -> int:
     settings = {(norm, seed): settings_of(args, norm=norm, seed=seed) for norm in norms for seed in seeds}
     folders = {(norm, seed): out / f"{norm}-seed{seed}" for norm, seed in settings}
     for folder in folders.values():
-        prepare_out(folder, may_hold_run=args.resume or args.overwrite)
+        prepare_folder(folder, RUN_FILES, "a run", may_hold_them=args.resume or args.overwrite)
 
     histories: dict[str, list[plots.History]] = {norm: [] for norm in norms}
     results = []

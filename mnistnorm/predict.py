@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .checkpoint import Checkpoint
-from .cli import Parser, choose_device, run_program
+from .cli import Parser, choose_device, print_error, run_program
 from .errors import UserError
 from .model import IMAGE_SIZE
 from .training import log_probabilities
@@ -25,6 +26,12 @@ OUTLINE = 0.4
 # Photographs are reduced to this size: pixels along the longer side.
 LARGEST = 1000
 
+# What files with more than 8 bits per value call full: the first that none of an image's values exceeds.
+FULL_SCALES = (1.0, 255.0, 65535.0)
+
+# On white, a transparent image whose darkest ink is fainter than this, of 255 levels, is light ink: it goes on black.
+FAINT = 80
+
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("predict", "Say which digit each image shows, and how probable that is.")
@@ -36,22 +43,55 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The luminance of an image file, upright, white where it is transparent: float32, (height, width).
+    """The luminance of an image file, upright, on white or black, whichever contrasts, where it is transparent.
+
+    Returns:
+        float32, (height, width), in units of 255 levels.
 
     Raises:
         UserError: the file cannot be read as an image.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("F")
-            image.thumbnail((LARGEST, LARGEST))
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "it is not an image, or is truncated or damaged"
-        raise UserError(f"cannot read the image {path}: {reason}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
+            with Image.open(path) as file:
+                image = _luminance(ImageOps.exif_transpose(file))
+        image.thumbnail((LARGEST, LARGEST))
+    except Exception as error:  # Pillow's errors are as many as the ways to damage a file
+        raise UserError(f"cannot read the image {path}: {_reason(error)}") from error
+    if image.mode == "F":
+        return np.asarray(image)
+    luminance, opacity = np.moveaxis(np.asarray(image, dtype=np.float32), -1, 0)
+    opacity = opacity / 255
+    ground = 255 if (opacity * (255 - luminance)).max() >= FAINT else 0
+    return ground + opacity * (luminance - ground)
+
+
+def _luminance(image: Image.Image) -> Image.Image:
+    """The image in mode F, or in mode LA if some of it is transparent, in units of 255 levels."""
+    if image.mode == "LAB":  # which Pillow does not convert
+        return image.getchannel("L").convert("F")
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise UserError("some of its values are infinite or not numbers; save it as PNG or JPEG")
+        largest = float(np.abs(values).max())
+        luminance = values * (255 / next((scale for scale in FULL_SCALES if largest <= scale), largest))
+        if not image.has_transparency_data:
+            return Image.fromarray(luminance)
+        opacity = np.where(values == image.info["transparency"], 0, 255)
+        return Image.merge("LA", [Image.fromarray(band.astype(np.uint8)) for band in (luminance, opacity)])
+    return image.convert("RGBA").convert("LA") if image.has_transparency_data else image.convert("F")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return "it is too large; reduce it"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}; check its path"
+    return "it is not an image, or is truncated or damaged; save it as PNG or JPEG"
 
 
 def to_mnist(luminance: np.ndarray, longer_side: int = LONGER_SIDE["mnist"]) -> np.ndarray:
@@ -94,7 +134,16 @@ def read_digit(path: Path, longer_side: int) -> np.ndarray:
     try:
         return to_mnist(read_image(path), longer_side)
     except ValueError as error:
-        raise UserError(f"there is no digit in {path}: {error}") from error
+        raise UserError(f"there is no digit in {path}: {error}; show one, darker or lighter than its ground") from error
+
+
+def _digit_or_error(path: Path, longer_side: int) -> np.ndarray | None:
+    """What read_digit returns; None, after saying so on stderr, where it raises."""
+    try:
+        return read_digit(path, longer_side)
+    except UserError as error:
+        print_error(error)
+        return None
 
 
 def _paper(luminance: np.ndarray) -> np.ndarray:
@@ -108,7 +157,7 @@ def _paper(luminance: np.ndarray) -> np.ndarray:
     distance = np.abs(values - np.median(values))
     for _ in range(3):  # each time without the half that lies farthest off, where the digit touches the border
         near = distance <= np.median(distance)
-        coefficients = np.linalg.lstsq(terms[near], values[near])[0]
+        coefficients = np.linalg.lstsq(terms[near], values[near], rcond=None)[0]
         distance = np.abs(values - terms @ coefficients)
     return plane @ coefficients
 
@@ -124,11 +173,12 @@ def predict(argv: Sequence[str] | None) -> int:
     device = choose_device(args.device)
     checkpoint = Checkpoint.load(args.checkpoint)
     longer_side = LONGER_SIDE[checkpoint.settings.dataset]
-    images = np.stack([read_digit(path, longer_side) for path in args.images])
-    batch = torch.from_numpy(images).unsqueeze(1).to(device)
+    digits = [(path, digit) for path in args.images if (digit := _digit_or_error(path, longer_side)) is not None]
+    images = np.array([digit for _, digit in digits], dtype=np.uint8)
+    batch = torch.from_numpy(images).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE).to(device)
     probabilities = log_probabilities(checkpoint.network().to(device), batch, checkpoint.normalization).exp()
     results = []
-    for path, row in zip(args.images, probabilities.tolist(), strict=True):
+    for (path, _), row in zip(digits, probabilities.tolist(), strict=True):
         by_class = dict(zip(checkpoint.classes, row, strict=True))
         prediction = max(by_class, key=lambda name: by_class[name])
         results.append(
@@ -144,7 +194,7 @@ def predict(argv: Sequence[str] | None) -> int:
     else:
         for result in results:
             print(f"{result['image']}: {result['prediction']} ({result['probability']:.2%})")
-    return 0
+    return 0 if len(digits) == len(args.images) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

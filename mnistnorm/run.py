@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,16 +16,17 @@ import torch
 from tqdm import tqdm
 
 from . import plots
-from .checkpoint import Checkpoint, write_atomically
+from .checkpoint import UNFINISHED, Checkpoint, write_atomically
 from .data import Augmentation, TrainingBatches, load_dataset
 from .errors import UserError
 from .kernels.functional import choose_implementation
 from .model import CNN
 from .training import Settings, Trainer
 
-# A run's files, besides TensorBoard's.
 LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
+TENSORBOARD = "events.out.tfevents.*"
+RUN_FILES = (LAST, BEST, CONFIG, METRICS, CURVES, MISTAKES, TENSORBOARD)
 
 
 def default_out(dataset: str, norm: str, fused: bool, seed: int) -> Path:
@@ -51,24 +52,36 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
     """
     implementation = describe_implementation(settings)
     checkpoint = load_run(out, settings) if resume else None
-    prepare_out(out, may_hold_run=resume or overwrite)
-    trainer = build_trainer(settings)
-    if checkpoint:
-        if checkpoint.training is None:
-            raise UserError(f"{out / LAST} holds a network only, no run to resume: leave out --resume")
-        trainer.model.load_state_dict(checkpoint.model)
-        trainer.load_state_dict(checkpoint.training)
-    else:
-        for path in (*(out / name for name in (BEST, METRICS, CURVES, MISTAKES)), *out.glob("events.out.tfevents.*")):
-            path.unlink(missing_ok=True)
-        save(trainer, out / LAST)
-    for line in describe(trainer, implementation, out):
-        print(line, flush=True)
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}
-    config = {"settings": asdict(settings), "layers": implementation, "environment": environment}
-    write_atomically(out / CONFIG, json.dumps(config, indent=2) + "\n")
-    _train_to_the_end(trainer, out)
-    _report(trainer, out)
+    prepare_folder(out, RUN_FILES, "a run", may_hold_them=resume or overwrite)
+    with locked(out):
+        trainer = build_trainer(settings)
+        if checkpoint:
+            if checkpoint.training is None:
+                raise UserError(f"{out / LAST} holds a network only, no run to resume: leave out --resume")
+            trainer.model.load_state_dict(checkpoint.model)
+            trainer.load_state_dict(checkpoint.training)
+        else:
+            save(trainer, out / LAST)
+        if trainer.step == 0:  # what is left is another run's; it goes only once this one could be written
+            for path in (path for name in (BEST, METRICS, CURVES, MISTAKES, TENSORBOARD) for path in out.glob(name)):
+                path.unlink()
+        for line in describe(trainer, implementation, out):
+            print(line, flush=True)
+        environment = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}
+        config = {"settings": asdict(settings), "layers": implementation, "environment": environment}
+        write_atomically(out / CONFIG, json.dumps(config, indent=2) + "\n")
+        with _signals_deferred() as signals:
+            _train_to_the_end(trainer, out, signals)
+            complete = trainer.epoch >= settings.epochs
+            if complete:
+                _report(trainer, out)
+            else:
+                save(trainer, out / LAST)
+        if signals:
+            what = "after the last epoch, complete" if complete else f"in epoch {trainer.epoch + 1} and saved"
+            then = "" if complete else "; the same command with --resume continues"
+            name = signal.Signals(signals[0]).name
+            raise UserError(f"stopped by {name} {what} in {out}{then}", exit_code=128 + signals[0])
     return trainer
 
 
@@ -90,16 +103,50 @@ def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
     return checkpoint
 
 
-def prepare_out(out: Path, *, may_hold_run: bool) -> None:
-    """Makes the folder of a run and checks that it can be written, and with not `may_hold_run` that it is free."""
-    if (out / LAST).exists() and not may_hold_run:
-        raise UserError(f"{out} holds a run: continue it (--resume), replace it (--overwrite) or name another --out")
+def prepare_folder(out: Path, files: Sequence[str], what: str, *, may_hold_them: bool) -> None:
+    """Makes the folder of `what` and checks that it can be written.
+
+    Args:
+        out: the folder.
+        files: patterns of their names.
+        what: they are, in words.
+        may_hold_them: whether one of them may be there already.
+    """
+    if not may_hold_them and any(path for name in files for path in out.glob(name)):
+        raise UserError(f"{out} holds {what}: continue it (--resume), replace it (--overwrite) or name another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {out}: {error.strerror}; take another with --out") from error
-    if not os.access(out, os.W_OK | os.X_OK):
+    if not os.access(out, os.R_OK | os.W_OK | os.X_OK):
         raise UserError(f"the folder {out} cannot be written to; take another with --out")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps other programs from writing to the folder `out`, and clears what one that was killed left half written.
+
+    The lock is the kernel's: it ends with the process, however that ends, and leaves no file.
+
+    Raises:
+        UserError: another program writes to it.
+    """
+    if sys.platform == "win32":  # no flock
+        yield
+        return
+    import fcntl
+
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing to {out}: wait for its end or name another --out") from error
+        for path in out.glob(f".*{UNFINISHED}"):
+            path.unlink()
+        yield
+    finally:
+        os.close(folder)
 
 
 def build_trainer(settings: Settings) -> Trainer:
@@ -177,10 +224,17 @@ def describe(trainer: Trainer, implementation: str, out: Path) -> Iterator[str]:
     yield f"network  {settings.norm} norm, {parameters:,} parameters"
     yield f"data     {dataset.name}: {len(dataset.train):,} training{held_out}, {len(dataset.test):,} test images"
     yield f"recipe   {', '.join(recipe)}"
-    yield f"out      {out}" + (f", resumed at epoch {trainer.epoch + 1}" if trainer.step else "")
+    if trainer.epoch >= settings.epochs:
+        progress = ", already complete"
+    else:
+        progress = f", resumed in epoch {trainer.epoch + 1}" if trainer.step else ""
+    yield f"out      {out}{progress}"
 
 
-def _train_to_the_end(trainer: Trainer, out: Path) -> None:
+def _train_to_the_end(trainer: Trainer, out: Path, signals: Sequence[int]) -> None:
+    """Trains and saves epoch after epoch, to the last or until `signals` holds one."""
+    if trainer.epoch >= trainer.settings.epochs:
+        return
     images, epochs = len(trainer.dataset.train), trainer.settings.epochs
     bar = tqdm(
         total=epochs * images,
@@ -199,19 +253,12 @@ def _train_to_the_end(trainer: Trainer, out: Path) -> None:
             bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
         return bool(signals)
 
-    with bar, _signals_deferred() as signals, _tensorboard_writer(out, purge_step=trainer.epoch + 1) as writer:
+    with bar, _tensorboard_writer(out, purge_step=trainer.epoch + 1) as writer:
         while trainer.epoch < epochs and not signals:
             if trainer.train_epoch(after_step):
                 _save_epoch(trainer, out, writer)
                 bar.write(_epoch_line(trainer.history[-1], epochs))
                 sys.stdout.flush()
-        if trainer.epoch < epochs:
-            save(trainer, out / LAST)
-            raise UserError(
-                f"stopped by {signal.Signals(signals[0]).name} in epoch {trainer.epoch + 1} and saved in {out}; "
-                "the same command with --resume continues",
-                exit_code=128 + signals[0],
-            )
 
 
 def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
@@ -221,11 +268,13 @@ def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
         raise UserError(f"the training diverged in epoch {trainer.epoch}: take a lower --lr than {lr:g}")
     if best_epoch(trainer.history) == trainer.epoch:
         save(trainer, out / BEST, to_resume=False)
-    save(trainer, out / LAST)
     write_atomically(out / METRICS, "".join(json.dumps(line) + "\n" for line in trainer.history))
     if writer:
         for name, value in metrics.items():
             writer.add_scalar(name, value, trainer.epoch)
+        writer.flush()
+    # Last, so that what it continues from is in all the other files.
+    save(trainer, out / LAST)
 
 
 @contextmanager

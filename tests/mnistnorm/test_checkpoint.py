@@ -36,6 +36,15 @@ def test_a_truncated_checkpoint_is_refused(kept: float, finished_run: Path, tmp_
         Checkpoint.load(path)
 
 
+def test_a_flipped_bit_is_seen(finished_run: Path, tmp_path: Path) -> None:
+    content = bytearray((finished_run / "last.pt").read_bytes())
+    weights = Checkpoint.load(finished_run / "last.pt").model["classifier.weight"]
+    content[content.index(weights.numpy().tobytes()) + 700] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"flipped.pt is not a checkpoint, or is truncated or damaged"):
+        Checkpoint.load(tmp_path / "flipped.pt")
+
+
 class _Touch:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,17 +107,33 @@ def test_a_failing_write_leaves_the_old_file(step: str, tmp_path: Path, monkeypa
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, step, full)
-    with pytest.raises(UserError, match=r"cannot write .*file: No space left on device; nothing was overwritten"):
+    with pytest.raises(UserError, match=r"cannot write .*file: No space left on device; what was there is unchanged"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_survives_the_remains_of_an_earlier_one(tmp_path: Path) -> None:
-    (tmp_path / ".file.tmp").write_text("half a fi")
-    write_atomically(tmp_path / "file", b"whole")
-    assert (tmp_path / "file").read_bytes() == b"whole"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+def test_two_writers_of_a_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+
+    def meanwhile(_: int) -> None:
+        monkeypatch.undo()
+        write_atomically(path, "of another")
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_atomically(path, "the last")
+    assert path.read_text() == "the last"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", "new")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_network_trained_on_another_implementation_runs_here(finished_run: Path) -> None:

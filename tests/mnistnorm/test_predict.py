@@ -1,5 +1,7 @@
 import json
 import re
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,19 +97,68 @@ def test_mnist_itself_stays_where_it_is(mnist: Dataset) -> None:
     assert np.mean(differences) < 0.15, "a shift by one pixel makes this about 0.5"
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "I;16", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "I;16", "CMYK", "LAB"])
 def test_every_kind_of_image_file_is_read(mode: str, mnist: Dataset, tmp_path: Path) -> None:
     digit = 255 - mnist.test.images[0, 0].numpy()
     if mode == "I;16":
         image = Image.fromarray(digit.astype(np.uint16) * 257)
     elif mode == "RGBA":
         image = Image.fromarray(np.stack([np.zeros_like(digit)] * 3 + [255 - digit], axis=-1))
+    elif mode == "LAB":
+        neutral = Image.new("L", (28, 28), 128)
+        image = Image.merge("LAB", [Image.fromarray(digit), neutral, neutral])
     else:
         image = Image.fromarray(digit).convert(mode)
-    path = tmp_path / ("digit.tif" if mode == "CMYK" else "digit.png")
+    path = tmp_path / ("digit.tif" if mode in ("CMYK", "LAB") else "digit.png")
     image.save(path)
     difference = to_mnist(read_image(path)).astype(int) - to_mnist(digit.astype(np.float32))
     assert np.abs(difference).mean() < (12 if mode == "1" else 1)
+
+
+def save_16_bit_png(path: Path, values: np.ndarray, transparent: int) -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0))
+    body = chunk(b"tRNS", struct.pack(">H", transparent)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+
+
+@pytest.mark.parametrize("ink", [0, 200, 255])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "16 bits"])
+def test_ink_of_any_shade_is_read_on_a_transparent_ground(kind: str, ink: int, mnist: Dataset, tmp_path: Path) -> None:
+    path, digit = tmp_path / "digit.png", mnist.test.images[0, 0].numpy()
+    tolerance = 1.0
+    if kind in ("RGBA", "LA"):
+        shade = np.full_like(digit, ink)
+        Image.fromarray(np.stack([*[shade] * (len(kind) - 1), digit], axis=-1)).save(path)
+    else:
+        tolerance = 12.0  # fully transparent or not at all
+        mask = digit > 127
+        if kind == "P":
+            image = Image.fromarray(mask.astype(np.uint8)).convert("P")
+            image.putpalette([90, 90, 90, ink, ink, ink])
+            image.save(path, transparency=0)
+        else:
+            save_16_bit_png(path, np.where(mask, 257 * ink, 40_000), 40_000)
+    difference = to_mnist(read_image(path)).astype(int) - to_mnist(digit.astype(np.float32))
+    assert np.abs(difference).mean() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(np.float32, scale) for scale in (1e-4, 1 / 255, 1, 257, 1e6)]
+    + [(dtype, scale) for dtype in (np.uint16, np.int32) for scale in (1, 16, 257)],
+)
+def test_values_beyond_8_bits_are_read_on_their_own_scale(
+    dtype: type[np.generic], scale: float, mnist: Dataset, tmp_path: Path
+) -> None:
+    digit = mnist.test.images[0, 0].numpy().astype(np.float64)
+    Image.fromarray((digit * scale).astype(dtype)).save(tmp_path / "digit.tif")
+    difference = to_mnist(read_image(tmp_path / "digit.tif")).astype(int) - to_mnist(digit.astype(np.float32))
+    assert np.abs(difference).mean() < 1
 
 
 def save_digits(mnist: Dataset, folder: Path, count: int) -> list[str]:
@@ -144,11 +195,19 @@ def test_the_program_prints_digit_and_probability(
         (b"just text", "cannot read the image .*: it is not an image, or is truncated"),
         ("truncated", "cannot read the image .*: it is not an image, or is truncated"),
         ("blank", "there is no digit in .*: it shows nothing but paper"),
+        ("infinite", "cannot read the image .*: some of its values are infinite or not numbers; save it"),
+        ("not numbers", "cannot read the image .*: some of its values are infinite or not numbers; save it"),
+        ("too large", "cannot read the image .*: it is too large; reduce it"),
         ("slanting light", "there is no digit in .*: it shows nothing but paper"),
     ],
 )
 def test_an_image_that_is_none_is_one_line(
-    content: bytes | str | None, message: str, checkpoint: Path, tmp_path: Path, one_error: Callable[[], str]
+    content: bytes | str | None,
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_error: Callable[[], str],
 ) -> None:
     path = tmp_path / "image.png"
     if content == "blank":
@@ -158,10 +217,45 @@ def test_an_image_that_is_none_is_one_line(
     elif content == "truncated":
         Image.effect_noise((100, 100), 50).save(path)
         path.write_bytes(path.read_bytes()[:2000])
+    elif content in ("infinite", "not numbers"):
+        path = tmp_path / "image.tif"
+        Image.fromarray(np.array([[0, float("inf" if content == "infinite" else "nan")]], dtype=np.float32)).save(path)
+    elif content == "too large":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        Image.new("L", (15, 15)).save(path)
     elif isinstance(content, bytes):
         path.write_bytes(content)
     assert predict.main([str(checkpoint), str(path)]) == 1
     assert re.search(message, one_error())
+
+
+def test_a_large_image_is_read_without_a_warning(
+    mnist: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = save_digits(mnist, tmp_path, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 140 * 140 - 1)  # warned of from here, refused from twice that
+    assert read_image(Path(path)).shape == (140, 140)
+
+
+def test_whatever_pillow_raises_is_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: Callable[[], str]
+) -> None:
+    def fail(_: Path) -> None:
+        raise RuntimeError("Failed to decode frame 0: Decoding of color planes failed")  # a damaged AVIF
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert predict.main([str(checkpoint), "image.avif"]) == 1
+    assert "cannot read the image image.avif: it is not an image, or is truncated" in one_error()
+
+
+def test_an_image_that_is_none_does_not_stop_the_others(
+    checkpoint: Path, mnist: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = save_digits(mnist, tmp_path, 2)
+    assert predict.main([str(checkpoint), first, "none.png", second, "--json"]) == 1
+    printed, error = capsys.readouterr()
+    assert [result["prediction"] for result in json.loads(printed)] == ["7", "2"]
+    assert error == "error: cannot read the image none.png: No such file or directory; check its path\n"
 
 
 def test_a_checkpoint_that_is_none_is_one_line(tmp_path: Path, one_error: Callable[[], str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mnistnorm import run, train
-from mnistnorm.checkpoint import Checkpoint
+from mnistnorm.checkpoint import UNFINISHED, Checkpoint
 from mnistnorm.training import Trainer
 
 FILES = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "misclassified.png"}
@@ -172,6 +172,51 @@ def test_resuming_a_finished_run_changes_nothing(quick: list[str], tmp_path: Pat
     assert {name: (out / name).read_bytes() for name in FILES} == before
 
 
+def test_a_finished_run_is_not_said_to_go_on(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = list(finished_run.glob(run.TENSORBOARD))
+    assert train.main(["--resume", "--fused", "--out", str(finished_run)]) == 0
+    assert capsys.readouterr().out.splitlines()[5].endswith(f"{finished_run}, already complete")
+    assert list(finished_run.glob(run.TENSORBOARD)) == events
+
+
+def test_a_checkpoint_is_written_after_all_it_continues_from(
+    quick: list[str], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = run.save
+
+    def killed(trainer: Trainer, path: Path, *, to_resume: bool = True) -> None:
+        if path.name == "last.pt" and trainer.epoch == 1:
+            raise KeyboardInterrupt
+        save(trainer, path, to_resume=to_resume)
+
+    monkeypatch.setattr(run, "save", killed)
+    assert train.main([*quick, "--fused", "--out", str(tmp_path)]) == 130
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    (events,) = tmp_path.glob(run.TENSORBOARD)
+    assert b"test_accuracy" in events.read_bytes()
+    monkeypatch.undo()
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 0
+    assert same_result(tmp_path, finished_run)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_last_evaluation_stops_after_the_report(
+    number: signal.Signals, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: OneError
+) -> None:
+    end_epoch = Trainer._end_epoch
+
+    def interrupted(trainer: Trainer) -> None:
+        if trainer.epoch == 1:
+            signal.raise_signal(number)
+        end_epoch(trainer)
+
+    monkeypatch.setattr(Trainer, "_end_epoch", interrupted)
+    assert train.main([*quick, "--out", str(tmp_path)]) == 128 + number
+    assert f"stopped by {number.name} after the last epoch, complete in {tmp_path}" in one_error()
+    assert {path.name for path in tmp_path.iterdir()} >= FILES
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -206,6 +251,11 @@ def test_a_run_is_not_overwritten_unasked(
     quick: list[str], finished_run: Path, tmp_path: Path, one_error: OneError
 ) -> None:
     before = {path.name: path.read_bytes() for path in finished_run.iterdir()}
+    for name in before:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        assert train.main([*quick, "--out", str(tmp_path / name)]) == 1
+        assert f"{tmp_path / name} holds a run: " in one_error()
     assert train.main([*quick, "--out", str(finished_run)]) == 1
     assert f"{finished_run} holds a run: continue it (--resume), replace it (--overwrite)" in one_error()
     assert {path.name: path.read_bytes() for path in finished_run.iterdir()} == before
@@ -220,6 +270,38 @@ def test_overwrite_replaces_a_run_and_leaves_other_files(quick: list[str], tmp_p
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
     assert len(list(out.glob("events.out.tfevents.*"))) <= 1
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_written_does_not_destroy_what_it_replaces(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: OneError
+) -> None:
+    for name in FILES:
+        (tmp_path / name).write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert train.main([*quick, "--overwrite", "--out", str(tmp_path)]) == 1
+    assert "No space left on device; what was there is unchanged" in one_error()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(FILES, "old")
+
+
+def test_two_runs_do_not_share_a_folder(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
+    with run.locked(tmp_path):
+        assert train.main([*quick, "--out", str(tmp_path)]) == 1
+        assert f"another run is writing to {tmp_path}: wait for its end or name another --out" in one_error()
+        assert not any(tmp_path.iterdir())
+    with run.locked(tmp_path):
+        pass
+
+
+def test_half_written_files_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
+    mine, remains = tmp_path / ".mine.tmp", tmp_path / f".last.pt.0123{UNFINISHED}"
+    mine.touch()
+    remains.touch()
+    with run.locked(tmp_path):
+        assert list(tmp_path.iterdir()) == [mine]
 
 
 def test_there_must_be_something_to_resume(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
@@ -277,7 +359,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_there(
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert train.main([*quick, "--out", str(tmp_path)]) == 1
-    assert "No space left on device; nothing was overwritten" in one_error()
+    assert "No space left on device; what was there is unchanged" in one_error()
     assert Checkpoint.load(tmp_path / "last.pt").metrics["epoch"] == 1
     monkeypatch.undo()
     assert train.main(["--resume", "--out", str(tmp_path)]) == 0
