@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+# A process for each core, of one thread: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto
 
-.PHONY: setup train compare test test-slow lint bench clean
+.PHONY: setup train compare test test-slow test-exhaustive lint bench clean
 
 setup: $(VENV)/installed
 
@@ -23,10 +25,13 @@ compare: setup
 	$(RUN) -m mnistnorm.compare $(ARGS)
 
 test: setup
-	$(RUN) -m pytest -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow and not exhaustive' $(ARGS)
 
 test-slow: setup
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
+
+test-exhaustive: setup
+	$(PYTEST) -m exhaustive $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -114,7 +114,8 @@ def cases():
         for norm, (size, channels), target in product(NORMS, LATER_IN_NETWORK, TARGETS)
     ]
     return [
-        pytest.param(case, id=str(case), marks=() if is_sampled(case) else pytest.mark.slow) for case in matrix + later
+        pytest.param(case, id=str(case), marks=() if is_sampled(case) else pytest.mark.exhaustive)
+        for case in matrix + later
     ]
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+import triton
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mnistnorm import batch_norm_relu, group_norm_relu, layer_norm_relu
 from mnistnorm.kernels import reference
+from mnistnorm.kernels.functional import choose_implementation
 
 # A float32 result carries a few roundings of 2^-24 and sums of some thousand terms; half-precision results are computed
 # in float32 and rounded to 2^-11 (float16) or 2^-8 (bfloat16), twice where a residual is added; inputs and parameters
@@ -58,6 +60,7 @@ NORMS = {
     ),
 }
 norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+impls = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": Tensor.contiguous,
@@ -395,11 +398,12 @@ def test_dropout_of_everything_and_of_nothing(norm):
     torch.testing.assert_close(norm.fused(x, None, None, dropout_p=0.0), F.relu(norm.stock(x, None, None)))
 
 
-def test_dropout_mask_is_the_same_under_checkpointing():
-    x = make((4, 6, 9, 8))
+@impls
+def test_dropout_mask_is_the_same_under_checkpointing(impl, device):
+    x = make((4, 6, 9, 8)).detach().to(device).requires_grad_()
 
     def block(x):
-        return batch_norm_relu(x, None, None, training=True, dropout_p=0.5).square()
+        return batch_norm_relu(x, None, None, training=True, dropout_p=0.5, impl=impl).square()
 
     torch.manual_seed(0)
     (expected,) = torch.autograd.grad(block(x).sum(), x)
@@ -416,23 +420,38 @@ def test_dropout_mask_is_the_same_under_checkpointing():
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 def test_first_and_second_derivatives(norm, dropout_p, activation, with_residual):
-    shape = (2, 4, 2, 3)
+    check_derivatives(norm, "torch", "cpu", dropout_p, activation, with_residual)
+
+
+@norms
+@pytest.mark.parametrize("dropout_p", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("identity", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("with_residual", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_first_and_second_derivatives_in_triton(norm, device, dropout_p, activation, with_residual):
+    check_derivatives(norm, "triton", device, dropout_p, activation, with_residual)
+
+
+def check_derivatives(norm, impl, device, dropout_p, activation, with_residual):
+    shape = (2, 4, 1, 3) if impl == "triton" else (2, 4, 2, 3)
     inputs = [make(shape, torch.float64), *affine(norm.affine_shape(shape), torch.float64)]
     inputs += [make(shape, torch.float64, offset=0.0)] if with_residual else []
 
     def fused(x, w, b, r=None):
         torch.manual_seed(7)
-        return norm.fused(x, w, b, residual=r, dropout_p=dropout_p, activation=activation)
+        return norm.fused(x, w, b, residual=r, dropout_p=dropout_p, activation=activation, impl=impl)
 
-    assert gradcheck(fused, inputs)
+    inputs = [tensor.detach().to(device).requires_grad_() for tensor in inputs]
+    assert gradcheck(fused, inputs, fast_mode=impl == "triton")
     assert gradgradcheck(fused, inputs, fast_mode=True)
 
 
-def test_derivatives_in_eval_mode():
-    running = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
+@impls
+def test_derivatives_in_eval_mode(impl, device):
+    running = [t.double().to(device) for t in (torch.randn(4), torch.rand(4) + 0.5)]
     inputs = [make((3, 4, 3, 5), torch.float64), *affine((4,), torch.float64)]
-    assert gradcheck(lambda x, w, b: batch_norm_relu(x, *running, w, b), inputs)
-    assert gradgradcheck(lambda x, w, b: batch_norm_relu(x, *running, w, b), inputs)
+    inputs = [tensor.detach().to(device).requires_grad_() for tensor in inputs]
+    assert gradcheck(lambda x, w, b: batch_norm_relu(x, *running, w, b, impl=impl), inputs, fast_mode=True)
+    assert gradgradcheck(lambda x, w, b: batch_norm_relu(x, *running, w, b, impl=impl), inputs, fast_mode=True)
 
 
 @norms
@@ -477,7 +496,18 @@ def test_dropout_mask_survives_a_hook_that_changes_strides():
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_shape_dtype_and_option(data):
-    """Shapes, strides, dtypes and options drawn at random, each against the oracle."""
+    check_drawn(data, "torch", "cpu")
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_dtype_and_option_in_triton(data, device):
+    check_drawn(data, "triton", device)
+
+
+def check_drawn(data, impl, device):
+    """Shapes, strides, dtypes and options drawn at random, against the oracle."""
     norm = NORMS[data.draw(st.sampled_from(sorted(NORMS)))]
     dtype = data.draw(st.sampled_from(DTYPES))
     spatial = data.draw(st.lists(st.integers(1, 9), max_size=3))
@@ -489,7 +519,9 @@ def test_any_shape_dtype_and_option(data):
     if dtype.itemsize > 2:  # torch refuses a half-precision input with a float32 bias and no weight
         weight, bias = (t if data.draw(st.booleans()) else None for t in (weight, bias))
     residual = make(shape, dtype, layout, offset=0.0) if data.draw(st.booleans()) else None
-    compare(fused_of(norm), stock_of(norm), (make(shape, dtype, layout), weight, bias, residual), dtype)
+    inputs = (make(shape, dtype, layout), weight, bias, residual)
+    inputs = tuple(None if t is None else t.detach().to(device).requires_grad_() for t in inputs)
+    compare(fused_of(norm, impl=impl), stock_of(norm), inputs, dtype)
 
 
 # ---- what is refused
@@ -547,6 +579,22 @@ X = torch.ones(2, 4, 3, 3)
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_choice_of_implementation(monkeypatch):
+    choose_implementation.cache_clear()
+    cpu = torch.device("cpu")
+    assert choose_implementation("auto", cpu) == "torch"
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert choose_implementation("triton", cpu) == "triton"
+    choose_implementation.cache_clear()
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(RuntimeError, match=r'does not run on cpu.*TRITON_INTERPRET=1.*impl="torch" does'):
+        choose_implementation("triton", cpu)
+    with pytest.raises(RuntimeError, match="does not run on meta"):
+        choose_implementation("triton", torch.device("meta"))
+    assert choose_implementation("auto", torch.device("meta")) == "torch"
+    choose_implementation.cache_clear()
 
 
 def test_bad_arguments_change_nothing():
