@@ -76,11 +76,8 @@ def _luminance(image: Image.Image) -> Image.Image:
         if not np.isfinite(values).all():
             raise UserError("some of its values are infinite or not numbers; save it as PNG or JPEG")
         largest = float(np.abs(values).max())
-        luminance = values * (255 / next((scale for scale in FULL_SCALES if largest <= scale), largest))
-        if not image.has_transparency_data:
-            return Image.fromarray(luminance)
-        opacity = np.where(values == image.info["transparency"], 0, 255)
-        return Image.merge("LA", [Image.fromarray(band.astype(np.uint8)) for band in (luminance, opacity)])
+        # A transparent value, the only kind of transparency there is here, is as good a ground as any.
+        return Image.fromarray(values * (255 / next((scale for scale in FULL_SCALES if largest <= scale), largest)))
     return image.convert("RGBA").convert("LA") if image.has_transparency_data else image.convert("F")
 
 
