@@ -101,7 +101,7 @@ def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
 
 def _continue(trainer: Trainer, checkpoint: Checkpoint, path: Path) -> None:
     if checkpoint.training is None:
-        raise UserError(f"{path} holds a network only, no run to resume: leave out --resume")
+        raise UserError(f"{path} holds a network only, no run to resume: start again with --overwrite")
     trainer.model.load_state_dict(checkpoint.model)
     try:
         trainer.load_state_dict(checkpoint.training)
