@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -198,24 +199,32 @@ def _draw_seed() -> int:
 def _operation(norm: str, impl: Impl, input: Tensor) -> FusedOperation:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-    return _operation_of(norm, choose_implementation(impl, input.device))
-
-
-@lru_cache
-def _operation_of(norm: str, implementation: str) -> FusedOperation:
+    implementation = choose_implementation(impl, input.device)
+    if implementation == "torch":
+        return _TORCH_OPERATIONS[norm]
     # Imported when first needed: Triton takes time to import, and is not there on every platform.
-    module = reference if implementation == "torch" else import_module(".launchers", __package__)
+    return _triton_operation(norm)
+
+
+def _operation_of(norm: str, module: ModuleType) -> FusedOperation:
     return FusedOperation(
         forward=getattr(module, f"{norm}_forward"),
         backward=getattr(module, f"{norm}_backward"),
         normalize=getattr(reference, f"{norm}_normalize"),
-        keeps_output=implementation == "torch",
+        keeps_output=module is reference,
         compose=getattr(module, f"{norm}_compose", None),
         widens=getattr(module, "widens", None),
     )
 
 
+_TORCH_OPERATIONS = {norm: _operation_of(norm, reference) for norm in ("batch_norm", "group_norm", "layer_norm")}
+
+
 @lru_cache
+def _triton_operation(norm: str) -> FusedOperation:
+    return _operation_of(norm, import_module(".launchers", __package__))
+
+
 def choose_implementation(impl: Impl, device: torch.device) -> Literal["triton", "torch"]:
     """What `impl` means for tensors on `device`.
 
@@ -235,6 +244,7 @@ def choose_implementation(impl: Impl, device: torch.device) -> Literal["triton",
     return "triton"
 
 
+@lru_cache
 def _missing_for_triton(device: torch.device) -> str | None:
     """What keeps the Triton kernels from running on `device`; None where nothing does."""
     try:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mnistnorm import batch_norm_relu, group_norm_relu, layer_norm_relu
 from mnistnorm.kernels import reference
-from mnistnorm.kernels.functional import choose_implementation
+from mnistnorm.kernels.functional import _missing_for_triton, choose_implementation
 
 # A float32 result carries a few roundings of 2^-24 and sums of some thousand terms; half-precision results are computed
 # in float32 and rounded to 2^-11 (float16) or 2^-8 (bfloat16), twice where a residual is added; inputs and parameters
@@ -582,19 +582,19 @@ def test_bad_arguments(call, error, message):
 
 
 def test_choice_of_implementation(monkeypatch):
-    choose_implementation.cache_clear()
+    _missing_for_triton.cache_clear()
     cpu = torch.device("cpu")
     assert choose_implementation("auto", cpu) == "torch"
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert choose_implementation("triton", cpu) == "triton"
-    choose_implementation.cache_clear()
+    _missing_for_triton.cache_clear()
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(RuntimeError, match=r'does not run on cpu.*TRITON_INTERPRET=1.*impl="torch" does'):
         choose_implementation("triton", cpu)
     with pytest.raises(RuntimeError, match="does not run on meta"):
         choose_implementation("triton", torch.device("meta"))
     assert choose_implementation("auto", torch.device("meta")) == "torch"
-    choose_implementation.cache_clear()
+    _missing_for_triton.cache_clear()
 
 
 def test_bad_arguments_change_nothing():
