@@ -29,6 +29,12 @@ TOLERANCE = {
 DTYPES = tuple(TOLERANCE)
 
 
+@pytest.fixture(autouse=True)
+def fast_paths(monkeypatch):
+    """Lets the fast batch statistics begin at tensors small enough for tests; the smaller ones take torch's kernel."""
+    monkeypatch.setattr(reference, "BATCH_STATISTICS_ELEMENTS", 2**14)
+
+
 class Norm(NamedTuple):
     """One of the three norms: ours, torch's, and the shapes it takes."""
 
@@ -423,12 +429,12 @@ def test_first_and_second_derivatives(norm, dropout_p, activation, with_residual
     check_derivatives(norm, "torch", "cpu", dropout_p, activation, with_residual)
 
 
+@pytest.mark.slow
 @norms
-@pytest.mark.parametrize("dropout_p", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
-@pytest.mark.parametrize("activation", ["relu", pytest.param("identity", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("with_residual", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_first_and_second_derivatives_in_triton(norm, device, dropout_p, activation, with_residual):
-    check_derivatives(norm, "triton", device, dropout_p, activation, with_residual)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_first_and_second_derivatives_in_triton(norm, device, dropout_p, with_residual):
+    check_derivatives(norm, "triton", device, dropout_p, "relu", with_residual)
 
 
 def check_derivatives(norm, impl, device, dropout_p, activation, with_residual):
@@ -500,7 +506,7 @@ def test_any_shape_dtype_and_option(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape_dtype_and_option_in_triton(data, device):
     check_drawn(data, "triton", device)
