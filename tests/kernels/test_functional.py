@@ -103,16 +103,18 @@ def compare(fused, stock, inputs, dtype, grad=None, activation="relu"):
         masked = grad.to(value.dtype) * (output > 0) if activation == "relu" else grad.to(value.dtype)
         return value, torch.autograd.grad(value, [t for t in copies if t is not None], masked)
 
-    value, exact_gradients = of_stock(Tensor.double)
-    close(output, F.relu(value) if activation == "relu" else value, TOLERANCE[dtype])
-    for tensor, gradient, exact, same in zip(
-        present, gradients, exact_gradients, of_stock(Tensor.clone)[1], strict=True
-    ):
+    def check(actual, exact, same_dtype):
+        # Relative to the largest value; a slab of nearly equal values amplifies roundings, in torch as here.
+        tolerance = TOLERANCE[dtype] * max(1.0, exact.abs().max().item())
+        close(actual, exact, max(tolerance, 2 * (same_dtype - exact).abs().max().item()))
+
+    (value, exact_gradients), (same_value, same_gradients) = of_stock(Tensor.double), of_stock(Tensor.clone)
+    activate = F.relu if activation == "relu" else torch.clone
+    check(output, activate(value), activate(same_value))
+    for tensor, gradient, exact, same in zip(present, gradients, exact_gradients, same_gradients, strict=True):
         assert gradient.shape == tensor.shape
         assert gradient.dtype == tensor.dtype
-        # Relative to the largest gradient; a slab of nearly equal values amplifies roundings, in torch as here.
-        tolerance = TOLERANCE[dtype] * max(1.0, exact.abs().max().item())
-        close(gradient, exact, max(tolerance, 2 * (same - exact).abs().max().item()))
+        check(gradient, exact, same)
 
 
 def close(actual, expected, tolerance):
