@@ -22,7 +22,7 @@ train: setup
 	$(RUN) -m mnistnorm.train --fused $(ARGS)
 
 compare: setup
-	$(RUN) -m mnistnorm.compare $(ARGS)
+	$(RUN) -m mnistnorm.compare --fused $(ARGS)
 
 test: setup
 	$(PYTEST) -m 'not slow and not exhaustive' $(ARGS)
