@@ -20,8 +20,8 @@ class FusedOperation(NamedTuple):
     normalize: Callable[..., Tensor]
     # Whether backward reads the mask of every ReLU from the output; else it does so behind a residual only.
     keeps_output: bool
-    # compose(input, weight, bias, all_options) is norm and affine alone, recorded by torch's own autograd, or None
-    # where forward and backward are faster. Without a dropout, an addition and a ReLU in place complete it.
+    # compose(input, weight, bias, residual, **options, **forward_options) is the output, recorded by torch's own
+    # autograd, or None where forward and backward are faster or torch's operations cannot express it.
     compose: Callable[..., Tensor | None] | None = None
     # Whether an input has to be converted to float32 first.
     widens: Callable[[Tensor], bool] | None = None
@@ -46,11 +46,10 @@ def apply(
         return apply(operation, input.float(), weight, bias, residual, options, forward_options).to(input.dtype)
     if input.numel() == 0 and options.get("process_group") is None:
         return _empty(input, weight, bias, residual)
-    if operation.compose is not None and options["dropout_p"] == 0:
-        output = operation.compose(input, weight, bias, {**options, **forward_options})
+    if operation.compose is not None:
+        output = operation.compose(input, weight, bias, residual, **options, **forward_options)
         if output is not None:
-            output = output if residual is None else output.add_(residual)
-            return output.relu_() if options["relu"] else output
+            return output
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, residual)
     ):

@@ -10,6 +10,7 @@ The 1 / (1 - p) of the dropout is folded into weight and bias, and with a ReLU a
 what the ReLU and what the dropout removed, so nothing but x, y, mean and rstd is kept for the backward.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -278,44 +279,92 @@ def layer_norm_normalize(
 
 
 def batch_norm_compose(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch_stats: bool,
+    momentum: float,
+    eps: float,
+    process_group: ProcessGroup | None = None,
+    **rest: Any,
 ) -> Tensor | None:
-    """Batch norm and affine by torch's own kernel, where that is the fastest and takes the tensors as they are."""
-    running_mean, running_var = options["running_mean"], options["running_var"]
+    """`batch_norm_forward` by operations that autograd records, where that is the fastest and they can express it."""
     if (
-        options["process_group"] is not None
-        or not options["use_batch_stats"]
-        or not _takes(input, weight, bias, running_mean, running_var)
+        process_group is not None
+        or not use_batch_stats
+        or not _is_composable(input, (weight, bias, running_mean, running_var), residual, **rest)
         or _has_fast_statistics(input)
     ):
         return None
-    return F.batch_norm(input, running_mean, running_var, weight, bias, True, options["momentum"], options["eps"])
+    weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    return _complete(output, residual, **rest)
 
 
 def group_norm_compose(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    num_groups: int,
+    eps: float,
+    **rest: Any,
 ) -> Tensor | None:
-    """Group norm and affine by torch's own kernel, where that takes the tensors as they are."""
-    if not _takes(input, weight, bias):
+    """`group_norm_forward` by operations that autograd records, where they can express it."""
+    if not _is_composable(input, (weight, bias), residual, **rest):
         return None
-    return F.group_norm(input, options["num_groups"], weight, bias, options["eps"])
+    weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
+    return _complete(F.group_norm(input, num_groups, weight, bias, eps), residual, **rest)
 
 
 def layer_norm_compose(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Mapping[str, Any]
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    normalized_shape: tuple[int, ...],
+    eps: float,
+    **rest: Any,
 ) -> Tensor | None:
-    """Layer norm and affine by torch's own kernel, where that is the fastest and takes the tensors as they are."""
-    if not _takes(input, weight, bias) or _has_short_rows(input, options["normalized_shape"]):
+    """`layer_norm_forward` by operations that autograd records, where that is the fastest and they can express it."""
+    if not _is_composable(input, (weight, bias), residual, **rest) or _has_short_rows(input, normalized_shape):
         return None
-    return F.layer_norm(input, options["normalized_shape"], weight, bias, options["eps"])
+    weight, bias = _scaled_affine(input, weight, bias, normalized_shape, rest["dropout_p"])
+    return _complete(F.layer_norm(input, normalized_shape, weight, bias, eps), residual, **rest)
 
 
-def _takes(input: Tensor, weight: Tensor | None, *others: Tensor | None) -> bool:
-    """Whether torch's kernels take these tensors and keep statistics in the dtype that they are owed."""
-    dtype = _statistics_dtype(input)
-    if weight is None and input.dtype != dtype:
+def _complete(output: Tensor, residual: Tensor | None, *, dropout_p: float, seed: int, relu: bool) -> Tensor:
+    """Dropout (already scaled), residual and ReLU on a normalized tensor that autograd has recorded, in place."""
+    if dropout_p > 0:
+        # Not recorded: the gradient of the ReLU, the only thing behind it, is 0 where this leaves zeros.
+        _drop_(output.detach(), _memory_format(output), dropout_p, seed)
+    if residual is not None:
+        output.add_(residual)
+    return output.relu_() if relu else output
+
+
+def _is_composable(
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    residual: Tensor | None,
+    *,
+    dropout_p: float,
+    relu: bool,
+    seed: int,
+) -> bool:
+    """Whether torch's kernels take these tensors with statistics in the dtype they are owed, and record the dropout."""
+    if dropout_p > 0 and (residual is not None or not relu):
         return False
-    return all(tensor is None or tensor.dtype == dtype for tensor in (weight, *others))
+    dtype = _statistics_dtype(input)
+    if parameters[0] is None and input.dtype != dtype:
+        return False
+    return all(tensor is None or tensor.dtype == dtype for tensor in parameters)
 
 
 def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
@@ -538,9 +587,31 @@ def _word_source(seed: int, device: torch.device) -> Callable[[int], Tensor]:
     """A function that draws the next uniform int16 words."""
     if device.type == "cpu":
         # Four words from each 64-bit draw: several times as fast as a Bernoulli draw per element.
-        bits = np.random.SFC64(seed)
+        bits = _seeded_bits(seed)
         return lambda count: torch.from_numpy(bits.random_raw(-(-count // 4)).view(np.int16))[:count]
     generator = torch.Generator(device).manual_seed(seed)
     return lambda count: torch.empty(count, dtype=torch.int16, device=device).random_(
         -(2**15), 2**15, generator=generator
     )
+
+
+class _Bits(threading.local):
+    """A generator of random bits for each thread, as making one takes much longer than seeding it."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.SFC64(0)
+
+
+_bits = _Bits()
+
+
+def _seeded_bits(seed: int) -> np.random.SFC64:
+    """This thread's generator, seeded as its author does: the seed in all three words, a counter of 1, 12 rounds.
+
+    Source: Doty-Humphrey, PractRand 0.94, RNGs/sfc.cpp.
+    """
+    generator = _bits.generator
+    words = np.array((seed, seed, seed, 1), dtype=np.uint64)
+    generator.state = {"bit_generator": "SFC64", "state": {"state": words}, "has_uint32": 0, "uinteger": 0}
+    generator.random_raw(12, output=False)
+    return generator
