@@ -20,18 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import sync
+from . import cpu, sync
 
 _aten = torch.ops.aten
 
-# Many rows no longer than this are normalized by matrix products: torch's kernel spends most of its time between rows.
-SHORT_ROW = 16
-SHORT_ROWS_ELEMENTS = 2**14
-# Batch statistics of large inputs are taken plane by plane where planes are at least this large, else by matrix
-# products over at most so many samples (summed in the input's precision): 2 to 5 times as fast as torch's batch norm.
-BATCH_STATISTICS_ELEMENTS = 2**18
-LARGE_PLANE = 256
-MANY_SAMPLES = 2**12
 # Elements that dropout treats at a time: few enough for their random words to stay in the cache.
 CHUNK = 2**18
 
@@ -56,7 +48,7 @@ def batch_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over (N, C, ...); returns (output, mean (C,), rstd (C,)) and updates the running statistics."""
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), dropout_p)
-    if use_batch_stats and process_group is None and not _has_fast_statistics(input):
+    if use_batch_stats and process_group is None and not cpu.has_batch_statistics(input):
         new_mean, new_var = _as_statistics(input, running_mean), _as_statistics(input, running_var)
         output, mean, rstd = torch.native_batch_norm(input, weight, bias, new_mean, new_var, True, momentum, eps)
         for buffer, updated in ((running_mean, new_mean), (running_var, new_var)):
@@ -66,7 +58,7 @@ def batch_norm_forward(
         scratch = None
         if use_batch_stats:
             if process_group is None:
-                mean, var, unbiased, scratch = _batch_statistics(input)
+                mean, var, unbiased, scratch = cpu.batch_statistics(input)
             else:
                 mean, var, unbiased = sync.batch_statistics(input.to(_statistics_dtype(input)), process_group)
             if running_mean is not None and running_var is not None:
@@ -77,12 +69,14 @@ def batch_norm_forward(
             assert running_var is not None
             mean, var = (buffer.to(_statistics_dtype(input), copy=True) for buffer in (running_mean, running_var))
         output = torch.empty_like(input, memory_format=_memory_format(input)) if scratch is None else scratch
-        if input.numel() > 0:
+        rstd = (var + eps).rsqrt()
+        if cpu.is_large_channels_last(input):
+            cpu.scale_and_shift(input, weight, bias, mean, rstd, output)
+        elif input.numel() > 0:
             nothing = mean.new_empty(0)
             statistics = {"running_mean": mean, "running_var": var, "training": False, "momentum": 0.0, "eps": eps}
             out = {"out": output, "save_mean": nothing, "save_invstd": nothing}
             _aten.native_batch_norm.out(input, weight, bias, **statistics, **out)
-        rstd = (var + eps).rsqrt()
     return _drop_add_relu_(output, _memory_format(input), residual, dropout_p, seed, relu), mean, rstd
 
 
@@ -107,15 +101,17 @@ def batch_norm_backward(
     grad, grad_residual = _drop_add_relu_backward(
         grad_output, _memory_format(input), output, dropout_p, seed, relu, has_residual
     )
-    grad_input = grad_weight = grad_bias = None
+    gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[:3]):
         scaled_weight, _ = _scaled_affine(input, weight, None, (input.shape[1],), dropout_p)
         synchronised = process_group is not None
         through_statistics = use_batch_stats and not synchronised
         if input.numel() == 0:
-            grad_input, grad_weight, grad_bias = grad, torch.zeros_like(mean), torch.zeros_like(mean)
+            gradients = grad, torch.zeros_like(mean), torch.zeros_like(mean)
+        elif through_statistics and cpu.is_large_channels_last(input):
+            gradients = cpu.batch_norm_backward(grad, input, scaled_weight, mean, rstd, needs)
         else:
-            grad_input, grad_weight, grad_bias = _aten.native_batch_norm_backward.default(
+            gradients = _aten.native_batch_norm_backward.default(
                 grad,
                 input,
                 scaled_weight,
@@ -128,10 +124,14 @@ def batch_norm_backward(
                 [needs[0], needs[1] or synchronised, needs[2] or synchronised],
             )
         if process_group is not None and needs[0]:
+            grad_input, grad_weight, grad_bias = gradients
+            assert grad_input is not None
+            assert grad_weight is not None
+            assert grad_bias is not None
             sync.add_statistics_gradient_(
                 grad_input, input, scaled_weight, mean, rstd, grad_weight, grad_bias, process_group
             )
-    return (*_affine_gradients((grad_input, grad_weight, grad_bias), (weight, bias), needs, dropout_p), grad_residual)
+    return (*_affine_gradients(gradients, (weight, bias), needs, dropout_p), grad_residual)
 
 
 def group_norm_forward(
@@ -197,8 +197,8 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over the trailing dimensions; returns (output, mean, rstd), statistics of the leading dimensions."""
     weight, bias = _scaled_affine(input, weight, bias, normalized_shape, dropout_p)
-    if _has_short_rows(input, normalized_shape):
-        output, mean, rstd = _short_rows_forward(input, weight, bias, eps)
+    if cpu.has_short_rows(input, normalized_shape):
+        output, mean, rstd = cpu.short_rows_forward(input, weight, bias, eps)
     else:
         output, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     leading = input.shape[: input.dim() - len(normalized_shape)]
@@ -232,11 +232,12 @@ def layer_norm_backward(
     gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[:3]):
         scaled_weight, _ = _scaled_affine(input, weight, None, normalized_shape, dropout_p)
-        if _has_short_rows(input, normalized_shape):
-            gradients = _short_rows_backward(grad, input, scaled_weight, mean, rstd, needs)
+        if cpu.has_very_short_rows(input, normalized_shape):
+            gradients = cpu.short_rows_backward(grad, input, scaled_weight, mean, rstd, needs)
         else:
             per_row = (*mean.shape, *(1 for _ in normalized_shape))
             bias_like = _as_statistics(input, bias)
+            contended = cpu.has_contended_rows(input, normalized_shape)
             gradients = _aten.native_layer_norm_backward.default(
                 grad,
                 input,
@@ -245,8 +246,10 @@ def layer_norm_backward(
                 rstd.view(per_row),
                 scaled_weight,
                 bias_like,
-                list(needs[:3]),
+                [needs[0], needs[1] and not contended, needs[2] and not contended],
             )
+            if contended:
+                gradients = (gradients[0], *cpu.row_sums(grad, input, mean, rstd, needs))
     return (*_affine_gradients(gradients, (weight, bias), needs, dropout_p), grad_residual)
 
 
@@ -297,7 +300,7 @@ def batch_norm_compose(
         process_group is not None
         or not use_batch_stats
         or not _is_composable(input, (weight, bias, running_mean, running_var), residual, **rest)
-        or _has_fast_statistics(input)
+        or cpu.has_batch_statistics(input)
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
@@ -333,7 +336,11 @@ def layer_norm_compose(
     **rest: Any,
 ) -> Tensor | None:
     """`layer_norm_forward` by operations that autograd records, where that is the fastest and they can express it."""
-    if not _is_composable(input, (weight, bias), residual, **rest) or _has_short_rows(input, normalized_shape):
+    if (
+        not _is_composable(input, (weight, bias), residual, **rest)
+        or cpu.has_short_rows(input, normalized_shape)
+        or cpu.has_contended_rows(input, normalized_shape)
+    ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, normalized_shape, rest["dropout_p"])
     return _complete(F.layer_norm(input, normalized_shape, weight, bias, eps), residual, **rest)
@@ -359,12 +366,17 @@ def _is_composable(
     seed: int,
 ) -> bool:
     """Whether torch's kernels take these tensors with statistics in the dtype they are owed, and record the dropout."""
-    if dropout_p > 0 and (residual is not None or not relu):
+    if dropout_p > 0 and (residual is not None or not relu or _outweighs(parameters[0], input)):
         return False
     dtype = _statistics_dtype(input)
     if parameters[0] is None and input.dtype != dtype:
         return False
     return all(tensor is None or tensor.dtype == dtype for tensor in parameters)
+
+
+def _outweighs(weight: Tensor | None, input: Tensor) -> bool:
+    """Whether the scaled copies of weight and bias that autograd would keep are worth avoiding."""
+    return weight is not None and weight.numel() * 32 > input.numel()
 
 
 def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
@@ -376,95 +388,6 @@ def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *argume
 def widens(input: Tensor) -> bool:
     """Only torch's kernels for the CPU take half-precision inputs with float32 parameters in all three norms."""
     return input.device.type != "cpu" and input.dtype in (torch.float16, torch.bfloat16)
-
-
-def _has_fast_statistics(input: Tensor) -> bool:
-    return (
-        input.device.type == "cpu"
-        and input.is_contiguous()
-        and input.numel() >= BATCH_STATISTICS_ELEMENTS
-        and (
-            input.shape[2:].numel() >= LARGE_PLANE
-            or (input.shape[0] <= MANY_SAMPLES and input.dtype == _statistics_dtype(input))
-        )
-    )
-
-
-def _batch_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, biased and unbiased variance of each channel, centred, in two passes; and the scratch tensor that took."""
-    samples, channels = input.shape[:2]
-    count = input.numel() // channels
-    if input.shape[2:].numel() >= LARGE_PLANE:
-        ones = None if input.dtype == _statistics_dtype(input) else input.new_ones(channels, dtype=torch.float32)
-        # Group norm takes mean and rstd of each plane in one vectorized pass. Its eps here adds nothing to a variance
-        # and keeps the rstd of a constant plane finite. Equal counts merge as in Chan, Golub & LeVeque (1979).
-        scratch, means, rstds = torch.native_group_norm(input, ones, None, *_group_sizes(input), channels, 1e-30)
-        mean = means.mean(0)
-        var = rstds.reciprocal_().square_().mean(0).add_((means - mean).square_().mean(0))
-    else:
-        columns = input.view(samples, -1)
-        average = columns.new_full((samples,), 1 / samples)
-        mean = torch.mv(columns.t(), average).view(channels, -1).mean(1)
-        scratch = centred = columns - mean.repeat_interleave(columns.shape[1] // channels)
-        # What rounding left of the mean; it matters where the deviation is small next to the mean.
-        remainder = torch.mv(centred.t(), average).view(channels, -1).mean(1)
-        var = torch.mv(centred.square_().t(), average).view(channels, -1).mean(1)
-        mean, var = mean + remainder, var.sub_(remainder.square()).clamp_(min=0)
-    return mean, var, var * (count / (count - 1)), scratch.view(input.shape)
-
-
-def _has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
-    return (
-        input.device.type == "cpu"
-        and len(normalized_shape) == 1
-        and 0 < normalized_shape[0] <= SHORT_ROW
-        and input.dtype in (torch.float32, torch.float64)
-        and input.is_contiguous()
-        and input.numel() >= SHORT_ROWS_ELEMENTS
-    )
-
-
-def _short_rows_forward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm of rows so short that a matrix product is the fastest way to sum them; centred, in two passes."""
-    length = input.shape[-1]
-    rows = input.view(-1, length)
-    average = rows.new_full((length,), 1 / length)
-    mean = torch.mv(rows, average)
-    centred = rows - mean.unsqueeze(1)
-    rstd = torch.mv(centred.square(), average).add_(eps).rsqrt_()
-    output = centred.mul_(rstd.unsqueeze(1))
-    if weight is not None and bias is not None:
-        torch.addcmul(bias, output, weight, out=output)
-    elif weight is not None:
-        output.mul_(weight)
-    elif bias is not None:
-        output.add_(bias)
-    return output.view(input.shape), mean, rstd
-
-
-def _short_rows_backward(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The backward of `_short_rows_forward`, its sums by matrix products as well."""
-    length = input.shape[-1]
-    grad = grad.reshape(-1, length)
-    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
-    grad_input = grad_weight = grad_bias = None
-    xhat = (input.view(-1, length) - mean).mul_(rstd)
-    grad_times_xhat = grad * xhat
-    if needs[1] or needs[2]:
-        every_row = grad.new_ones(grad.shape[0])
-        grad_weight = torch.mv(grad_times_xhat.t(), every_row) if needs[1] else None
-        grad_bias = torch.mv(grad.t(), every_row) if needs[2] else None
-    if needs[0]:
-        average = grad.new_full((length,), 1 / length) if weight is None else weight / length
-        grad_input = grad.clone() if weight is None else grad * weight
-        grad_input.sub_(torch.mv(grad, average).unsqueeze(1))
-        grad_input.sub_(xhat.mul_(torch.mv(grad_times_xhat, average).unsqueeze(1)))
-        grad_input = grad_input.mul_(rstd).view(input.shape)
-    return grad_input, grad_weight, grad_bias
 
 
 def _group_sizes(input: Tensor) -> tuple[int, int, int]:

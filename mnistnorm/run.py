@@ -168,7 +168,7 @@ def build_trainer(settings: Settings) -> Trainer:
     device = torch.device(settings.device)
     model = CNN(settings.norm, fused=settings.fused, dropout=settings.dropout, impl=settings.impl).to(device)
     if device.type == "cpu" and settings.norm in ("group", "sample"):
-        # Faster convolutions and pooling; batch and layer norm, which lose more than that, want rows contiguous.
+        # Faster convolutions and pooling; batch and layer norm lose more than that.
         model = model.to(memory_format=torch.channels_last)
     if settings.compile:
         _check_compiler(device)

@@ -1,0 +1,234 @@
+"""Statistics and gradients on a CPU where torch's own kernels are slow; in the precision of the input, float32 or more.
+
+Batch norm of a dense tensor works on its columns, (N, C * ...): sums over the samples are matrix products, and what
+belongs to a channel is repeated along a row. Layer norm of short rows avoids all that costs time for each row.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+# The fewest elements for which batch statistics in the contiguous format are taken here: by planes where they are at
+# least so large, else by columns. 2 to 5 times as fast as torch's batch norm.
+BATCH_STATISTICS_ELEMENTS = 2**18
+LARGE_PLANE = 256
+# The same for channels last, where torch's batch norm is slower still.
+CHANNELS_LAST_ELEMENTS = 2**14
+# Columns are summed one sample after the other: rounding grows with their number.
+MANY_SAMPLES = 2**12
+
+# Many rows no longer than this have ways of their own: torch's layer norm spends most of its time between rows.
+SHORT_ROW = 16
+SHORT_ROWS_ELEMENTS = 2**14
+# Rows of fewer elements than a vector register holds are slow in the backward of torch's kernel as well.
+VECTOR = 8
+# In rows up to this length several threads of that backward add parameters' gradients in the same cache lines.
+CONTENDED_ROW = 32
+CACHE_LINE = 64
+
+
+class _Columns(NamedTuple):
+    """A dense (N, C, ...) tensor as a matrix (N, C * ...) over the same memory."""
+
+    values: Tensor
+    channels: int
+    channels_last: bool
+
+    @classmethod
+    def of(cls, input: Tensor) -> "_Columns":
+        channels_last = not input.is_contiguous()
+        dense = input.movedim(1, -1) if channels_last else input
+        return cls(dense.reshape(input.shape[0], -1), input.shape[1], channels_last)
+
+    def repeat(self, *per_channel: Tensor) -> tuple[Tensor, ...]:
+        """Vectors of one value per channel to vectors of one per column."""
+        count = self.values.shape[1] // self.channels
+        values = torch.stack(per_channel)
+        repeated = (
+            values[:, None].expand(-1, count, -1) if self.channels_last else values[..., None].expand(-1, -1, count)
+        )
+        return repeated.reshape(len(values), -1).unbind()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of each channel of a matrix of this one's shape."""
+        means = torch.mv(values.t(), values.new_full((len(values),), 1 / len(values)))
+        return means.view(-1, self.channels).mean(0) if self.channels_last else means.view(self.channels, -1).mean(1)
+
+
+def is_large_channels_last(input: Tensor) -> bool:
+    """Whether `scale_and_shift` and `batch_norm_backward` take `input`."""
+    return (
+        input.device.type == "cpu"
+        and input.dim() in (4, 5)
+        and input.dtype in (torch.float32, torch.float64)
+        and CHANNELS_LAST_ELEMENTS <= input.numel() <= MANY_SAMPLES * input[0].numel()
+        and not input.is_contiguous()
+        and input.movedim(1, -1).is_contiguous()
+    )
+
+
+def has_batch_statistics(input: Tensor) -> bool:
+    """Whether `batch_statistics` takes `input`."""
+    if is_large_channels_last(input):
+        return True
+    return (
+        input.device.type == "cpu"
+        and input.is_contiguous()
+        and input.numel() >= BATCH_STATISTICS_ELEMENTS
+        and (
+            _has_large_planes(input)
+            or (input.shape[0] <= MANY_SAMPLES and input.dtype in (torch.float32, torch.float64))
+        )
+    )
+
+
+def _has_large_planes(input: Tensor) -> bool:
+    return input.is_contiguous() and input.shape[2:].numel() >= LARGE_PLANE
+
+
+def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, biased and unbiased variance of each channel, centred, in two passes; and the scratch tensor that took."""
+    samples, channels = input.shape[:2]
+    count = input.numel() // channels
+    if _has_large_planes(input):
+        half = input.dtype in (torch.float16, torch.bfloat16)
+        ones = input.new_ones(channels, dtype=torch.float32) if half else None
+        # Group norm takes mean and rstd of each plane in one vectorized pass. Its eps here adds nothing to a variance
+        # and keeps the rstd of a constant plane finite. Equal counts merge as in Chan, Golub & LeVeque (1979).
+        plane = input.shape[2:].numel()
+        scratch, means, rstds = torch.native_group_norm(input, ones, None, samples, channels, plane, channels, 1e-30)
+        mean = means.mean(0)
+        var = rstds.reciprocal_().square_().mean(0).add_((means - mean).square_().mean(0))
+    else:
+        columns = _Columns.of(input)
+        mean = columns.mean(columns.values)
+        centred = columns.values - columns.repeat(mean)[0]
+        # What rounding left of the mean; it matters where the deviation is small next to the mean.
+        remainder = columns.mean(centred)
+        var = columns.mean(centred.square_())
+        mean, var = mean + remainder, var.sub_(remainder.square()).clamp_(min=0)
+        scratch = centred.as_strided(input.shape, input.stride())
+    return mean, var, var * (count / (count - 1)), scratch
+
+
+def scale_and_shift(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, output: Tensor
+) -> None:
+    """Batch norm with given statistics into `output`, which has the input's layout."""
+    columns = _Columns.of(input)
+    scale = rstd if weight is None else rstd * weight
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+    shift, scale = columns.repeat(shift, scale)
+    torch.addcmul(shift, columns.values, scale, out=_Columns.of(output).values)
+
+
+def batch_norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias through batch statistics; `grad` in the input's layout."""
+    columns, grads = _Columns.of(input), _Columns.of(grad).values
+    count = input.numel() // columns.channels
+    mean_grad = columns.mean(grads)
+    grad_input = grad_weight = None
+    if needs[0] or needs[1]:
+        centred = columns.values - columns.repeat(mean)[0]
+        mean_grad_xhat = columns.mean(grads * centred) * rstd
+        grad_weight = mean_grad_xhat * count
+        if needs[0]:
+            factor = rstd if weight is None else rstd * weight
+            slope, offset = -factor * rstd * mean_grad_xhat, -factor * mean_grad
+            offset, slope, factor = columns.repeat(offset, slope, factor)
+            values = torch.addcmul(offset, centred, slope, out=centred).addcmul_(grads, factor)
+            grad_input = values.as_strided(input.shape, input.stride())
+    return grad_input, grad_weight if needs[1] else None, mean_grad * count if needs[2] else None
+
+
+def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
+    """Whether `short_rows_forward` takes `input`."""
+    return _has_many_rows(input, normalized_shape, SHORT_ROW)
+
+
+def has_very_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
+    """Whether `short_rows_backward` takes `input`."""
+    return _has_many_rows(input, normalized_shape, VECTOR - 1)
+
+
+def has_contended_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
+    """Whether the gradients of the parameters are better taken by `row_sums`."""
+    return (
+        _has_many_rows(input, normalized_shape, CONTENDED_ROW)
+        and normalized_shape[0] * input.element_size() % CACHE_LINE != 0
+        and torch.get_num_threads() > 1
+    )
+
+
+def _has_many_rows(input: Tensor, normalized_shape: tuple[int, ...], longest: int) -> bool:
+    return (
+        input.device.type == "cpu"
+        and len(normalized_shape) == 1
+        and 0 < normalized_shape[0] <= longest
+        and input.dtype in (torch.float32, torch.float64)
+        and input.is_contiguous()
+        and input.numel() >= SHORT_ROWS_ELEMENTS
+    )
+
+
+def short_rows_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm as the batch norm of one sample with a channel for each row, whose kernel is the faster."""
+    length = input.shape[-1]
+    rows = input.numel() // length
+    output, mean, rstd = torch.native_batch_norm(input.view(1, rows, length), None, None, None, None, True, 0.0, eps)
+    # Weight and bias are repeated over several rows, as an inner loop over a single one would be slow.
+    several = math.gcd(rows, 64)
+    values = output.view(-1, several * length)
+    if weight is not None and bias is not None:
+        torch.addcmul(bias.repeat(several), values, weight.repeat(several), out=values)
+    elif weight is not None:
+        values.mul_(weight.repeat(several))
+    elif bias is not None:
+        values.add_(bias.repeat(several))
+    return output.view(input.shape), mean, rstd
+
+
+def short_rows_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The backward of `short_rows_forward`, its sums by matrix products."""
+    length = input.shape[-1]
+    grad = grad.reshape(-1, length)
+    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    grad_input = grad_weight = grad_bias = None
+    xhat = (input.view(-1, length) - mean).mul_(rstd)
+    grad_times_xhat = grad * xhat
+    if needs[1] or needs[2]:
+        every_row = grad.new_ones(grad.shape[0])
+        grad_weight = torch.mv(grad_times_xhat.t(), every_row) if needs[1] else None
+        grad_bias = torch.mv(grad.t(), every_row) if needs[2] else None
+    if needs[0]:
+        average = grad.new_full((length,), 1 / length) if weight is None else weight / length
+        grad_input = grad.clone() if weight is None else grad * weight
+        grad_input.sub_(torch.mv(grad, average).unsqueeze(1))
+        grad_input.sub_(xhat.mul_(torch.mv(grad_times_xhat, average).unsqueeze(1)))
+        grad_input = grad_input.mul_(rstd).view(input.shape)
+    return grad_input, grad_weight, grad_bias
+
+
+def row_sums(
+    grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias, by matrix products."""
+    length = input.shape[-1]
+    grad, mean, rstd = grad.reshape(-1, length), mean.reshape(-1, 1), rstd.reshape(-1)
+    grad_weight = grad_bias = None
+    if needs[1]:
+        grad_weight = torch.mv((input.view(-1, length) - mean).mul_(grad).t(), rstd)
+    if needs[2]:
+        grad_bias = torch.mv(grad.t(), torch.ones_like(rstd))
+    return grad_weight, grad_bias
