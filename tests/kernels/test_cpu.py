@@ -97,7 +97,7 @@ def test_batch_statistics_of_a_small_deviation_around_a_large_mean(size, memory_
     mean, var, unbiased, _ = cpu.batch_statistics(x)
     exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=2**-23, atol=0)
-    # The means of planes, whose variance is a part of the whole, are rounded to 2^-24 of 1e5: some 1e-5 of the variance.
+    # The means of planes, whose variance is a part of the whole, are rounded to 2^-24 of 1e5: 1e-5 of the variance.
     tolerance = 1e-4 if size == 60 and x.is_contiguous() else 1e-5
     torch.testing.assert_close(var.double(), exact_var, rtol=tolerance, atol=0)
     torch.testing.assert_close(unbiased.double(), x.double().var((0, 2, 3)), rtol=tolerance, atol=0)
