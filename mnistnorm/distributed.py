@@ -55,15 +55,18 @@ def _join() -> Store:
         raise UserError(
             "this torch has no gloo, which several processes need: start one, without torchrun", exit_code=2
         )
+    instead = "start the processes with torchrun, or unset WORLD_SIZE for one"
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE is set, {', '.join(missing)} not: {instead}", exit_code=2)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        local_rank = int(os.environ.get("LOCAL_RANK", ""))
-        store, rank, world_size = next(rendezvous("env://"))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        store, number, count = next(rendezvous("env://"))
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count)
     except (ValueError, RuntimeError) as error:
-        message = f"cannot join the processes of WORLD_SIZE ({one_line(error)}): start them with torchrun, or unset it"
-        raise UserError(message, exit_code=2) from error
+        raise UserError(f"cannot join the other processes: {one_line(error)}; {instead}", exit_code=2) from error
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)  # what "cuda" means from here on
     return store

@@ -20,6 +20,7 @@ from mnistnorm.data import Augmentation, Dataset, Normalization, TrainingBatches
 from mnistnorm.errors import UserError
 from mnistnorm.training import Settings
 from tests.mnistnorm.test_train import FILES, ROOT, same_result
+from tests.mnistnorm.test_training import trainer
 
 OneError = Callable[[], str]
 
@@ -74,6 +75,16 @@ def test_each_process_has_its_own_dropout_at_each_step(monkeypatch: pytest.Monke
     first = torch.rand(2).tolist()
     torch.manual_seed(0)
     assert [drawn(0, 1), drawn(0, 2)] == first
+
+
+def test_a_trainer_takes_its_own_dropout(mnist: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        run = trainer(mnist, dropout=0.5, fused=True)
+        run.train_step(*next(iter(run.batches)))
+        losses.append(run.running[0])
+    assert losses[0] != losses[1]
 
 
 # The batches are of 41 images and, at the end of an epoch, of 1: parts of 21 and 20, and of 1 and none.
@@ -204,11 +215,12 @@ def test_processes_must_be_able_to_join(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.delenv("RANK", raising=False)
     assert train.main([*quick, "--out", str(tmp_path)]) == 2
-    error = one_error()
-    assert "environment variable RANK expected, but not set" in error
-    assert "start them with torchrun, or unset it" in error
+    assert "WORLD_SIZE is set, RANK, MASTER_ADDR, MASTER_PORT not: start the processes with torchrun" in one_error()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "nonsense")
+    assert train.main([*quick, "--out", str(tmp_path)]) == 2
+    assert "cannot join the other processes: invalid literal for int()" in one_error()
     monkeypatch.setattr(dist, "is_gloo_available", lambda: False)
     assert train.main([*quick, "--out", str(tmp_path)]) == 2
     assert "this torch has no gloo" in one_error()
