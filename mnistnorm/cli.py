@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
+from . import distributed
 from .data import DATASETS
 from .errors import UserError
 from .kernels.functional import Impl
@@ -144,6 +145,7 @@ def settings_of(args: argparse.Namespace, **chosen: Any) -> Settings:
         values["lr"] = LEARNING_RATES[values["optimizer"]][values["norm"]]
     values["device"] = str(choose_device(values["device"]))
     values["threads"] = values["threads"] or torch.get_num_threads()
+    values["processes"] = distributed.processes()
     return Settings(**values)
 
 

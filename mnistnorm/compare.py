@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import plots
+from . import distributed, plots
 from .checkpoint import write_atomically
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
 from .errors import UserError
@@ -77,6 +77,7 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 
 def compare(argv: Sequence[str] | None) -> int:
+    distributed.refuse("compare")
     parser = get_parser()
     args = parser.parse_args(argv)
     out = args.out

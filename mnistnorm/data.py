@@ -207,15 +207,18 @@ class Augmentation:
     scale: float = 0.08  # relative to 1
     shear: float = 0.06  # horizontal pixels per vertical pixel
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """The parameters of `count` maps: uniform in -1..1, of shape (5, count, 1, 1), on the generator's device."""
+        return torch.rand(5, count, 1, 1, generator=generator, device=generator.device).mul_(2).sub_(1)
+
+    def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Maps each image by its own random affine map, bilinearly, onto a background of 0.
 
         Args:
             images: float, of shape (N, C, H, W).
-            generator: on the device of `images`.
+            uniform: what `draw` returned for N maps, on the device of `images`.
         """
-        n, _, height, width = images.shape
-        uniform = torch.rand(5, n, 1, 1, generator=generator, device=images.device).mul_(2).sub_(1)
+        height, width = images.shape[2:]
         angle, scale, shear = uniform[0] * self.rotation, 1 + uniform[1] * self.scale, uniform[2] * self.shear
         shift_x, shift_y = uniform[3] * (2 * self.shift / width), uniform[4] * (2 * self.shift / height)
         # The centres of the pixels, in units where the image spans -1..1, and where each is taken from.
@@ -238,6 +241,11 @@ class TrainingBatches:
         normalization: applied last.
         augmentation: None for none.
         seed: of the shuffling and the augmentation, which share a generator of their own.
+        parts: into which each batch is cut, as evenly as it goes; the same images come whatever their number.
+        part: the one of them, from 0, that is yielded.
+
+    Attributes:
+        size: images in all parts of the batch that was yielded last.
     """
 
     def __init__(
@@ -247,11 +255,17 @@ class TrainingBatches:
         normalization: Normalization,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        *,
+        parts: int = 1,
+        part: int = 0,
     ) -> None:
         self.split = split
         self.batch_size = batch_size
         self.normalization = normalization
         self.augmentation = augmentation
+        self.parts = parts
+        self.part = part
+        self.size = 0
         self._generator = torch.Generator(split.images.device).manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.int64, device=split.images.device)
         self._position = 0
@@ -265,11 +279,14 @@ class TrainingBatches:
             self._order = torch.randperm(len(self.split), generator=self._generator, device=self._order.device)
             self._position = 0
         while self._position < len(self._order):
-            batch = self.split[self._order[self._position : self._position + self.batch_size]]
-            self._position += len(batch)
+            chosen = self._order[self._position : self._position + self.batch_size]
+            self.size = len(chosen)
+            self._position += self.size
+            batch = self.split[chosen.tensor_split(self.parts)[self.part]]
             images = batch.images.float()
             if self.augmentation:
-                images = self.augmentation(images, self._generator)
+                uniform = self.augmentation.draw(self.size, self._generator)
+                images = self.augmentation(images, uniform.tensor_split(self.parts, dim=1)[self.part])
             yield self.normalization(images), batch.labels
 
     def state_dict(self) -> dict[str, Any]:

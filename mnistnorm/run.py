@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import plots
+from . import distributed, plots
 from .checkpoint import UNFINISHED, Checkpoint, write_atomically
 from .data import Augmentation, TrainingBatches, load_dataset
 from .errors import UserError, one_line
@@ -37,6 +37,8 @@ def default_out(dataset: str, norm: str, fused: bool, seed: int) -> Path:
 def run_training(settings: Settings, out: Path, *, resume: bool = False, overwrite: bool = False) -> Trainer:
     """Trains by `settings`, writing to `out` what a run leaves, and saying on stdout how it goes.
 
+    Where several processes train together, the main one reads, writes and says.
+
     Args:
         settings: of the run.
         out: its folder, made if need be.
@@ -51,34 +53,41 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
             was saved.
     """
     implementation = describe_implementation(settings)
-    checkpoint = load_run(out, settings) if resume else None
-    prepare_folder(out, RUN_FILES, "a run", may_hold_them=resume or overwrite)
-    with locked(out):
+    distributed.check(settings)
+    checkpoint = distributed.from_main(lambda: load_run(out, settings)) if resume else None
+    distributed.from_main(lambda: prepare_folder(out, RUN_FILES, "a run", may_hold_them=resume or overwrite))
+    with locked(out) if distributed.is_main() else nullcontext():
         trainer = build_trainer(settings)
         if checkpoint:
             _continue(trainer, checkpoint, out / LAST)
-        else:
-            save(trainer, out / LAST)
-        if trainer.step == 0:  # what is left is another run's; it goes only once this one could be written
-            remove_files(out, (BEST, METRICS, CURVES, MISTAKES, TENSORBOARD))
-        for line in describe(trainer, implementation, out, checkpoint.settings if checkpoint else settings):
-            print(line, flush=True)
-        environment = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}
-        config = {"settings": asdict(settings), "layers": implementation, "environment": environment}
-        write_atomically(out / CONFIG, json.dumps(config, indent=2) + "\n")
-        with _signals_deferred() as signals:
-            _train_to_the_end(trainer, out, signals)
+        if distributed.is_main():
+            _begin(trainer, out, implementation, checkpoint)
+        with _signals_deferred() as first_signal:
+            _train_to_the_end(trainer, out, first_signal)
             complete = trainer.epoch >= settings.epochs
             if complete:
                 _report(trainer, out)
-            else:
+            elif distributed.is_main():
                 save(trainer, out / LAST)
-        if signals:
+        if number := first_signal():
             what = "after the last epoch, complete" if complete else f"in epoch {trainer.epoch + 1} and saved"
             then = "" if complete else "; the same command with --resume continues"
-            name = signal.Signals(signals[0]).name
-            raise UserError(f"stopped by {name} {what} in {out}{then}", exit_code=128 + signals[0])
+            raise UserError(f"stopped by {signal.Signals(number).name} {what} in {out}{then}", exit_code=128 + number)
     return trainer
+
+
+def _begin(trainer: Trainer, out: Path, implementation: str, checkpoint: Checkpoint | None) -> None:
+    """Writes and says what there is before the first step; `checkpoint` is what the run is resumed from."""
+    settings = trainer.settings
+    if not checkpoint:
+        save(trainer, out / LAST)
+    if trainer.step == 0:  # what is left is another run's; it goes only once this one could be written
+        remove_files(out, (BEST, METRICS, CURVES, MISTAKES, TENSORBOARD))
+    for line in describe(trainer, implementation, out, checkpoint.settings if checkpoint else settings):
+        print(line, flush=True)
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}
+    config = {"settings": asdict(settings), "layers": implementation, "environment": environment}
+    write_atomically(out / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
@@ -170,15 +179,26 @@ def build_trainer(settings: Settings) -> Trainer:
     if device.type == "cpu" and settings.norm in ("group", "sample"):
         # Faster convolutions and pooling; batch and layer norm lose more than that.
         model = model.to(memory_format=torch.channels_last)
+    if settings.sync_batch_norm:
+        distributed.synchronise_batch_norm(model)
     if settings.compile:
         _check_compiler(device)
         model.compile()
-    dataset = load_dataset(settings.dataset, Path(settings.data_dir) if settings.data_dir else None)
+    data_dir = Path(settings.data_dir) if settings.data_dir else None
+    dataset = distributed.from_main(lambda: load_dataset(settings.dataset, data_dir))
     if settings.val_split:
         dataset = dataset.with_validation(settings.val_split)
     dataset = dataset.to(device)
     augmentation = Augmentation() if settings.augment else None
-    batches = TrainingBatches(dataset.train, settings.batch_size, dataset.normalization, augmentation, settings.seed)
+    batches = TrainingBatches(
+        dataset.train,
+        settings.batch_size,
+        dataset.normalization,
+        augmentation,
+        settings.seed,
+        parts=distributed.processes(),
+        part=distributed.rank(),
+    )
     return Trainer(model, dataset, settings, batches)
 
 
@@ -229,11 +249,14 @@ def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) 
         f"seed {settings.seed}",
     ]
     options = "".join(f", {name}" for name in ("compile", "amp") if getattr(settings, name))
+    if settings.processes > 1:
+        options += f", {settings.processes} processes"
+    over = " over all processes" if settings.sync_batch_norm else ""
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     name = f" ({torch.cuda.get_device_name(trainer.device)})" if trainer.device.type == "cuda" else ""
     yield f"device   {settings.device}{name}, CPU threads: {settings.threads}, torch {torch.__version__}{options}"
     yield f"layers   {implementation}"
-    yield f"network  {settings.norm} norm, {parameters:,} parameters"
+    yield f"network  {settings.norm} norm{over}, {parameters:,} parameters"
     yield f"data     {dataset.name}: {len(dataset.train):,} training{held_out}, {len(dataset.test):,} test images"
     yield f"recipe   {', '.join(recipe)}"
     if trainer.epoch >= settings.epochs:
@@ -250,8 +273,8 @@ def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) 
         yield f"note     resumed with {', '.join(changes)}: the result may differ from an uninterrupted run's in bits"
 
 
-def _train_to_the_end(trainer: Trainer, out: Path, signals: Sequence[int]) -> None:
-    """Trains and saves epoch after epoch, to the last or until `signals` holds one."""
+def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], int]) -> None:
+    """Trains and saves epoch after epoch, to the last or until `first_signal` returns one."""
     if trainer.epoch >= trainer.settings.epochs:
         return
     images, epochs = len(trainer.dataset.train), trainer.settings.epochs
@@ -261,7 +284,7 @@ def _train_to_the_end(trainer: Trainer, out: Path, signals: Sequence[int]) -> No
         unit=" images",
         unit_scale=True,
         dynamic_ncols=True,
-        disable=None,  # where stderr is no terminal
+        disable=None if distributed.is_main() else True,  # None: where stderr is no terminal
     )
 
     def after_step(batch: int) -> bool:
@@ -270,11 +293,11 @@ def _train_to_the_end(trainer: Trainer, out: Path, signals: Sequence[int]) -> No
             loss, accuracy, _ = trainer.running
             bar.set_description(f"epoch {trainer.epoch + 1}/{epochs}", refresh=False)
             bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
-        return bool(signals)
+        return first_signal() != 0
 
     with bar, _tensorboard_writer(out, purge_step=trainer.epoch + 1) as writer:
-        while trainer.epoch < epochs and not signals:
-            if trainer.train_epoch(after_step):
+        while trainer.epoch < epochs and not first_signal():
+            if trainer.train_epoch(after_step) and distributed.is_main():
                 _save_epoch(trainer, out, writer)
                 bar.write(_epoch_line(trainer.history[-1], epochs))
                 sys.stdout.flush()
@@ -297,15 +320,18 @@ def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
 
 
 @contextmanager
-def _signals_deferred() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in the list it yields instead of letting them interrupt."""
+def _signals_deferred() -> Iterator[Callable[[], int]]:
+    """Collects SIGINT and SIGTERM instead of letting them interrupt.
+
+    What it yields returns the first one, of whichever process, and 0 while there is none; all processes must call it.
+    """
     received: list[int] = []
     previous = {
         number: signal.signal(number, lambda number, _: received.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield received
+        yield lambda: distributed.largest(received[0] if received else 0)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -313,6 +339,8 @@ def _signals_deferred() -> Iterator[list[int]]:
 
 def _tensorboard_writer(out: Path, purge_step: int) -> AbstractContextManager[Any]:
     """A SummaryWriter that replaces events from `purge_step` on; None where TensorBoard is not installed."""
+    if not distributed.is_main():
+        return nullcontext()
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -363,10 +391,13 @@ def mistakes_of(trainer: Trainer) -> plots.Mistakes:
 
 
 def _report(trainer: Trainer, out: Path) -> None:
+    mistakes = mistakes_of(trainer)
+    if not distributed.is_main():
+        return
     settings, dataset, last = trainer.settings, trainer.dataset, trainer.history[-1]
     title = f"{dataset.name}, {settings.norm} norm"
     curves_title = f"{title}, trained on augmented images" if settings.augment else title
-    grid = plots.mistake_grid(mistakes_of(trainer), dataset.classes, title, rows=5, columns=10)
+    grid = plots.mistake_grid(mistakes, dataset.classes, title, rows=5, columns=10)
     write_atomically(out / CURVES, plots.png(plots.run_curves(trainer.history, curves_title)))
     write_atomically(out / MISTAKES, plots.png(grid))
     seconds = sum(metrics["seconds"] for metrics in trainer.history)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .data import DATASETS, Dataset, Normalization, Split, TrainingBatches
 from .kernels.functional import Impl
 from .model import NORMS
@@ -56,6 +57,8 @@ class Settings:
         threads: of the CPU.
         amp: forward in bfloat16 where autocast allows it.
         compile: whether the network runs under torch.compile.
+        sync_batch_norm: whether batch norm takes its statistics over all processes' parts of a batch.
+        processes: that share each batch.
 
     Raises:
         TypeError, ValueError: one of them is of another type, unknown or out of range.
@@ -81,6 +84,8 @@ class Settings:
     threads: int = 1
     amp: bool = False
     compile: bool = False
+    sync_batch_norm: bool = False
+    processes: int = 1
 
     def __post_init__(self) -> None:
         known = {"norm": NORMS, "impl": get_args(Impl), "optimizer": (*LEARNING_RATES,), "dataset": (*DATASETS,)}
@@ -91,8 +96,8 @@ class Settings:
                     raise ValueError(f"{field.name} must be one of {', '.join(known[field.name])}, got {value!r}")
             elif not isinstance(value, (int, float) if kind is float else kind):  # type: ignore[arg-type]
                 raise TypeError(f"{field.name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
-        if min(self.epochs, self.batch_size, self.threads) < 1:
-            raise ValueError("epochs, batch_size and threads must be at least 1")
+        if min(self.epochs, self.batch_size, self.threads, self.processes) < 1:
+            raise ValueError("epochs, batch_size, threads and processes must be at least 1")
 
 
 class ConvMuon(torch.optim.Muon):
@@ -195,6 +200,8 @@ def score(log_probs: Tensor, labels: Tensor) -> Evaluation:
 class Trainer:
     """A model on its way through its training, with a state that can be saved after any step.
 
+    Where several processes train together, each has a trainer and does the same with it; their states are the same.
+
     Args:
         model: on the device of the data.
         dataset: on the device to train on.
@@ -207,6 +214,7 @@ class Trainer:
         self.dataset = dataset
         self.settings = settings
         self.batches = batches
+        self._network = distributed.wrap(model)
         self.device = dataset.train.images.device
         self.optimizers = build_optimizers(model, settings)
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -239,8 +247,8 @@ class Trainer:
         """Trains to the end of the running epoch and evaluates.
 
         Args:
-            after_step: called with the number of images of each step; returns whether to stop there, which after an
-                epoch's last step is no longer heeded.
+            after_step: called with the number of images of each step, in all processes; returns whether to stop
+                there, which after an epoch's last step is no longer heeded.
 
         Returns:
             whether the epoch was completed.
@@ -248,26 +256,37 @@ class Trainer:
         started = time.perf_counter()
         self.model.train()
         for images, labels in self.batches:
-            self.train_step(images, labels)
-            if after_step(len(labels)) and self.step % len(self.batches) != 0:
+            self.train_step(images, labels, self.batches.size)
+            if after_step(self.batches.size) and self.step % len(self.batches) != 0:
                 self._seconds += time.perf_counter() - started
                 return False
         self._seconds += time.perf_counter() - started
         self._end_epoch()
         return True
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of the optimizers, on normalized images and their labels."""
+    def train_step(self, images: Tensor, labels: Tensor, size: int | None = None) -> None:
+        """One step of the optimizers.
+
+        Args:
+            images: normalized.
+            labels: of the images.
+            size: number of images of the batch, where other processes have the rest of it.
+        """
+        size = size or len(labels)
         factor = lr_factor((self.step + 0.5) / self.total_steps)
         for optimizer, peaks in zip(self.optimizers, self._peak_lrs, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
+        distributed.seed_dropout(self.settings.seed, self.step)
         with autocast(self.device, self.settings.amp):
-            log_probs = self.model(images).float()
-        nll = F.nll_loss(log_probs, labels)
+            log_probs = self._network(images).float()
+        nll = F.nll_loss(log_probs, labels) if len(labels) else log_probs.sum()  # the mean of nothing is NaN
         loss = nll
         if self.settings.label_smoothing:
             loss = torch.lerp(nll, -log_probs.mean(), self.settings.label_smoothing)
+        if self.settings.processes > 1:
+            # Gradients are averaged over processes, of which some may have more images than others.
+            loss = loss * (self.settings.processes * len(labels) / size)
         if self.settings.l1:
             loss = loss + self.settings.l1 * torch.stack([weight.abs().sum() for weight in self._weights]).sum()
         self.model.zero_grad()
@@ -276,8 +295,10 @@ class Trainer:
             optimizer.step()
         self.step += 1
         correct = log_probs.detach().argmax(1).eq(labels).sum()
-        self._totals += torch.stack([nll.detach() * len(labels), correct])
-        self._images += len(labels)
+        totals = torch.stack([nll.detach() * len(labels), correct])
+        distributed.add_up(totals)
+        self._totals += totals
+        self._images += size
 
     def state_dict(self) -> dict[str, Any]:
         """All that training continues from, but the model's own state."""
@@ -318,9 +339,13 @@ class Trainer:
 
     def log_probabilities(self, split: Split) -> Tensor:
         """What the model, as it stands, says of a split's images: float32, (N, classes)."""
-        return log_probabilities(self.model, split.images, self.dataset.normalization, amp=self.settings.amp)
+        return distributed.split_up(
+            lambda images: log_probabilities(self.model, images, self.dataset.normalization, amp=self.settings.amp),
+            split.images,
+        )
 
     def _end_epoch(self) -> None:
+        distributed.copy_buffers(self.model)
         loss, accuracy, images = self.running
         metrics = {"epoch": self.epoch + 1, "train_loss": loss, "train_accuracy": accuracy}
         for name, split in (("validation", self.dataset.validation), ("test", self.dataset.test)):

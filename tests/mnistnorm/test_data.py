@@ -149,7 +149,8 @@ def test_normalization_gives_mean_0_and_deviation_1() -> None:
 
 def test_augmentation_without_bounds_changes_nothing() -> None:
     images = torch.rand(4, 1, 28, 28)
-    same = Augmentation(0, 0, 0, 0)(images, torch.Generator().manual_seed(0))
+    still = Augmentation(0, 0, 0, 0)
+    same = still(images, still.draw(4, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(same, images)
 
 
@@ -160,8 +161,9 @@ def test_augmentation_maps_each_image_within_its_bounds() -> None:
     y, x = row - 13.5, column - 13.5
     coordinates = torch.arange(28.0)
     images = torch.exp(-((coordinates[:, None] - row) ** 2 + (coordinates - column) ** 2) / 4).expand(64, 1, 28, 28)
-    mapped = bounds(images, torch.Generator().manual_seed(1))[:, 0].double()
-    drawn = torch.rand(5, 64, 1, 1, generator=torch.Generator().manual_seed(1)).flatten(1).double() * 2 - 1
+    uniform = bounds.draw(64, torch.Generator().manual_seed(1))
+    assert -1 <= uniform.min() < -0.9 < 0.9 < uniform.max() <= 1
+    mapped, drawn = bounds(images, uniform)[:, 0].double(), uniform.flatten(1).double()
     mass = mapped.sum((1, 2))
     rows = (mapped.sum(2) @ coordinates.double()) / mass - 13.5
     columns = (mapped.sum(1) @ coordinates.double()) / mass - 13.5

@@ -149,8 +149,8 @@ def test_ctrl_c_saves_at_the_end_of_the_step(
 ) -> None:
     train_step = Trainer.train_step
 
-    def interrupted(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
-        train_step(trainer, images, labels)
+    def interrupted(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
+        train_step(trainer, images, labels, size)
         if trainer.step == step:
             signal.raise_signal(signal.SIGINT)
 
