@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .modules import FusedLayer
-from .tracing import IN_PLACE_OPERATORS, NORMS, Rewritten, Tracer, check_one_way, has_hooks, scratch_copy
+from .tracing import IN_PLACE_OPERATORS, NORMS, Rewritten, Tracer, check_one_way, scratch_copy
 
 FUSIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_OTHER_SIDE = "the sum behind it is fused with the norm on the other side"
 SUMS_IN_PLACE = {operator.iadd, "add_"}
 _DROPOUTS = {F.dropout, torch.dropout}
 
@@ -52,8 +53,15 @@ class Match:
     dropout_training: Any
     """The argument of a dropout function: a bool, or a node where it is read when the graph runs."""
     sum: fx.Node | None
-    residual: fx.Node | None
     relu: fx.Node
+
+    @property
+    def residual(self) -> Any:
+        """What the sum adds, None without a sum. Looked up in the graph as it is by now."""
+        if self.sum is None:
+            return None
+        first, second = self.sum.args
+        return second if first is (self.dropout or self.norm) else first
 
 
 @dataclass(frozen=True)
@@ -185,20 +193,23 @@ def match_chains(
     With `known`, looks at those norms alone, which are known to have no write in place between norm and sum.
     """
     order = {node: index for index, node in enumerate(graph.nodes)} if known is None else {}
-    taken: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], NORMS):
-            continue
-        if known is None or node.target in known:
+    norms = [node for node in graph.nodes if node.op == "call_module" and isinstance(modules[node.target], NORMS)]
+    matches: dict[fx.Node, Match] = {}
+    reasons: dict[fx.Node, str] = {}
+    for norm in norms:
+        if known is None or norm.target in known:
             try:
-                match = _match(node, modules, order)
-                if match.relu in taken:
-                    raise _NoChain(f"the sum behind it is fused with {taken[match.relu].target}")
+                match = _match(norm, modules, order)
             except _NoChain as reason:
-                yield Refusal(node, str(reason))
+                reasons[norm] = str(reason)
             else:
-                taken[match.relu] = node
-                yield match
+                if match.sum is not None and any(match.sum is other.sum for other in matches.values()):
+                    reasons[norm] = _OTHER_SIDE
+                else:
+                    matches[norm] = match
+    reasons |= {match.residual: _OTHER_SIDE for match in matches.values() if match.residual in reasons}
+    yield from matches.values()
+    yield from (Refusal(norm, reason) for norm, reason in reasons.items())
 
 
 class _NoChain(Exception):  # noqa: N818 - a finding rather than an error
@@ -208,26 +219,25 @@ class _NoChain(Exception):  # noqa: N818 - a finding rather than an error
 def _match(norm: fx.Node, modules: dict[str, nn.Module], order: dict[fx.Node, int]) -> Match:
     _check_fusible(norm, modules)
     node = norm
-    user = _only_user(node)
+    user = _only_user(node, modules)
     dropout_p, training, dropout = 0.0, None, None
     if _is_module(user, modules, nn.Dropout):
-        dropout, dropout_p = user, modules[str(user.target)].p
+        dropout, dropout_p = user, vars(modules[str(user.target)])["p"]
     elif user.op == "call_function" and user.target in _DROPOUTS:
         dropout, (dropout_p, training) = user, _dropout_arguments(user)
     if dropout is not None:
-        _check_without_hooks(dropout, modules)
-        node, user = dropout, _only_user(dropout)
-    sum_node = residual = None
+        node, user = dropout, _only_user(dropout, modules)
+    sum_node = None
     if user.target in _SUMS and user.op != "call_module":
-        sum_node, residual = user, _residual(user, node)
+        sum_node = user
+        _check_sum(sum_node, node)
         if any(_may_write(between, modules) for between in order if order[norm] < order[between] < order[sum_node]):
             raise _NoChain("something between it and the sum behind it may change a tensor in place")
-        node, user = sum_node, _only_user(sum_node)
-    if _is_module(user, modules, nn.ReLU):
-        _check_without_hooks(user, modules)
-    elif not (user.op != "call_module" and user.target in _RELUS):
+        node, user = sum_node, _only_user(sum_node, modules)
+    is_function = user.op != "call_module" and user.target in _RELUS
+    if not (is_function or _is_module(user, modules, nn.ReLU)):
         raise _NoChain(f"followed by {_name(user, modules)}")
-    return Match(norm, dropout, dropout_p, training, sum_node, residual, user)
+    return Match(norm, dropout, dropout_p, training, sum_node, user)
 
 
 def _check_fusible(norm: fx.Node, modules: dict[str, nn.Module]) -> None:
@@ -237,19 +247,13 @@ def _check_fusible(norm: fx.Node, modules: dict[str, nn.Module]) -> None:
         raise _NoChain("already fused")
     if kind not in FUSIBLE:
         raise _NoChain(f"there is no fused {kind.__name__}")
-    _check_without_hooks(norm, modules)
     if len(norm.args) != 1 or norm.kwargs or "forward" in vars(module):
         raise _NoChain("called in an unusual way")
 
 
-def _check_without_hooks(node: fx.Node, modules: dict[str, nn.Module]) -> None:
-    if node.op == "call_module" and has_hooks(modules[str(node.target)]):
-        raise _NoChain(f"{node.target} has hooks")
-
-
-def _only_user(node: fx.Node) -> fx.Node:
+def _only_user(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
     if len(node.users) != 1:
-        raise _NoChain(f"the output of {node.target} is used {len(node.users)} times")
+        raise _NoChain(f"the output of {_name(node, modules)} is used {len(node.users)} times")
     return next(iter(node.users))
 
 
@@ -269,8 +273,7 @@ def _dropout_arguments(node: fx.Node) -> tuple[float, Any]:
     return float(p), training
 
 
-def _residual(sum_node: fx.Node, node: fx.Node) -> fx.Node:
-    """What is added to `node`."""
+def _check_sum(sum_node: fx.Node, node: fx.Node) -> None:
     if len(sum_node.args) != 2 or sum_node.kwargs:
         raise _NoChain("the sum behind it has further arguments")
     first, second = sum_node.args
@@ -282,7 +285,6 @@ def _residual(sum_node: fx.Node, node: fx.Node) -> fx.Node:
     shape, other = node.meta.get("shape"), residual.meta.get("shape")
     if shape is not None and shape != other:
         raise _NoChain(f"the sum behind it broadcasts {tuple(shape)} and {None if other is None else tuple(other)}")
-    return residual
 
 
 def _may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

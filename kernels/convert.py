@@ -35,7 +35,7 @@ _FUSED: dict[type[nn.Module], type[FusedLayer]] = {
     nn.GroupNorm: GroupNormReLU,
     nn.LayerNorm: LayerNormReLU,
 }
-_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+_STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FUSED_BATCH_NORMS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d)
 
@@ -124,12 +124,12 @@ def fuse(
     result = copy_structure(model, share_buffers=True)
     for module in result.modules():
         if isinstance(module, _Unfused):
-            module.__class__ = module.fused
+            _turn_into(module, module.fused)
     findings = find_chains(result, inputs)
     chains, reasons = _decide(result, findings)
     owned, forwards = _rewrite_forwards(result, chains, reasons, findings)
     owners = {norm: owner for owner, part in owned.items() for norm in part.norms}
-    result.fusion_report = _report(result, chains, owners, reasons)
+    vars(result)["fusion_report"] = _report(result, chains, owners, reasons)
 
     for norm, chain in chains.items():
         _fuse_norm(result.get_submodule(norm), chain.dropout_p, "relu")
@@ -138,7 +138,7 @@ def fuse(
                 _absorb(result.get_submodule(path), norm)
     for path, forward in forwards.items():
         module = result.get_submodule(path)
-        module.__class__ = forward.rewrite(type(module))
+        _turn_into(module, forward.rewrite(type(module)))
     if process_group is not None:
         _synchronise(result, process_group)
     return result
@@ -160,7 +160,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     vars(result).pop("fusion_report", None)
     for module in result.modules():
         if isinstance(module, Rewritten):
-            module.__class__ = type(module).original
+            _turn_into(module, module.original)
         elif isinstance(module, Absorbed):
             _restore(module)
         elif type(module) in _STOCK:
@@ -214,10 +214,9 @@ def _why_not_fused(model: nn.Module, chain: Chain) -> str | None:
     norm = model.get_submodule(chain.norm)
     if chain.dropout_mode is not None and model.get_submodule(chain.dropout_mode).training != norm.training:
         return "the dropout behind it is in another mode"
-    for path in sorted(chain.opened):
-        if has_hooks(model.get_submodule(path)):
-            return f"{path}, which ends within the chain, has hooks"
-    return None
+    parts = [chain.norm, chain.dropout, chain.relu, *sorted(chain.opened)]
+    hooked = [part for part in parts if part is not None and has_hooks(model.get_submodule(part))]
+    return f"{hooked[0]} has hooks" if hooked else None
 
 
 @dataclass
@@ -261,18 +260,29 @@ def _rewrite_forwards(
         forwards: dict[str, Forward] = {}
         failed: dict[str, str] = {}
         for owner, owned in owned_by.items():
-            try:
-                if owner in findings.called_oddly:
-                    raise Untraceable("it is called with something else than tensors")
-                forwards[owner] = _rewrite_forward(model.get_submodule(owner), owner, owned, chains)
-            except Exception as error:
-                reason = f"the forward of {owner or 'the model'} cannot be rewritten: {first_line(error)}"
+            forward = _try_to_rewrite(model, owner, owned, chains, findings)
+            if isinstance(forward, Forward):
+                forwards[owner] = forward
+            else:
+                reason = f"the forward of {owner or 'the model'} cannot be rewritten: {forward}"
                 failed |= dict.fromkeys(owned.norms, reason)
         if not failed:
             return owned_by, forwards
         for norm in failed:
             del chains[norm]
         reasons |= failed
+
+
+def _try_to_rewrite(
+    model: nn.Module, owner: str, owned: _Owned, chains: dict[str, Chain], findings: Findings
+) -> Forward | str:
+    """The forward, or why it cannot be had."""
+    if owner in findings.called_oddly:
+        return "it is called with something else than tensors"
+    try:
+        return _rewrite_forward(model.get_submodule(owner), owner, owned, chains)
+    except Exception as error:  # whatever a forward raises when it is traced
+        return first_line(error)
 
 
 def _rewrite_forward(module: nn.Module, owner: str, owned: _Owned, chains: dict[str, Chain]) -> Forward:
@@ -335,19 +345,24 @@ class Absorbed(nn.Identity):
         return f"{self.absorbed.__name__}, part of {self.norm}"
 
 
+def _turn_into(module: Any, kind: type[nn.Module]) -> None:
+    """Changes the class alone: whatever refers to the module, its parameters or its hooks stays good."""
+    module.__class__ = kind
+
+
 def _absorb(module: nn.Module, norm: str) -> None:
     if not isinstance(module, Absorbed):  # one ReLU may serve several norms
         vars(module).update(absorbed=type(module), norm=norm)
-        module.__class__ = Absorbed
+        _turn_into(module, Absorbed)
 
 
 def _restore(module: Absorbed) -> None:
     del module.norm
-    module.__class__ = vars(module).pop("absorbed")
+    _turn_into(module, vars(module).pop("absorbed"))
 
 
 def _fuse_norm(module: nn.Module, dropout_p: float, activation: Activation) -> None:
-    module.__class__ = _FUSED[type(module)]
+    _turn_into(module, _FUSED[type(module)])
     assert isinstance(module, FusedLayer)
     module.set_options(dropout_p, activation, "auto")
     if isinstance(module, _FUSED_BATCH_NORMS):
@@ -357,9 +372,9 @@ def _fuse_norm(module: nn.Module, dropout_p: float, activation: Activation) -> N
 
 def _unfuse_norm(module: nn.Module) -> None:
     if not vars(module).pop("made_by_fuse", False):
-        module.__class__ = _UNFUSED[type(module)]
+        _turn_into(module, _UNFUSED[type(module)])
         return
-    module.__class__ = _STOCK[type(module)]
+    _turn_into(module, _STOCK[type(module)])
     for name in ("dropout_p", "activation", "impl", "process_group"):
         vars(module).pop(name, None)
 
@@ -406,7 +421,7 @@ class _UnfusedLayerNorm(_Unfused, nn.LayerNorm):
     fused = LayerNormReLU
 
 
-_UNFUSED = {
+_UNFUSED: dict[type[nn.Module], type[nn.Module]] = {
     cls.fused: cls
     for cls in (_UnfusedBatchNorm1d, _UnfusedBatchNorm2d, _UnfusedBatchNorm3d, _UnfusedGroupNorm, _UnfusedLayerNorm)
 }
@@ -415,7 +430,11 @@ _UNFUSED = {
 def _report(
     model: nn.Module, chains: dict[str, Chain], owners: dict[str, str], reasons: dict[str, str]
 ) -> FusionReport:
-    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
-    fused = (FusedChain(n, kinds[n], c.dropout_p, c.summed, owners.get(n)) for n, c in chains.items())
-    left = (LeftAlone(path, kinds[path], reason) for path, reason in reasons.items())
+    fused, left = [], []
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if path in chains:
+            fused.append(FusedChain(path, kind, chains[path].dropout_p, chains[path].summed, owners.get(path)))
+        elif path in reasons:
+            left.append(LeftAlone(path, kind, reasons[path]))
     return FusionReport(tuple(fused), tuple(left))

@@ -104,7 +104,7 @@ class _InputProxy(_Proxy):
 
     _is_param = _is_buffer = False
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return Tensor
 
@@ -241,7 +241,7 @@ class Rewritten:
     rewritten: ClassVar[Forward]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return (_new_rewritten, (self.original, self.rewritten), *super().__reduce_ex__(protocol)[2:])  # type: ignore[misc]
+        return (_new_rewritten, (self.original, self.rewritten), *super().__reduce_ex__(protocol)[2:])
 
 
 def _new_rewritten(original: type[nn.Module], forward: Forward) -> nn.Module:
