@@ -18,6 +18,7 @@ _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _OTHER_SIDE = "the sum behind it is fused with the norm on the other side"
 SUMS_IN_PLACE = {operator.iadd, "add_"}
+_KNOWN_FUNCTIONS = ("torch", "_operator", "math", "builtins", "None")
 _DROPOUTS = {F.dropout, torch.dropout}
 
 
@@ -82,6 +83,8 @@ class Findings:
     """Each call of a ReLU or dropout module, with the chain that it belongs to."""
     untraceable: dict[str, str] = field(default_factory=dict)
     """The modules whose forward cannot be traced, and why."""
+    traced: set[str] = field(default_factory=set)
+    """The modules whose forward was traced."""
     called_oddly: set[str] = field(default_factory=set)
     """The modules that are called with something else than tensors by position."""
 
@@ -91,7 +94,7 @@ class _Trace:
     module: nn.Module
     graph: fx.Graph
     training: bool
-    called_oddly: set[str]
+    tracer: Tracer
 
 
 def find_chains(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Findings:
@@ -147,7 +150,7 @@ def _trace_both_modes(module: nn.Module, opaque: dict[str, str]) -> list[_Trace]
             opaque |= {path: first_line(error) for path, child in module.named_modules() if type(child) is failed}
             traces.clear()
         else:
-            traces.append(_Trace(scratch, graph, len(traces) == 1, tracer.called_oddly))
+            traces.append(_Trace(scratch, graph, len(traces) == 1, tracer))
     return traces
 
 
@@ -159,7 +162,7 @@ def _note_shapes(trace: _Trace, example_inputs: tuple[Any, ...]) -> None:
             return result
 
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad():
             Recorder(trace.module, graph=trace.graph).run(*example_inputs)
     except Exception as error:
         raise ValueError(f"the model does not run on example_inputs: {error}") from error
@@ -182,7 +185,8 @@ def _collect(trace: _Trace, root: str, findings: Findings) -> None:
     for node in trace.graph.nodes:
         if node.op == "call_module" and isinstance(modules[node.target], (nn.ReLU, nn.Dropout)):
             findings.uses.append((join(root, node.target), members.get(node)))
-    findings.called_oddly |= {join(root, path) for path in trace.called_oddly}
+    findings.traced |= {join(root, path) for path in ("", *trace.tracer.traced)}
+    findings.called_oddly |= {join(root, path) for path in trace.tracer.called_oddly}
 
 
 def match_chains(
@@ -291,13 +295,15 @@ def _may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the node may change one of its inputs."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return getattr(module, "inplace", False) or not type(module).__module__.startswith("torch.nn.")
+        known = type(module).__module__.startswith("torch.nn.") and not any(module.children())
+        return not known or getattr(module, "inplace", False)
+    if node.op == "call_function" and not str(getattr(node.target, "__module__", "torch")).startswith(_KNOWN_FUNCTIONS):
+        return True
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     return (
         (name.endswith("_") and not name.endswith("__"))
         or node.target in IN_PLACE_OPERATORS
-        or True in node.args
-        or node.kwargs.get("inplace", False) is not False
+        or any(argument is True for argument in (*node.args, node.kwargs.get("inplace")))
         or "out" in node.kwargs
     )
 

@@ -9,6 +9,7 @@ All paths, parameters, buffers, hooks and attributes stay where they are.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
@@ -125,9 +126,10 @@ def fuse(
     for module in result.modules():
         if isinstance(module, _Unfused):
             _turn_into(module, module.fused)
-    findings = find_chains(result, inputs)
-    chains, reasons = _decide(result, findings)
-    owned, forwards = _rewrite_forwards(result, chains, reasons, findings)
+    with torch.random.fork_rng(devices=[]):
+        findings = find_chains(result, inputs)
+        chains, reasons = _decide(result, findings)
+        owned, forwards = _rewrite_forwards(result, chains, reasons, findings)
     owners = {norm: owner for owner, part in owned.items() for norm in part.norms}
     vars(result)["fusion_report"] = _report(result, chains, owners, reasons)
 
@@ -179,6 +181,7 @@ def _decide(model: nn.Module, findings: Findings) -> tuple[dict[str, Chain], dic
     """Which norms are certain to begin one and the same chain at every call, and why the others are not."""
     chains: dict[str, Chain] = {}
     reasons: dict[str, str] = {}
+    users = _users(model)
     for path, module in model.named_modules():
         if not isinstance(module, NORMS):
             continue
@@ -189,7 +192,7 @@ def _decide(model: nn.Module, findings: Findings) -> tuple[dict[str, Chain], dic
             reasons[path] = refusals[0] if refusals else _why_not_found(path, len(found), module, findings)
             continue
         chain = found.pop()
-        reason = _why_not_fused(model, chain)
+        reason = _why_not_fused(model, chain, users, findings)
         if reason:
             reasons[path] = reason
         else:
@@ -210,13 +213,30 @@ def _why_not_found(path: str, count: int, module: nn.Module, findings: Findings)
     return "not called by a forward that is traced"
 
 
-def _why_not_fused(model: nn.Module, chain: Chain) -> str | None:
+def _users(model: nn.Module) -> dict[str, set[str]]:
+    """For each module, the modules it is a child of: those that have a forward which may call it."""
+    first_path = {module: path for path, module in model.named_modules()}
+    users: dict[str, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent = path.rpartition(".")[0]
+        while parent and type(model.get_submodule(parent)).forward is nn.Module.forward:
+            parent = parent.rpartition(".")[0]
+        users.setdefault(first_path[module], set()).add(first_path[model.get_submodule(parent)])
+    return users
+
+
+def _why_not_fused(model: nn.Module, chain: Chain, users: dict[str, set[str]], findings: Findings) -> str | None:
     norm = model.get_submodule(chain.norm)
     if chain.dropout_mode is not None and model.get_submodule(chain.dropout_mode).training != norm.training:
         return "the dropout behind it is in another mode"
-    parts = [chain.norm, chain.dropout, chain.relu, *sorted(chain.opened)]
-    hooked = [part for part in parts if part is not None and has_hooks(model.get_submodule(part))]
-    return f"{hooked[0]} has hooks" if hooked else None
+    members = [path for path in (chain.norm, chain.dropout, chain.relu) if path is not None]
+    for path in (*members, *sorted(chain.opened)):
+        if has_hooks(model.get_submodule(path)):
+            return f"{path} has hooks"
+    for path in members:
+        for user in sorted(users[path] - findings.traced):
+            return f"{path} is also a part of {user or 'the model'}, whose forward is not traced"
+    return None
 
 
 @dataclass

@@ -60,6 +60,8 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.opaque = opaque
         self.failed: str | None = None
+        self.traced: set[str] = set()
+        """The modules, but for the root, whose forward is traced."""
         self.called_oddly: set[str] = set()
         """The modules that are called with something else than tensors by position."""
 
@@ -74,6 +76,8 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if kwargs or not all(isinstance(argument, fx.Proxy) for argument in args):
             self.called_oddly.add(path)
+        if not self.is_leaf_module(m, path):
+            self.traced.add(path)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:

@@ -586,6 +586,46 @@ def test_what_cannot_be_traced_is_fused_by_parts():
         same_step(model.train(training), expected.train(training), image())
 
 
+def test_a_relu_shared_with_what_is_not_traced_stays():
+    class Root(Chains):
+        def __init__(self):
+            super().__init__()
+            self.opaque = DataDependent()
+            self.opaque.relu = self.relu
+
+        def forward(self, x):
+            return self.opaque(self.relu(self.norm1(self.conv1(x)))[:, :3])
+
+    torch.manual_seed(0)
+    stock = Root().double()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    assert not model.fusion_report.fused
+    assert model.fusion_report.left[0].reason == "relu is also a part of opaque, whose forward is not traced"
+    same_step(model, expected, image())
+
+
+def test_modules_shared_by_traced_calls():
+    class Root(Chains):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([SumInPlace(), Sum()])
+            self.blocks[1].relu = self.blocks[0].relu = self.relu
+
+        def forward(self, x):
+            for block in (*self.blocks, self.blocks[0]):
+                x = block(x)[:, :3]
+            return self.relu(self.norm1(self.conv1(x)))
+
+    torch.manual_seed(0)
+    stock = Root().double()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    assert counts(model) == (5, 2, 1)
+    for training in (True, False):
+        same_step(model.train(training), expected.train(training), image())
+
+
 # What stays as it is
 
 
@@ -647,7 +687,12 @@ def test_hooks_around_a_chain_still_run():
     assert seen == ["conv", "block", "layer1"]
 
 
-def test_tracing_calls_no_hook_and_changes_no_buffer():
+def test_tracing_calls_no_hook_and_changes_no_buffer_nor_generator():
+    stock = RandomBranch()
+    state = torch.get_rng_state()
+    fuse(stock)
+    assert torch.equal(torch.get_rng_state(), state)
+
     stock = Counter()
     stock.register_forward_pre_hook(lambda module, args: pytest.fail("called"))
     before = copy.deepcopy(stock.state_dict())
