@@ -1,6 +1,6 @@
 """The fused layers as modules: each takes the place of a torch.nn norm and of the dropout and ReLU behind it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,33 @@ from torch.nn.modules.batchnorm import _NormBase
 from .functional import Activation, Impl, batch_norm_relu, check_fused_options, group_norm_relu, layer_norm_relu
 
 
-class _Fused(nn.Module):
-    """What the three layers add to the norm they extend: dropout, residual and activation."""
+class FusedLayer(nn.Module):
+    """What every fused layer adds to the norm that it extends: dropout, residual and activation."""
 
     dropout_p: float
     activation: Activation
     impl: Impl
 
-    def _set_fused(self, dropout_p: float, activation: Activation, impl: Impl) -> None:
+    def set_options(self, dropout_p: float, activation: Activation, impl: Impl) -> None:
         check_fused_options(dropout_p, activation, impl)
         self.dropout_p, self.activation, self.impl = dropout_p, activation, impl
 
-    def _fused_options(self, residual: Tensor | None) -> dict[str, Any]:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Of the input's shape and dtype; `residual` of the same shape is added before the activation."""
+        return self._compute(input, self._arguments(residual, self.activation))
+
+    def before_activation(self, input: Tensor) -> Tensor:
+        """dropout(norm(input)), whatever the activation."""
+        return self._compute(input, self._arguments(None, "identity"))
+
+    def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+    def _arguments(self, residual: Tensor | None, activation: Activation) -> dict[str, Any]:
         return {
             "residual": residual,
             "dropout_p": self.dropout_p if self.training else 0.0,
-            "activation": self.activation,
+            "activation": activation,
             "impl": self.impl,
         }
 
@@ -33,22 +44,11 @@ class _Fused(nn.Module):
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}, activation={self.activation}, impl={self.impl}"
 
 
-class BatchNormReLU2d(_Fused, _NormBase):
-    """relu(dropout(batch_norm(input)) + residual) over (N, C, H, W); the first five arguments are nn.BatchNorm2d's.
+class _BatchNormReLU(FusedLayer, _NormBase):
+    """The batch norms, which differ in the inputs that they take."""
 
-    Parameters, buffers, state_dict keys and initialization are those of nn.BatchNorm2d: a state_dict of either loads
-    into the other. It is not a subclass of it, because nn.SyncBatchNorm.convert_sync_batchnorm would replace it and
-    drop the ReLU: pass `process_group` for synchronised statistics.
-
-    Args:
-        num_features: C.
-        eps, momentum, affine, track_running_stats, bias: as for nn.BatchNorm2d; momentum=None is a cumulative average.
-        dropout_p: probability to zero an element, in training mode only.
-        activation: "relu" or "identity".
-        process_group: take the batch statistics over all its processes.
-        impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
-        device, dtype: of the parameters and buffers.
-    """
+    layouts: ClassVar[dict[int, str]]
+    """The dimensions of an input, by their number."""
 
     def __init__(
         self,
@@ -69,18 +69,18 @@ class BatchNormReLU2d(_Fused, _NormBase):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
         )
-        self._set_fused(dropout_p, activation, impl)
+        self.set_options(dropout_p, activation, impl)
         self.process_group = process_group
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) to (N, C, H, W); `residual` of the same shape is added before the activation."""
-        if input.dim() != 4:
-            raise ValueError(f"expected 4D input (N, C, H, W), got {input.dim()}D input of shape {tuple(input.shape)}")
+    def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
+        if input.dim() not in self.layouts:
+            expected = " or ".join(f"{dim}D input {layout}" for dim, layout in self.layouts.items())
+            raise ValueError(f"expected {expected}, got {input.dim()}D input of shape {tuple(input.shape)}")
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         momentum = 0.0 if self.momentum is None else self.momentum
         if counter is not None and self.momentum is None:
             momentum = 1.0 / float(counter + 1)
-        # nn.BatchNorm2d's rules: in training the running statistics are updated if tracked, in eval used if there.
+        # nn's rules: in training the running statistics are updated if tracked, in eval used if there.
         has_statistics = self.running_mean is not None and (not self.training or self.track_running_stats)
         output = batch_norm_relu(
             input,
@@ -92,14 +92,46 @@ class BatchNormReLU2d(_Fused, _NormBase):
             momentum,
             self.eps,
             process_group=self.process_group if self.training else None,
-            **self._fused_options(residual),
+            **options,
         )
         if counter is not None:
             counter.add_(1)
         return output
 
 
-class GroupNormReLU(_Fused, nn.GroupNorm):
+class BatchNormReLU1d(_BatchNormReLU):
+    """relu(dropout(batch_norm(input)) + residual) over (N, C) or (N, C, L); otherwise as BatchNormReLU2d."""
+
+    layouts: ClassVar = {2: "(N, C)", 3: "(N, C, L)"}
+
+
+class BatchNormReLU2d(_BatchNormReLU):
+    """relu(dropout(batch_norm(input)) + residual) over (N, C, H, W); the first five arguments are nn.BatchNorm2d's.
+
+    Parameters, buffers, state_dict keys and initialization are those of nn.BatchNorm2d: a state_dict of either loads
+    into the other. It is not a subclass of it, because nn.SyncBatchNorm.convert_sync_batchnorm would replace it and
+    drop the ReLU: pass `process_group` for synchronised statistics.
+
+    Args:
+        num_features: C.
+        eps, momentum, affine, track_running_stats, bias: as for nn.BatchNorm2d; momentum=None is a cumulative average.
+        dropout_p: probability to zero an element, in training mode only.
+        activation: "relu" or "identity".
+        process_group: take the batch statistics over all its processes.
+        impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
+        device, dtype: of the parameters and buffers.
+    """
+
+    layouts: ClassVar = {4: "(N, C, H, W)"}
+
+
+class BatchNormReLU3d(_BatchNormReLU):
+    """relu(dropout(batch_norm(input)) + residual) over (N, C, D, H, W); otherwise as BatchNormReLU2d."""
+
+    layouts: ClassVar = {5: "(N, C, D, H, W)"}
+
+
+class GroupNormReLU(FusedLayer, nn.GroupNorm):
     """relu(dropout(group_norm(input)) + residual) over (N, C, ...); the first four arguments are nn.GroupNorm's.
 
     Args:
@@ -125,16 +157,13 @@ class GroupNormReLU(_Fused, nn.GroupNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
-        self._set_fused(dropout_p, activation, impl)
+        self.set_options(dropout_p, activation, impl)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, ...) to (N, C, ...); `residual` of the same shape is added before the activation."""
-        return group_norm_relu(
-            input, self.num_groups, self.weight, self.bias, self.eps, **self._fused_options(residual)
-        )
+    def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
+        return group_norm_relu(input, self.num_groups, self.weight, self.bias, self.eps, **options)
 
 
-class LayerNormReLU(_Fused, nn.LayerNorm):
+class LayerNormReLU(FusedLayer, nn.LayerNorm):
     """relu(dropout(layer_norm(input)) + residual) over (*, *normalized_shape); first four arguments as nn.LayerNorm's.
 
     Args:
@@ -159,10 +188,7 @@ class LayerNormReLU(_Fused, nn.LayerNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
-        self._set_fused(dropout_p, activation, impl)
+        self.set_options(dropout_p, activation, impl)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(*, *normalized_shape) to the same; `residual` of the same shape is added before the activation."""
-        return layer_norm_relu(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, **self._fused_options(residual)
-        )
+    def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
+        return layer_norm_relu(input, self.normalized_shape, self.weight, self.bias, self.eps, **options)

@@ -1,0 +1,460 @@
+"""Converts models: fuse puts the fused layers where a model has their parts, unfuse puts the parts back.
+
+Both work on a copy of the model's modules that shares its parameters and buffers, and change nothing but classes there:
+a norm becomes a fused layer, a ReLU or dropout module that it takes in becomes a stand-in that passes its input on, and
+a module whose forward calls functions, or shares one ReLU, gets a forward that torch.fx has traced and fuse has edited.
+All paths, parameters, buffers, hooks and attributes stay where they are.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
+
+from .chains import SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, join, match_chains
+from .functional import Activation
+from .modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, FusedLayer, GroupNormReLU, LayerNormReLU
+from .tracing import (
+    NORMS,
+    Forward,
+    RewritingTracer,
+    Rewritten,
+    Untraceable,
+    check_one_way,
+    copy_structure,
+    has_hooks,
+    scratch_copy,
+)
+
+_FUSED: dict[type[nn.Module], type[FusedLayer]] = {
+    nn.BatchNorm1d: BatchNormReLU1d,
+    nn.BatchNorm2d: BatchNormReLU2d,
+    nn.BatchNorm3d: BatchNormReLU3d,
+    nn.GroupNorm: GroupNormReLU,
+    nn.LayerNorm: LayerNormReLU,
+}
+_STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_FUSED_BATCH_NORMS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d)
+
+
+@dataclass(frozen=True)
+class FusedChain:
+    """A chain that became one layer."""
+
+    norm: str
+    """Where it is: the path of the norm."""
+    kind: str
+    dropout_p: float
+    residual: bool
+    """Whether a sum is part of it."""
+    rewritten: str | None
+    """The path of the module whose forward was rewritten for it, "" for the model itself; None where none was."""
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A norm that stays as it is."""
+
+    norm: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What fuse did: every norm of the model is in one of the two lists, in the model's order."""
+
+    fused: tuple[FusedChain, ...]
+    left: tuple[LeftAlone, ...]
+
+    def __str__(self) -> str:
+        summed = sum(chain.residual for chain in self.fused)
+        lines = [f"fused {len(self.fused)} chains, {summed} of them with a sum; left {len(self.left)} norms alone"]
+        for chain in self.fused:
+            parts = [chain.kind]
+            parts += [f"dropout {chain.dropout_p}"] if chain.dropout_p > 0 else []
+            parts += ["sum"] if chain.residual else []
+            line = f"  {chain.norm}: {' + '.join([*parts, 'ReLU'])}"
+            if chain.rewritten is not None:
+                line += f", in the forward of {chain.rewritten or 'the model'}"
+            lines.append(line)
+        lines += [f"  {norm.norm}: {norm.kind} left alone: {norm.reason}" for norm in self.left]
+        return "\n".join(lines)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> nn.Module:
+    """The model with each norm [-> dropout] [-> + residual] -> ReLU as one fused layer; computes what `model` computes.
+
+    The result shares the parameters and buffers of `model`, which is not changed: train the one or the other. Paths,
+    state_dict keys, modes, hooks and optimizers made before stay good. `result.fusion_report`, a `FusionReport`, says
+    what was fused and what was left alone and why. Left alone is whatever is not certain: torch.fx must show that the
+    norm's output goes nowhere else, in train and in eval mode.
+
+    A module whose forward calls F.relu, a sum or a shared ReLU gets a traced forward: Python attributes read there,
+    other than `training`, are as they were. A sum is fused where both sides have the same shape and dtype, which is
+    checked at each call; other sums are computed apart. Submodules are taken to be used as traced: calling a fused
+    norm by hand gives the whole chain.
+
+    Args:
+        model: any module, before it is wrapped (DistributedDataParallel) or compiled.
+        example_inputs: the arguments of one call, in order; sums that broadcast there are left alone.
+        process_group: take the statistics of all batch norms, also of those left alone, over its processes.
+
+    Returns:
+        A module of the same class, with the attribute `fusion_report`.
+
+    Raises:
+        TypeError: `model` is not a module, or is a wrapped or compiled one; process_group is not a ProcessGroup.
+        ValueError: the model does not run on `example_inputs`.
+        RuntimeError: the modules cannot be copied.
+    """
+    _check_model(model)
+    if process_group is not None and not isinstance(process_group, ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+
+    result = copy_structure(model, share_buffers=True)
+    for module in result.modules():
+        if isinstance(module, _Unfused):
+            _turn_into(module, module.fused)
+    with torch.random.fork_rng(devices=[]):
+        findings = find_chains(result, inputs)
+        chains, reasons = _decide(result, findings)
+        owned, forwards = _rewrite_forwards(result, chains, reasons, findings)
+    owners = {norm: owner for owner, part in owned.items() for norm in part.norms}
+    vars(result)["fusion_report"] = _report(result, chains, owners, reasons)
+
+    for norm, chain in chains.items():
+        _fuse_norm(result.get_submodule(norm), chain.dropout_p, "relu")
+        for path in (chain.dropout, chain.relu):
+            if path is not None and norm not in owners:
+                _absorb(result.get_submodule(path), norm)
+    for path, forward in forwards.items():
+        module = result.get_submodule(path)
+        _turn_into(module, forward.rewrite(type(module)))
+    if process_group is not None:
+        _synchronise(result, process_group)
+    return result
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """The model with stock modules again: what fuse made is undone, and fused layers made by hand become chains of
+    torch.nn.functional.
+
+    The result shares the parameters and buffers of `model`, which is not changed. State_dict keys stay as they are.
+    Statistics over a process group become those of one process.
+
+    Raises:
+        TypeError: `model` is not a module, or is a wrapped or compiled one.
+        RuntimeError: the modules cannot be copied.
+    """
+    _check_model(model)
+    result = copy_structure(model, share_buffers=True)
+    vars(result).pop("fusion_report", None)
+    for module in result.modules():
+        if isinstance(module, Rewritten):
+            _turn_into(module, module.original)
+        elif isinstance(module, Absorbed):
+            _restore(module)
+        elif type(module) in _STOCK:
+            _unfuse_norm(module)
+    return result
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
+        raise TypeError(f"model must be given before it is wrapped or compiled, got {type(model).__name__}")
+
+
+def _decide(model: nn.Module, findings: Findings) -> tuple[dict[str, Chain], dict[str, str]]:
+    """Which norms are certain to begin one and the same chain at every call, and why the others are not."""
+    chains: dict[str, Chain] = {}
+    reasons: dict[str, str] = {}
+    users = _users(model)
+    for path, module in model.named_modules():
+        if not isinstance(module, NORMS):
+            continue
+        calls = findings.calls.get(path, [])
+        refusals = [call for call in calls if isinstance(call, str)]
+        found = {call for call in calls if isinstance(call, Chain)}
+        if refusals or len(found) != 1:
+            reasons[path] = refusals[0] if refusals else _why_not_found(path, len(found), module, findings)
+            continue
+        chain = found.pop()
+        reason = _why_not_fused(model, chain, users, findings)
+        if reason:
+            reasons[path] = reason
+        else:
+            chains[path] = chain
+    return chains, reasons
+
+
+def _why_not_found(path: str, count: int, module: nn.Module, findings: Findings) -> str:
+    if count > 1:
+        return "called in several places, which differ"
+    if isinstance(module, FusedLayer):
+        return "already fused"
+    parent = path
+    while parent:
+        parent = parent.rpartition(".")[0]
+        if parent in findings.untraceable:
+            return f"the forward of {parent or 'the model'} cannot be traced: {findings.untraceable[parent]}"
+    return "not called by a forward that is traced"
+
+
+def _users(model: nn.Module) -> dict[str, set[str]]:
+    """For each module, the modules it is a child of: those that have a forward which may call it."""
+    first_path = {module: path for path, module in model.named_modules()}
+    users: dict[str, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent = path.rpartition(".")[0]
+        while parent and type(model.get_submodule(parent)).forward is nn.Module.forward:
+            parent = parent.rpartition(".")[0]
+        users.setdefault(first_path[module], set()).add(first_path[model.get_submodule(parent)])
+    return users
+
+
+def _why_not_fused(model: nn.Module, chain: Chain, users: dict[str, set[str]], findings: Findings) -> str | None:
+    norm = model.get_submodule(chain.norm)
+    if chain.dropout_mode is not None and model.get_submodule(chain.dropout_mode).training != norm.training:
+        return "the dropout behind it is in another mode"
+    members = [path for path in (chain.norm, chain.dropout, chain.relu) if path is not None]
+    for path in (*members, *sorted(chain.opened)):
+        if has_hooks(model.get_submodule(path)):
+            return f"{path} has hooks"
+    for path in members:
+        for user in sorted(users[path] - findings.traced):
+            return f"{path} is also a part of {user or 'the model'}, whose forward is not traced"
+    return None
+
+
+@dataclass
+class _Owned:
+    """What a module's rewritten forward takes over."""
+
+    norms: set[str] = field(default_factory=set)
+    opened: set[str] = field(default_factory=set)
+    """The modules inside whose forward becomes a part of it."""
+
+
+def _split(chains: dict[str, Chain], findings: Findings) -> dict[str, _Owned]:
+    """The chains that need a rewritten forward, by the module whose forward that is.
+
+    The others are sequences of modules, of which no part is used for anything else.
+    """
+    simple = {norm for norm, chain in chains.items() if chain.is_of_modules}
+    while True:
+        shared = {path for path, chain in findings.uses if chain is None or chain.norm not in simple}
+        divided = {norm for norm in simple if shared & {chains[norm].dropout, chains[norm].relu}}
+        if not divided:
+            break
+        simple -= divided
+    owned: dict[str, _Owned] = {}
+    # Outer modules first: what they open they also rewrite.
+    for norm, chain in sorted(chains.items(), key=lambda item: item[1].owner.count(".") if item[1].owner else -1):
+        if norm not in simple:
+            owner = next((path for path, outer in owned.items() if chain.owner in outer.opened), chain.owner)
+            entry = owned.setdefault(owner, _Owned())
+            entry.norms.add(norm)
+            entry.opened |= chain.opened | ({chain.owner} - {owner})
+    return owned
+
+
+def _rewrite_forwards(
+    model: nn.Module, chains: dict[str, Chain], reasons: dict[str, str], findings: Findings
+) -> tuple[dict[str, _Owned], dict[str, Forward]]:
+    """What is rewritten and how, by path of the module. Chains that cannot be had move from `chains` to `reasons`."""
+    while True:
+        owned_by = _split(chains, findings)
+        forwards: dict[str, Forward] = {}
+        failed: dict[str, str] = {}
+        for owner, owned in owned_by.items():
+            forward = _try_to_rewrite(model, owner, owned, chains, findings)
+            if isinstance(forward, Forward):
+                forwards[owner] = forward
+            else:
+                reason = f"the forward of {owner or 'the model'} cannot be rewritten: {forward}"
+                failed |= dict.fromkeys(owned.norms, reason)
+        if not failed:
+            return owned_by, forwards
+        for norm in failed:
+            del chains[norm]
+        reasons |= failed
+
+
+def _try_to_rewrite(
+    model: nn.Module, owner: str, owned: _Owned, chains: dict[str, Chain], findings: Findings
+) -> Forward | str:
+    """The forward, or why it cannot be had."""
+    if owner in findings.called_oddly:
+        return "it is called with something else than tensors"
+    try:
+        return _rewrite_forward(model.get_submodule(owner), owner, owned, chains)
+    except Exception as error:  # whatever a forward raises when it is traced
+        return first_line(error)
+
+
+def _rewrite_forward(module: nn.Module, owner: str, owned: _Owned, chains: dict[str, Chain]) -> Forward:
+    """The module's traced forward with one call for each of the chains in it."""
+    within = len(owner) + 1 if owner else 0
+    check_one_way(module)
+    scratch = scratch_copy(module)
+    graph = RewritingTracer({path[within:] for path in owned.opened}).trace(scratch)
+    modules = dict(scratch.named_modules())
+    found = set()
+    for match in list(match_chains(graph, modules, {norm[within:] for norm in owned.norms})):
+        chain = chains[join(owner, str(match.norm.target))]
+        if isinstance(match, Refusal) or (match.dropout_p, match.sum is not None) != (chain.dropout_p, chain.summed):
+            raise Untraceable("it is another by itself than in the model")
+        if isinstance(match.dropout_training, bool):
+            raise Untraceable("the dropout in it does not follow the mode")
+        _fuse_nodes(graph, match)
+        found.add(chain.norm)
+    if found != owned.norms:
+        raise Untraceable("it is another by itself than in the model")
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    return Forward.of(graph)
+
+
+def _fuse_nodes(graph: fx.Graph, match: Match) -> None:
+    """Puts one call in the chain's place: where the norm is, or the sum, before which the residual may not be there."""
+    if match.sum is None:
+        match.relu.replace_all_uses_with(match.norm)
+    else:
+        with graph.inserting_before(match.sum):
+            norm = graph.create_node("get_attr", match.norm.target)
+            arguments = (norm, match.norm.args[0], match.residual, match.sum.target in SUMS_IN_PLACE)
+            match.relu.replace_all_uses_with(graph.call_function(sum_relu, arguments))
+    for node in (match.relu, match.sum, match.dropout, match.norm):
+        if node is not None and not node.users:
+            graph.erase_node(node)
+
+
+def sum_relu(layer: FusedLayer, input: Tensor, residual: Any, in_place: bool) -> Tensor:
+    """`layer` with the residual, where it takes it; where the sum broadcasts or promotes, what the model computed."""
+    if isinstance(residual, Tensor) and (residual.shape, residual.dtype, residual.device) == (
+        input.shape,
+        input.dtype,
+        input.device,
+    ):
+        return layer(input, residual)
+    output = layer.before_activation(input)
+    return F.relu(output.add_(residual) if in_place else output + residual)
+
+
+class Absorbed(nn.Identity):
+    """Stands where a ReLU or dropout was that is now a part of the fused layer at `norm`; unfuse puts it back."""
+
+    absorbed: type[nn.Module]
+    norm: str
+
+    def extra_repr(self) -> str:
+        return f"{self.absorbed.__name__}, part of {self.norm}"
+
+
+def _turn_into(module: Any, kind: type[nn.Module]) -> None:
+    """Changes the class alone: whatever refers to the module, its parameters or its hooks stays good."""
+    module.__class__ = kind
+
+
+def _absorb(module: nn.Module, norm: str) -> None:
+    if not isinstance(module, Absorbed):  # one ReLU may serve several norms
+        vars(module).update(absorbed=type(module), norm=norm)
+        _turn_into(module, Absorbed)
+
+
+def _restore(module: Absorbed) -> None:
+    del module.norm
+    _turn_into(module, vars(module).pop("absorbed"))
+
+
+def _fuse_norm(module: nn.Module, dropout_p: float, activation: Activation) -> None:
+    _turn_into(module, _FUSED[type(module)])
+    assert isinstance(module, FusedLayer)
+    module.set_options(dropout_p, activation, "auto")
+    if isinstance(module, _FUSED_BATCH_NORMS):
+        module.process_group = None
+    vars(module)["made_by_fuse"] = True
+
+
+def _unfuse_norm(module: nn.Module) -> None:
+    if not vars(module).pop("made_by_fuse", False):
+        _turn_into(module, _UNFUSED[type(module)])
+        return
+    _turn_into(module, _STOCK[type(module)])
+    for name in ("dropout_p", "activation", "impl", "process_group"):
+        vars(module).pop(name, None)
+
+
+def _synchronise(model: nn.Module, process_group: ProcessGroup) -> None:
+    for module in model.modules():
+        if type(module) in _BATCH_NORMS:
+            _fuse_norm(module, 0.0, "identity")
+        if isinstance(module, _FUSED_BATCH_NORMS):
+            module.process_group = process_group
+
+
+class _Unfused(nn.Module):
+    """What every fused layer computes, by the stock norm it is mixed into and torch.nn.functional."""
+
+    fused: ClassVar[type[FusedLayer]]
+    dropout_p: float
+    activation: Activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        output = F.dropout(super().forward(input), self.dropout_p, self.training)
+        if residual is not None:
+            output = output + residual
+        return F.relu(output) if self.activation == "relu" else output
+
+
+class _UnfusedBatchNorm1d(_Unfused, nn.BatchNorm1d):
+    fused = BatchNormReLU1d
+
+
+class _UnfusedBatchNorm2d(_Unfused, nn.BatchNorm2d):
+    fused = BatchNormReLU2d
+
+
+class _UnfusedBatchNorm3d(_Unfused, nn.BatchNorm3d):
+    fused = BatchNormReLU3d
+
+
+class _UnfusedGroupNorm(_Unfused, nn.GroupNorm):
+    fused = GroupNormReLU
+
+
+class _UnfusedLayerNorm(_Unfused, nn.LayerNorm):
+    fused = LayerNormReLU
+
+
+_UNFUSED: dict[type[nn.Module], type[nn.Module]] = {
+    cls.fused: cls
+    for cls in (_UnfusedBatchNorm1d, _UnfusedBatchNorm2d, _UnfusedBatchNorm3d, _UnfusedGroupNorm, _UnfusedLayerNorm)
+}
+
+
+def _report(
+    model: nn.Module, chains: dict[str, Chain], owners: dict[str, str], reasons: dict[str, str]
+) -> FusionReport:
+    fused, left = [], []
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if path in chains:
+            fused.append(FusedChain(path, kind, chains[path].dropout_p, chains[path].summed, owners.get(path)))
+        elif path in reasons:
+            left.append(LeftAlone(path, kind, reasons[path]))
+    return FusionReport(tuple(fused), tuple(left))

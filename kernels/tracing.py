@@ -1,0 +1,252 @@
+"""Traces modules by torch.fx: to see what a forward does, and to put another in its place. Changes no model."""
+
+import copy
+import inspect
+import operator
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+IN_PLACE_OPERATORS = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+)
+
+
+class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
+    """A forward that cannot be traced, or not so that the trace can stand for it."""
+
+
+def copy_structure(model: nn.Module, *, share_buffers: bool) -> nn.Module:
+    """A deep copy of the modules and of what they refer to, with the same parameters.
+
+    Raises:
+        RuntimeError: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for module in model.modules():
+        shared = [value for value in vars(module).values() if isinstance(value, (Tensor, ProcessGroup))]
+        if share_buffers:
+            shared += list(module.buffers(recurse=False))
+        memo |= {id(value): value for value in shared}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RuntimeError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {error}") from error
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after the module's forward or backward."""
+    return any(vars(module)[name] for name in _HOOKS)
+
+
+class Tracer(fx.Tracer):
+    """Traces through all modules but torch.nn's own, norms and `opaque` ones; notes where it fails."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, opaque: Collection[str] = ()) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.failed: str | None = None
+        self.traced: set[str] = set()
+        """The modules, but for the root, whose forward is traced."""
+        self.called_oddly: set[str] = set()
+        """The modules that are called with something else than tensors by position."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            module_qualified_name in self.opaque
+            or isinstance(m, (NORMS, Rewritten))
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.path_of_module(m)
+        if kwargs or not all(isinstance(argument, fx.Proxy) for argument in args):
+            self.called_oddly.add(path)
+        if not self.is_leaf_module(m, path):
+            self.traced.add(path)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or path
+            raise
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InputProxy(node, self) if node.op == "placeholder" else _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
+
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is: torch.fx takes it for `x = x + y`, which leaves other names of x unchanged."""
+
+
+def _record_in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_function.__name__}__", _record_in_place(_function))
+
+
+class _InputProxy(_Proxy):
+    """An input: isinstance takes it for a tensor, as the forwards that ask expect."""
+
+    _is_param = _is_buffer = False
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return Tensor
+
+
+class RewritingTracer(Tracer):
+    """Traces one module's forward, and those of the `opened` modules inside it, for use in the place of its forward.
+
+    Raises what a trace would get wrong: contexts such as no_grad, autograd Functions, tensors made on the way. The
+    training flag is read when the traced forward runs.
+    """
+
+    def __init__(self, opened: Collection[str]) -> None:
+        super().__init__()
+        self.opened = opened
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.opened
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().create_args_for_root(*args, **kwargs)
+        for path in ("", *self.opened):
+            flag = self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})
+            vars(self.root.get_submodule(path))["training"] = flag
+        return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _context() != self.context:
+            raise Untraceable("it runs a part under another grad mode, autocast, checkpoint or saved-tensor hook")
+        return super().create_node(*args, **kwargs)
+
+    def get_fresh_qualname(self, prefix: str) -> str:
+        raise Untraceable("it makes a tensor that does not depend on its inputs")
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self.context = _context()
+        before, generators = _attributes(root), _generators()
+        with patch.object(torch.autograd.Function, "apply", _refuse):
+            graph = super().trace(root, concrete_args)
+        if _attributes(root) != before:
+            raise Untraceable("it changes attributes")
+        if _generators() != generators:
+            raise Untraceable("it draws random numbers of its own")
+        return graph
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    raise Untraceable("it applies an autograd Function or a checkpoint")
+
+
+def _context() -> tuple[Any, ...]:
+    """What a `with` statement can change and a graph does not record."""
+    devices = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in devices),
+        *(torch.get_autocast_dtype(device) for device in devices),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
+
+
+def _attributes(root: nn.Module) -> list[tuple[str, str, int, int]]:
+    """A fingerprint of the modules' attributes, of the size of containers among them, but for the training flag."""
+    return [
+        (path, name, id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        for path, module in root.named_modules()
+        for name, value in vars(module).items()
+        if name != "training"
+    ]
+
+
+def _generators() -> tuple[Any, ...]:
+    return torch.get_rng_state().tolist(), random.getstate()
+
+
+def check_one_way(module: nn.Module) -> None:
+    """Raises Untraceable where a trace from outside would show one of several forwards."""
+    if "forward" in vars(module):
+        raise Untraceable("it is replaced on the instance")
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty for p in parameters):
+        raise Untraceable("it takes optional or variable arguments")
+
+
+def scratch_copy(module: nn.Module) -> nn.Module:
+    """A copy to trace: without hooks, and with buffers of its own, for whatever the forward does to them."""
+    scratch = copy_structure(module, share_buffers=False)
+    for child in scratch.modules():
+        for name in _HOOKS:
+            vars(child)[name].clear()
+    return scratch
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """A forward as source text, which can be pickled, and the names it refers to; modules among these by their name."""
+
+    source: str
+    names: dict[str, Any]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> "Forward":
+        """The forward that computes `graph`."""
+        code = graph.python_code("self")
+        used = {name: value for name, value in code.globals.items() if name in code.src}
+        modules = {name: _Import(value.__name__) for name, value in used.items() if isinstance(value, ModuleType)}
+        return cls(code.src, used | modules)
+
+    def rewrite(self, original: type[nn.Module]) -> type[nn.Module]:
+        """A subclass of `original` with this forward."""
+        names = {name: value() if isinstance(value, _Import) else value for name, value in self.names.items()}
+        exec(compile(self.source, "<forward rewritten by fuse>", "exec"), names)
+        members = {"forward": names["forward"], "original": original, "rewritten": self}
+        return type(original.__name__, (Rewritten, original), members | {"__module__": original.__module__})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Forward":
+        return self
+
+
+@dataclass(frozen=True)
+class _Import:
+    """A Python module, which cannot be pickled as such."""
+
+    name: str
+
+    def __call__(self) -> ModuleType:
+        return import_module(self.name)
+
+
+class Rewritten:
+    """Mixed into the class of a module whose forward was rewritten."""
+
+    original: ClassVar[type[nn.Module]]
+    rewritten: ClassVar[Forward]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return (_new_rewritten, (self.original, self.rewritten), *super().__reduce_ex__(protocol)[2:])
+
+
+def _new_rewritten(original: type[nn.Module], forward: Forward) -> nn.Module:
+    return original.__new__(forward.rewrite(original))
