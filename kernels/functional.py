@@ -269,6 +269,8 @@ def _missing_for_triton(device: torch.device) -> str | None:
             "Triton does not compile for it (TRITON_INTERPRET=1, set before Triton is imported, interprets the kernels)"
         )
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "there is no GPU"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
             return "the kernels need compute capability 7.5 or newer"
         return None

@@ -76,8 +76,8 @@ def _register(norm: str, buffers: str, option: str) -> None:
         gradients = getattr(_launchers(), f"{norm}_backward")(
             grad_output, *saved, seed=_number(seed), needs=needs, **options
         )
-        # An operator's results share no memory, as the launcher's sums over the partial ones do.
-        return [tensor.clone() if tensor._is_view() else tensor for tensor in gradients if tensor is not None]
+        # An operator's results share no memory; sums over partial ones come as the halves of one tensor.
+        return [tensor.clone() if tensor.storage_offset() > 0 else tensor for tensor in gradients if tensor is not None]
 
     def setup_context(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: dict[str, Any], output: Any) -> None:
         input, weight, bias, residual, seed = inputs[:5]
@@ -112,6 +112,7 @@ def _register(norm: str, buffers: str, option: str) -> None:
     for operator, formula in ((name, _Formula(setup_context, differentiate)), (f"{name}_backward", _ONLY_ONCE)):
         _formulas[operator] = formula
         torch.library.register_autograd(operator, formula.backward, setup_context=formula.setup_context)
+        torch.library.register_vmap(operator, _one_by_one(operator))
 
 
 def _refuse(ctx: Any, *gradients: Any) -> Any:
@@ -121,6 +122,26 @@ def _refuse(ctx: Any, *gradients: Any) -> Any:
 
 
 _ONLY_ONCE = _Formula(None, _refuse)
+
+
+def _one_by_one(name: str) -> Callable[..., Any]:
+    """The rule of torch.vmap for an operator: a call for each element of the batch."""
+
+    def run(info: Any, in_dims: Sequence[int | None], *tensors: Tensor | None, **options: Any) -> Any:
+        operator = getattr(torch.ops.mnistnorm, name.removeprefix("mnistnorm::")).default
+        calls = [
+            operator(
+                *(t if t is None or dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)),
+                **options,
+            )
+            for i in range(info.batch_size)
+        ]
+        results = [torch.stack(parts) for parts in zip(*calls, strict=True)]
+        if isinstance(calls[0], tuple):
+            return tuple(results), (0,) * len(results)
+        return results, [0] * len(results)
+
+    return run
 
 
 def _launchers() -> ModuleType:
