@@ -86,7 +86,9 @@ def batch_norm_relu(
     if isinstance(momentum, Tensor) and not traced.is_traced(input):
         momentum = float(momentum)
     forward_options = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "eps": eps}
-    return _run("batch_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, forward_options)
+    return _run(
+        "batch_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, forward_options
+    )
 
 
 def group_norm_relu(
@@ -132,7 +134,9 @@ def group_norm_relu(
     if input.numel() == num_groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
     options = {"num_groups": num_groups}
-    return _run("group_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps})
+    return _run(
+        "group_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps}
+    )
 
 
 def layer_norm_relu(
@@ -175,7 +179,9 @@ def layer_norm_relu(
         raise RuntimeError(f"input must have shape (*, {', '.join(map(str, shape))}), got {tuple(input.shape)}")
     _check(input, weight, bias, shape, residual, dropout_p, activation)
     options = {"normalized_shape": shape}
-    return _run("layer_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps})
+    return _run(
+        "layer_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps}
+    )
 
 
 def _run(
@@ -191,7 +197,7 @@ def _run(
     forward_options: dict[str, Any],
 ) -> Tensor:
     relu = activation == "relu"
-    if traced.is_traced(input):
+    if options.get("process_group") is None and traced.is_traced(input):
         return traced.apply(
             norm, implementation, input, weight, bias, residual, dropout_p, relu, {**options, **forward_options}
         )

@@ -1,8 +1,8 @@
 """The Triton implementation as registered operators, which torch can trace, and their gradients.
 
-    mnistnorm::batch_norm_relu, mnistnorm::group_norm_relu, mnistnorm::layer_norm_relu, and each with _backward behind it
+    mnistnorm::batch_norm_relu, group_norm_relu and layer_norm_relu, and for each one called ..._backward
 
-They mutate nothing: the batch's statistics are returned. An eager call does not come here, `traced.py` does.
+They mutate nothing: batch norm returns its statistics. Eager calls do not come here, those of `traced.py` do.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,7 +96,7 @@ def _register(norm: str, buffers: str, option: str) -> None:
         needs = list(ctx.needs_input_grad[:4])
         passes_on = needs[3] and not ctx.options["relu"]
         needs[3] = needs[3] and ctx.options["relu"]
-        gradients = [None] * 4
+        gradients: list[Tensor | None] = [None] * 4
         if any(needs):
             options = {**ctx.options, "has_residual": ctx.has_residual, "needs": needs}
             computed = iter(call(f"{norm}_relu_backward", (grad_output, *ctx.saved_tensors), options))
@@ -153,9 +153,7 @@ def _number(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed)
 
 
-def _batch_norm_forward(
-    *tensors: Any, use_batch_stats: bool, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _batch_norm_forward(*tensors: Any, use_batch_stats: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward, and the variance that moves the running one: unbiased."""
     *inputs, seed, running_mean, running_var = tensors
     statistics_dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
@@ -189,15 +187,14 @@ def _fake_forward(
     normalized_shape: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
+    statistics_shape: Sequence[int]
     if use_batch_stats is not None:
         statistics_shape = input.shape[1:2]
     elif num_groups is not None:
         statistics_shape = (input.shape[0], num_groups)
     else:
         statistics_shape = input.shape[: _leading(input, normalized_shape)]
-    mean = input.new_empty(
-        statistics_shape, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32
-    )
+    mean = input.new_empty(statistics_shape, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
     statistics = [torch.empty_like(mean) for _ in range(2 if use_batch_stats is None else 3)]
     return (torch.empty_like(_dense(input, normalized_shape)), *statistics)
 

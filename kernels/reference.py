@@ -491,8 +491,6 @@ def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float,
 
     Each element, in the order of memory, has a uniform 16-bit word, and the lowest words drop.
     """
-    if values.is_meta:
-        return
     flat = (values if memory_format == torch.contiguous_format else values.movedim(1, -1)).view(-1)
     highest_dropped = round(dropout_p * 2**16) - 2**15 - 0.5
     draw = _word_source(seed, values.device)

@@ -1,7 +1,7 @@
-"""What torch.compile, torch.export, fake tensors and torch.func see in place of an eager call.
+"""What torch.compile, torch.export, torch.func and tensors without data see in place of an eager call.
 
-The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one is the operators
-of `library.py`. The statistics, the dtypes and what dropout promises are those of the eager call; its mask is not.
+The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one calls the
+operators of `library.py`. Values, dtypes and the promises of dropout are those of the eager call; its mask is not.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,12 @@ _TRACING_MODES = (
 
 
 def is_traced(input: Tensor) -> bool:
-    """Whether torch traces or transforms what is called, rather than computing it."""
+    """Whether torch traces or transforms the call, rather than computing it."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or isinstance(input, FakeTensor)
+        or input.is_meta
         or (torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING_MODES)))
     )
 
@@ -44,14 +45,11 @@ def apply(
     options: dict[str, Any],
 ) -> Tensor:
     """The fused operation by operations that torch can trace, differentiate and transform."""
-    if torch.is_autocast_enabled(input.device.type):
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):
         # Statistics are kept in float32 and outputs in the input's dtype whatever autocast does to torch's operations.
         with torch.autocast(input.device.type, enabled=False):
             return apply(norm, implementation, input, weight, bias, residual, dropout_p, relu, options)
-    if options.pop("process_group", None) is not None:
-        raise NotImplementedError(
-            "batch norm over a process_group cannot be traced: torch.compile takes it with fullgraph=False only"
-        )
+    options.pop("process_group", None)
     if input.numel() == 0:
         return empty_output(input, weight, bias, residual)
     if implementation == "triton":

@@ -364,7 +364,7 @@ def test_vmap_of_dropout_obeys_its_randomness(fused, stock, impl, device):
 @impls
 def test_vmap_does_not_update_running_statistics(impl, device):
     module = BatchNormReLU2d(4, impl=impl, device=device)
-    with pytest.raises(RuntimeError, match="vmap|updated in place"):
+    with pytest.raises(RuntimeError, match=r"vmap|updated in place"):
         torch.func.vmap(module)(torch.randn(2, *SHAPE))
     assert (module.running_mean == 0).all()
     assert module.num_batches_tracked == 0
