@@ -45,7 +45,7 @@ def apply(
         weight, bias, residual = _float(weight), _float(bias), _float(residual)
         return apply(operation, input.float(), weight, bias, residual, options, forward_options).to(input.dtype)
     if input.numel() == 0 and options.get("process_group") is None:
-        return _empty(input, weight, bias, residual)
+        return empty_output(input, weight, bias, residual)
     if operation.compose is not None:
         output = operation.compose(input, weight, bias, residual, **options, **forward_options)
         if output is not None:
@@ -61,7 +61,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def _empty(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def empty_output(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """An output of no elements, with gradients of zero."""
     output = input.clone()
     for parameter in (weight, bias):

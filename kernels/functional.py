@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import reference
+from . import reference, traced
 from .autograd import FusedOperation, apply
 
 Activation = Literal["relu", "identity"]
@@ -24,7 +24,7 @@ def batch_norm_relu(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
@@ -41,7 +41,7 @@ def batch_norm_relu(
             normalization when not.
         weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
         training: normalize with the statistics of this batch.
-        momentum: weight of this batch in the running statistics.
+        momentum: weight of this batch in the running statistics; a number or a 0-dim tensor.
         eps: added to the variance.
         residual: added before the activation; of the input's shape, dtype (nothing is promoted) and device.
         dropout_p: probability to zero an element of the normalized tensor, applied as given. A zeroed element is 0
@@ -59,7 +59,7 @@ def batch_norm_relu(
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
     """
-    operation = _operation("batch_norm", impl, input)
+    implementation = _implementation(impl, input)
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
@@ -83,8 +83,12 @@ def batch_norm_relu(
     if training and not synchronised and channels > 0 and input.numel() == channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
     options = {"use_batch_stats": training, "process_group": process_group if synchronised else None}
+    if isinstance(momentum, Tensor) and not traced.is_traced(input):
+        momentum = float(momentum)
     forward_options = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "eps": eps}
-    return _run(operation, input, weight, bias, residual, dropout_p, activation, options, forward_options)
+    return _run(
+        "batch_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, forward_options
+    )
 
 
 def group_norm_relu(
@@ -117,7 +121,7 @@ def group_norm_relu(
 
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
-    operation = _operation("group_norm", impl, input)
+    implementation = _implementation(impl, input)
     if not 2 <= input.dim() <= 5:
         raise RuntimeError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
@@ -130,7 +134,9 @@ def group_norm_relu(
     if input.numel() == num_groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
     options = {"num_groups": num_groups}
-    return _run(operation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps})
+    return _run(
+        "group_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps}
+    )
 
 
 def layer_norm_relu(
@@ -163,7 +169,7 @@ def layer_norm_relu(
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
     """
-    operation = _operation("layer_norm", impl, input)
+    implementation = _implementation(impl, input)
     if isinstance(normalized_shape, int):
         raise TypeError(f"normalized_shape must be a tuple of ints, got the int {normalized_shape}")
     shape = tuple(normalized_shape)
@@ -173,11 +179,14 @@ def layer_norm_relu(
         raise RuntimeError(f"input must have shape (*, {', '.join(map(str, shape))}), got {tuple(input.shape)}")
     _check(input, weight, bias, shape, residual, dropout_p, activation)
     options = {"normalized_shape": shape}
-    return _run(operation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps})
+    return _run(
+        "layer_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps}
+    )
 
 
 def _run(
-    operation: FusedOperation,
+    norm: str,
+    implementation: Literal["triton", "torch"],
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -187,7 +196,14 @@ def _run(
     options: dict[str, Any],
     forward_options: dict[str, Any],
 ) -> Tensor:
-    options |= {"dropout_p": dropout_p, "seed": _draw_seed() if dropout_p > 0 else 0, "relu": activation == "relu"}
+    relu = activation == "relu"
+    if options.get("process_group") is None and traced.is_traced(input):
+        return traced.apply(
+            norm, implementation, input, weight, bias, residual, dropout_p, relu, {**options, **forward_options}
+        )
+    # Imported when first needed: Triton takes time to import, and is not there on every platform.
+    operation = _TORCH_OPERATIONS[norm] if implementation == "torch" else _triton_operation(norm)
+    options |= {"dropout_p": dropout_p, "seed": _draw_seed() if dropout_p > 0 else 0, "relu": relu}
     return apply(operation, input, weight, bias, residual, options, forward_options)
 
 
@@ -196,14 +212,10 @@ def _draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
-def _operation(norm: str, impl: Impl, input: Tensor) -> FusedOperation:
+def _implementation(impl: Impl, input: Tensor) -> Literal["triton", "torch"]:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-    implementation = choose_implementation(impl, input.device)
-    if implementation == "torch":
-        return _TORCH_OPERATIONS[norm]
-    # Imported when first needed: Triton takes time to import, and is not there on every platform.
-    return _triton_operation(norm)
+    return choose_implementation(impl, input.device)
 
 
 def _operation_of(norm: str, module: ModuleType) -> FusedOperation:
@@ -244,6 +256,11 @@ def choose_implementation(impl: Impl, device: torch.device) -> Literal["triton",
     return "triton"
 
 
+# torch.compile takes the answer as it stands instead of tracing how it is found; this is what
+# torch.compiler.assume_constant_result does, which would import the compiler.
+choose_implementation._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @lru_cache
 def _missing_for_triton(device: torch.device) -> str | None:
     """What keeps the Triton kernels from running on `device`; None where nothing does."""
@@ -258,6 +275,8 @@ def _missing_for_triton(device: torch.device) -> str | None:
             "Triton does not compile for it (TRITON_INTERPRET=1, set before Triton is imported, interprets the kernels)"
         )
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "there is no GPU"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
             return "the kernels need compute capability 7.5 or newer"
         return None

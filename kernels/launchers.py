@@ -73,7 +73,7 @@ def batch_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over (N, C, ...); returns (output, mean (C,), rstd (C,)) and updates the running statistics."""
     _refuse(process_group)
-    input, channels_last = _dense(input, 1)
+    input, channels_last = as_dense(input, 1)
     geometry = _batch_geometry(input.shape, channels_last)
     dense = _contiguous(running_mean), _contiguous(running_var)
     results = _forward(
@@ -110,7 +110,7 @@ def batch_norm_backward(
 ) -> Gradients:
     """Gradients of `batch_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
     _refuse(process_group)
-    input, channels_last = _dense(input, 1)
+    input, channels_last = as_dense(input, 1)
     geometry = _batch_geometry(input.shape, channels_last)
     return _backward(geometry, use_batch_stats, grad_output, input, weight, bias, output, mean, rstd, **options)
 
@@ -125,7 +125,7 @@ def group_norm_forward(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over (N, C, ...); returns (output, mean (N, num_groups), rstd (N, num_groups))."""
-    input, channels_last = _dense(input, 1)
+    input, channels_last = as_dense(input, 1)
     geometry = _group_geometry(input.shape, channels_last, num_groups)
     return _forward(geometry, (input.shape[0], num_groups), input, weight, bias, residual, **options)
 
@@ -143,7 +143,7 @@ def group_norm_backward(
     **options: Any,
 ) -> Gradients:
     """Gradients of `group_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
-    input, channels_last = _dense(input, 1)
+    input, channels_last = as_dense(input, 1)
     geometry = _group_geometry(input.shape, channels_last, num_groups)
     return _backward(geometry, True, grad_output, input, weight, bias, output, mean, rstd, **options)
 
@@ -159,7 +159,7 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over the trailing `normalized_shape`; returns (output, mean, rstd), statistics of the leading shape."""
     leading = input.dim() - len(normalized_shape)
-    input, channels_last = _dense(input, leading)
+    input, channels_last = as_dense(input, leading)
     geometry = _layer_geometry(input.shape, channels_last, leading)
     return _forward(geometry, input.shape[:leading], input, weight, bias, residual, **options)
 
@@ -178,7 +178,7 @@ def layer_norm_backward(
 ) -> Gradients:
     """Gradients of `layer_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
     leading = input.dim() - len(normalized_shape)
-    input, channels_last = _dense(input, leading)
+    input, channels_last = as_dense(input, leading)
     geometry = _layer_geometry(input.shape, channels_last, leading)
     return _backward(geometry, True, grad_output, input, weight, bias, output, mean, rstd, **options)
 
@@ -218,7 +218,7 @@ def _refuse(process_group: ProcessGroup | None) -> None:
         raise NotImplementedError('batch norm over a process_group runs with impl="torch" only')
 
 
-def _dense(input: Tensor, leading: int) -> tuple[Tensor, bool]:
+def as_dense(input: Tensor, leading: int) -> tuple[Tensor, bool]:
     """The input, copied where it is neither contiguous nor channels last, and whether it is the latter."""
     if input.is_contiguous():
         return input, False

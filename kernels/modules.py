@@ -77,9 +77,9 @@ class _BatchNormReLU(FusedLayer, _NormBase):
             expected = " or ".join(f"{dim}D input {layout}" for dim, layout in self.layouts.items())
             raise ValueError(f"expected {expected}, got {input.dim()}D input of shape {tuple(input.shape)}")
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
-        momentum = 0.0 if self.momentum is None else self.momentum
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if counter is not None and self.momentum is None:
-            momentum = 1.0 / float(counter + 1)
+            momentum = 1.0 / (counter + 1).double()
         # nn's rules: in training the running statistics are updated if tracked, in eval used if there.
         has_statistics = self.running_mean is not None and (not self.training or self.track_running_stats)
         output = batch_norm_relu(

@@ -60,14 +60,14 @@ def batch_norm_forward(
             if process_group is None:
                 mean, var, unbiased, scratch = cpu.batch_statistics(input)
             else:
-                mean, var, unbiased = sync.batch_statistics(input.to(_statistics_dtype(input)), process_group)
+                mean, var, unbiased = sync.batch_statistics(input.to(statistics_dtype(input)), process_group)
             if running_mean is not None and running_var is not None:
                 running_mean.copy_(torch.lerp(running_mean.to(mean.dtype), mean, momentum))
                 running_var.copy_(torch.lerp(running_var.to(mean.dtype), unbiased, momentum))
         else:
             assert running_mean is not None
             assert running_var is not None
-            mean, var = (buffer.to(_statistics_dtype(input), copy=True) for buffer in (running_mean, running_var))
+            mean, var = (buffer.to(statistics_dtype(input), copy=True) for buffer in (running_mean, running_var))
         output = torch.empty_like(input, memory_format=_memory_format(input)) if scratch is None else scratch
         rstd = (var + eps).rsqrt()
         if cpu.is_large_channels_last(input):
@@ -368,7 +368,7 @@ def _is_composable(
     """Whether torch's kernels take these tensors with statistics in the dtype they are owed, and record the dropout."""
     if dropout_p > 0 and (residual is not None or not relu or _outweighs(parameters[0], input)):
         return False
-    dtype = _statistics_dtype(input)
+    dtype = statistics_dtype(input)
     if parameters[0] is None and input.dtype != dtype:
         return False
     return all(tensor is None or tensor.dtype == dtype for tensor in parameters)
@@ -380,7 +380,7 @@ def _outweighs(weight: Tensor | None, input: Tensor) -> bool:
 
 
 def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
-    dtype = _statistics_dtype(input)
+    dtype = statistics_dtype(input)
     converted = [value.to(dtype) if isinstance(value, Tensor) else value for value in arguments]
     return function(input.to(dtype), *converted).to(input.dtype)
 
@@ -403,16 +403,16 @@ def _memory_format(input: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _statistics_dtype(input: Tensor) -> torch.dtype:
+def statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _as_statistics(input: Tensor, values: Tensor | None) -> Tensor | None:
-    dtype = _statistics_dtype(input)
+    dtype = statistics_dtype(input)
     return values if values is None or values.dtype == dtype else values.to(dtype)
 
 
-def _dropout_scale(dropout_p: float) -> float:
+def dropout_scale(dropout_p: float) -> float:
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 
@@ -421,12 +421,12 @@ def _scaled_affine(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias in the dtype of the statistics, times 1 / (1 - p)."""
     weight, bias = _as_statistics(input, weight), _as_statistics(input, bias)
-    half = input.dtype != _statistics_dtype(input)
+    half = input.dtype != statistics_dtype(input)
     if weight is None and (dropout_p > 0 or half):
         # A half-precision input without a float32 weight would get its statistics rounded to half precision.
-        weight = input.new_ones(shape, dtype=_statistics_dtype(input))
+        weight = input.new_ones(shape, dtype=statistics_dtype(input))
     if dropout_p > 0:
-        scale = _dropout_scale(dropout_p)
+        scale = dropout_scale(dropout_p)
         weight = None if weight is None else weight * scale
         bias = None if bias is None else bias * scale
     return weight, bias
@@ -439,7 +439,7 @@ def _affine_gradients(
     dropout_p: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients, those of weight and bias led back through `_scaled_affine`."""
-    scale = _dropout_scale(dropout_p)
+    scale = dropout_scale(dropout_p)
 
     def of_parameter(index: int, parameter: Tensor | None) -> Tensor | None:
         gradient = gradients[index]
@@ -491,8 +491,6 @@ def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float,
 
     Each element, in the order of memory, has a uniform 16-bit word, and the lowest words drop.
     """
-    if values.is_meta:
-        return
     flat = (values if memory_format == torch.contiguous_format else values.movedim(1, -1)).view(-1)
     highest_dropped = round(dropout_p * 2**16) - 2**15 - 0.5
     draw = _word_source(seed, values.device)

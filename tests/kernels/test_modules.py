@@ -1,12 +1,14 @@
 """The modules against nn.BatchNorm2d, nn.GroupNorm and nn.LayerNorm followed by dropout, sum and ReLU."""
 
 import copy
+import io
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU
 
@@ -93,6 +95,106 @@ def test_copies_and_pickles(fused, stock, arguments, options):
     for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert repr(clone) == repr(module)
         torch.testing.assert_close(clone.eval()(x), module.eval()(x))
+
+
+@pairs
+def test_saved_state_loads_weights_only_into_either(fused, stock, arguments, options):
+    ours = randomize(fused(*arguments, **options))
+    ours(torch.randn(SHAPE))
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    for module in (fused(*arguments, **options), stock(*arguments, **options)):
+        module.load_state_dict(state, strict=True)
+        same_tensors(module.state_dict(), ours.state_dict())
+
+
+@pairs
+def test_meta_device(fused, stock, arguments, options):
+    with torch.device("meta"):
+        module = fused(*arguments, **options, dropout_p=0.5)
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+    x = torch.empty(SHAPE, device="meta", requires_grad=True)
+    output = module(x, torch.empty(SHAPE, device="meta"))
+    output.sum().backward()
+    assert (output.device.type, output.shape, x.grad.shape) == ("meta", SHAPE, SHAPE)
+    module.to_empty(device="cpu").reset_parameters()
+    same_tensors(module.state_dict(), fused(*arguments, **options).state_dict())
+
+
+@pairs
+def test_skip_init(fused, stock, arguments, options):
+    module = nn.utils.skip_init(fused, *arguments, **options, dropout_p=0.5)
+    assert repr(module) == repr(fused(*arguments, **options, dropout_p=0.5))
+    assert not any(tensor.is_meta for tensor in module.state_dict().values())
+    module.load_state_dict(stock(*arguments, **options).state_dict(), strict=True)
+    same_tensors(module.state_dict(), stock(*arguments, **options).state_dict())
+
+
+@pairs
+def test_conversions(fused, stock, arguments, options):
+    ours, theirs = randomize(fused(*arguments, **options)), randomize(stock(*arguments, **options))
+    ours(torch.randn(SHAPE))
+    theirs.load_state_dict(ours.state_dict())
+    for conversion in (torch.bfloat16, torch.float64):
+        ours.to(conversion)
+        theirs.to(conversion)
+        assert {n: t.dtype for n, t in ours.state_dict().items()} == {
+            n: t.dtype for n, t in theirs.state_dict().items()
+        }
+        assert ours(torch.randn(SHAPE, dtype=conversion)).dtype == conversion
+    ours.to(memory_format=torch.channels_last)
+    x = torch.randn(SHAPE, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    layers = isinstance(ours, LayerNormReLU)
+    assert ours(x).is_contiguous(memory_format=torch.contiguous_format if layers else torch.channels_last)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [BatchNormReLU2d(4), GroupNormReLU(2, 4), LayerNormReLU(3)], ids=repr)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_dtypes_under_autocast(fused, impl, parameters, device):
+    # As a convolution under autocast hands them on: the output has the input's dtype, gradients those of their tensors.
+    module = copy.deepcopy(fused).to(device, parameters)
+    module.impl = impl
+    x = torch.randn(SHAPE, device=device, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = module(x)
+    output.sum().backward()
+    assert output.dtype == x.grad.dtype == torch.bfloat16
+    assert {parameter.grad.dtype for parameter in module.parameters()} == {parameters}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pairs
+def test_checkpointing(fused, stock, arguments, options, impl, use_reentrant, device):
+    module = randomize(fused(*arguments, **options, dropout_p=0.5, impl=impl, device=device))
+    x = torch.randn(SHAPE, device=device)
+
+    def gradients(call):
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        call(leaf).square().sum().backward()
+        return [leaf.grad, *(parameter.grad for parameter in module.parameters())]
+
+    expected = gradients(module)
+    actual = gradients(lambda leaf: checkpoint(module, leaf, use_reentrant=use_reentrant))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pairs
+def test_functional_call(fused, stock, arguments, options):
+    module = randomize(fused(*arguments, **options))
+    before = copy.deepcopy(module.state_dict())
+    other = {name: tensor + 1 for name, tensor in module.state_dict().items()}
+    x = torch.randn(SHAPE)
+    expected = copy.deepcopy(module)
+    expected.load_state_dict(other)
+    assert torch.equal(torch.func.functional_call(module, other, (x,)), expected(x))
+    same_tensors(module.state_dict(), before)
+    same_tensors(other, expected.state_dict())
 
 
 @pairs

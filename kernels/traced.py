@@ -1,0 +1,154 @@
+"""What torch.compile, torch.export, torch.func and tensors without data see in place of an eager call.
+
+The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one calls the
+operators of `library.py`. Values, dtypes and the promises of dropout are those of the eager call; its mask is not.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from . import library, reference
+from .autograd import empty_output
+
+_TRACING_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+    torch._C._TorchDispatchModeKey.PROXY,
+)
+
+
+def is_traced(input: Tensor) -> bool:
+    """Whether torch traces or transforms the call, rather than computing it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or isinstance(input, FakeTensor)
+        or input.is_meta
+        or (torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING_MODES)))
+    )
+
+
+def apply(
+    norm: str,
+    implementation: Literal["triton", "torch"],
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    relu: bool,
+    options: dict[str, Any],
+) -> Tensor:
+    """The fused operation by operations that torch can trace, differentiate and transform."""
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):
+        # Statistics are kept in float32 and outputs in the input's dtype whatever autocast does to torch's operations.
+        with torch.autocast(input.device.type, enabled=False):
+            return apply(norm, implementation, input, weight, bias, residual, dropout_p, relu, options)
+    options.pop("process_group", None)
+    if input.numel() == 0:
+        return empty_output(input, weight, bias, residual)
+    if implementation == "triton":
+        return _call_operator(norm, input, weight, bias, residual, dropout_p, relu, **options)
+    return _compose(norm, input, weight, bias, residual, dropout_p, relu, **options)
+
+
+def _compose(
+    norm: str,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    relu: bool,
+    **options: Any,
+) -> Tensor:
+    """Torch's own operations, all in the dtype of the statistics: a compiler makes the conversions free."""
+    dtype = reference.statistics_dtype(input)
+    tensors = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
+    value = _NORMS[norm](*tensors, **options)
+    if dropout_p > 0:
+        keep = torch.rand_like(value, dtype=torch.float32) >= dropout_p
+        # Not a product: what is dropped is 0 whatever it was.
+        value = torch.where(keep, value * reference.dropout_scale(dropout_p), 0.0)
+    if residual is not None:
+        value = value + residual
+    return (value.relu() if relu else value).to(input.dtype)
+
+
+def _call_operator(
+    norm: str,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    relu: bool,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float | Tensor = 0.0,
+    **options: Any,
+) -> Tensor:
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
+    buffers = (running_mean, running_var) if norm == "batch_norm" else ()
+    output, mean, _, *var = library.call(
+        f"{norm}_relu",
+        (input, weight, bias, residual, seed, *buffers),
+        {"dropout_p": dropout_p, "relu": relu, **options},
+    )
+    if options.get("use_batch_stats") and running_mean is not None and running_var is not None:
+        _move(running_mean, mean, momentum)
+        _move(running_var, var[0], momentum)
+    return output
+
+
+def _batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch_stats: bool,
+    momentum: float | Tensor,
+    eps: float,
+) -> Tensor:
+    if running_mean is None or running_var is None:
+        return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+    if not use_batch_stats:
+        mean, var = running_mean.to(input.dtype), running_var.to(input.dtype)
+        return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
+    # With a momentum of 1 the running statistics become those of this batch.
+    mean, var = torch.zeros_like(running_mean, dtype=input.dtype), torch.zeros_like(running_var, dtype=input.dtype)
+    output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+    _move(running_mean, mean, momentum)
+    _move(running_var, var, momentum)
+    return output
+
+
+def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """Moves a running statistic by `momentum` towards the batch's."""
+    weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
+    running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
+
+
+def _group_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float) -> Tensor:
+    return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def _layer_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, *, normalized_shape: tuple[int, ...], eps: float
+) -> Tensor:
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+_NORMS: dict[str, Callable[..., Tensor]] = {
+    "batch_norm": _batch_norm,
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
+}

@@ -1,0 +1,370 @@
+"""The fused layers under torch.compile, torch.export, fake tensors and torch.func."""
+
+import io
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_functional import DTYPES, LAYOUTS, NORMS, affine, compare, fused_of, make, stock_of
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, batch_norm_relu
+from mnistnorm.kernels import library, traced
+
+SHAPE = (5, 4, 3, 6)
+
+MODULES = {
+    "batch": (lambda **options: BatchNormReLU2d(4, **options), lambda: nn.BatchNorm2d(4)),
+    "group": (lambda **options: GroupNormReLU(2, 4, **options), lambda: nn.GroupNorm(2, 4)),
+    "layer": (lambda **options: LayerNormReLU(6, **options), lambda: nn.LayerNorm(6)),
+}
+modules = pytest.mark.parametrize(("fused", "stock"), MODULES.values(), ids=MODULES)
+impls = pytest.mark.parametrize("impl", ["torch", "triton"])
+training_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def randomized(module):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(0.3, 1.3)
+    return module
+
+
+def compiled(module, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(module, backend=backend, fullgraph=True)
+
+
+def step(call, inputs, grad):
+    """The output and the gradients of one call."""
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = call(*inputs)
+    output.backward(grad)
+    return output.detach(), *(tensor.grad for tensor in inputs)
+
+
+def same(actual, expected, tolerance=2e-5):
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+def check_steps(module, oracle, call, batch_sizes):
+    """Outputs, gradients, running statistics and their counter over a few steps, against float64."""
+    for size in batch_sizes:
+        x, residual, grad = (torch.randn(size, *SHAPE[1:]) for _ in range(3))
+        module.zero_grad()
+        oracle.zero_grad()
+        actual = step(call, (x, residual), grad)
+        expected = step(lambda x, r: F.relu(oracle(x) + r), (x.double(), residual.double()), grad.double())
+        same(actual, expected)
+        same([p.grad for p in module.parameters()], [p.grad for p in oracle.parameters()])
+        same(module.state_dict().values(), oracle.state_dict().values())
+
+
+@modules
+@impls
+@training_modes
+def test_compiles_whole_and_once_more_for_other_batch_sizes(fused, stock, impl, training, device):
+    module = randomized(fused(impl=impl, device=device)).train(training)
+    oracle = randomized(stock()).double().train(training)
+    counter = CompileCounterWithBackend("aot_eager")
+    check_steps(module, oracle, compiled(module, counter), (5, 7, 3, 4))
+    assert counter.frame_count <= 2
+
+
+@impls
+def test_cumulative_average_compiles(impl, device):
+    module, oracle = BatchNormReLU2d(4, momentum=None, impl=impl, device=device), nn.BatchNorm2d(4, momentum=None)
+    check_steps(module, oracle.double(), compiled(module), (5, 5, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@impls
+def test_half_precision_statistics_are_float32_under_compile(dtype, impl, device):
+    # The mean of 4096 is no sum that half precision can hold, and the variance of the parts cancels in it.
+    x = (torch.randn(64, 2, 8, 8) + 64).to(dtype)
+    module = BatchNormReLU2d(2, momentum=1.0, activation="identity", impl=impl, device=device)
+    output = compiled(module)(x)
+    assert output.dtype == dtype
+    exact = nn.BatchNorm2d(2, momentum=1.0).double()
+    same([output], [exact(x.double())], 2e-3 if dtype == torch.float16 else 1.6e-2)
+    same([module.running_mean, module.running_var], [exact.running_mean, exact.running_var], 1e-4)
+
+
+@modules
+@impls
+def test_compiled_dropout(fused, stock, impl, device):
+    p, shape = 0.3, (16, 4, 9, 6)
+    module = randomized(fused(impl=impl, dropout_p=p, activation="identity", device=device))
+    oracle = randomized(stock()).double()
+    call = compiled(module)
+    x, grad = torch.randn(shape), torch.randn(shape)
+    torch.manual_seed(5)
+    output, grad_input = step(call, (x,), grad)
+    kept = output != 0
+    share, n = kept.double().mean().item(), output.numel()
+    assert abs(share - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+    expected = step(lambda x: oracle(x) * kept / (1 - p), (x.double(),), grad.double())
+    same((output, grad_input), expected)
+    same([p.grad for p in module.parameters()], [p.grad for p in oracle.parameters()])
+    assert not torch.equal(call(x) != 0, kept)
+    torch.manual_seed(5)
+    assert torch.equal(call(x) != 0, kept)
+    # What is dropped is 0 whatever it was.
+    assert (call(x * torch.nan) == 0).any()
+
+
+@impls
+def test_compiled_mask_is_the_same_under_checkpointing(impl, device):
+    module = BatchNormReLU2d(4, dropout_p=0.5, activation="identity", impl=impl, device=device)
+    call = compiled(lambda x: checkpoint(lambda x: module(x).square(), x, use_reentrant=False))
+    x = torch.randn(SHAPE, requires_grad=True)
+    output = call(x)
+    kept = output != 0
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    x64 = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad((F.batch_norm(x64, None, None, training=True) * kept * 2).square().sum(), x64)
+    same([grad], [expected])
+
+
+@modules
+@impls
+def test_compiled_autocast_changes_neither_dtype_nor_result(fused, stock, impl, device):
+    module = fused(impl=impl, device=device)
+    x = torch.randn(SHAPE)
+    expected = module(x)
+    call = compiled(module)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = call(x)
+    assert output.dtype == x.dtype
+    same([output], [expected])
+
+
+def test_explicit_triton_without_it_is_refused_under_compile(monkeypatch):
+    monkeypatch.setattr("mnistnorm.kernels.functional._missing_for_triton", lambda device: "there is none")
+    with pytest.raises(Exception, match='impl="triton" does not run on cpu: there is none'):
+        compiled(GroupNormReLU(2, 4, impl="triton"))(torch.randn(SHAPE))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@modules
+@impls
+def test_inductor(fused, stock, impl, device):
+    module, oracle = randomized(fused(impl=impl, device=device)), randomized(stock()).double()
+    check_steps(module, oracle, compiled(module, "inductor"), (5, 7))
+    module.dropout_p, module.activation = 0.3, "identity"
+    call = compiled(module, "inductor")
+    x, grad = torch.randn(SHAPE), torch.randn(SHAPE)
+    torch.manual_seed(5)
+    output, grad_input = step(call, (x,), grad)
+    kept = output != 0
+    assert 0.5 < kept.double().mean() < 0.9
+    same((output, grad_input), step(lambda x: oracle(x) * kept / 0.7, (x.double(),), grad.double()))
+    assert not torch.equal(call(x) != 0, kept)
+    torch.manual_seed(5)
+    assert torch.equal(call(x) != 0, kept)
+
+
+# ---- the values, without a compiler in between
+
+
+@pytest.fixture
+def always_traced(monkeypatch):
+    monkeypatch.setattr(traced, "is_traced", lambda input: True)
+
+
+norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+
+
+@norms
+@impls
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traced_operations_match_torch(norm, impl, dtype, with_residual, layout, always_traced, device):
+    shape = (3, 4, 2, 5)
+    parameters = affine(norm.affine_shape(shape), torch.float32 if dtype.itemsize == 2 else dtype)
+    residual = make(shape, dtype, "transposed", offset=0.0) if with_residual else None
+    compare(fused_of(norm, impl=impl), stock_of(norm), (make(shape, dtype, layout), *parameters, residual), dtype)
+
+
+@norms
+@impls
+def test_traced_without_affine_or_elements(norm, impl, always_traced, device):
+    compare(fused_of(norm, impl=impl), stock_of(norm), (make((3, 4, 2, 5)), None, None, None), torch.float32)
+    inputs = (make((0, 4, 2, 5)), *affine(norm.affine_shape((0, 4, 2, 5)), torch.float32))
+    output = norm.fused(*inputs, impl=impl)
+    assert output.shape == (0, 4, 2, 5)
+    for tensor, gradient in zip(inputs, torch.autograd.grad(output.sum(), inputs), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@norms
+@impls
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_traced_memory_format(norm, impl, layout, always_traced, device):
+    x = make((3, 4, 2, 5), layout=layout)
+    output = norm.fused(x, None, None, impl=impl)
+    if "layer" not in next(name for name, n in NORMS.items() if n is norm):
+        assert output.stride() == x.stride()
+
+
+@modules
+@impls
+def test_eager_calls_do_not_enter_the_traced_way(fused, stock, impl, monkeypatch, device):
+    def fail(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(traced, "apply", fail)
+    monkeypatch.setattr(library, "call", fail)
+    fused(impl=impl, dropout_p=0.5, device=device)(torch.randn(SHAPE, requires_grad=True)).sum().backward()
+
+
+# ---- export, fake tensors, make_fx
+
+
+class Network(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(self.convolution(x), x)
+
+
+@modules
+@impls
+@training_modes
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.export's own
+def test_export(fused, stock, impl, training, device):
+    network = Network(randomized(fused(impl=impl, device=device))).train(training)
+    x = torch.randn(SHAPE)
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert loaded.state_dict.keys() == network.state_dict().keys()
+    operators = {str(node.target) for node in loaded.graph.nodes if "mnistnorm" in str(node.target)}
+    assert len(operators) == (1 if impl == "triton" else 0)
+    exported, unflattened = loaded.module(), torch.export.unflatten(program)
+    assert unflattened.state_dict().keys() == network.state_dict().keys()
+    for size in (5, 3):
+        x = torch.randn(size, *SHAPE[1:])
+        expected = network(x)
+        same([exported(x), unflattened(x)], [expected, expected])
+    same(exported.state_dict().values(), network.state_dict().values())
+
+
+@modules
+@impls
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_fake_tensors(fused, stock, impl, dropout_p, device):
+    with FakeTensorMode():
+        module = fused(impl=impl, dropout_p=dropout_p, device=device)
+        x = torch.randn(SHAPE, requires_grad=True)
+        output = module(x)
+        output.sum().backward()
+    assert (output.shape, output.dtype, x.grad.shape) == (x.shape, x.dtype, x.shape)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fake_tensors_of_a_gpu_that_is_not_there():
+    with FakeTensorMode():
+        x = torch.empty(SHAPE, device="cuda")
+        assert batch_norm_relu(x, None, None, training=True).device.type == "cuda"
+        with pytest.raises(RuntimeError, match=r'impl="triton" does not run on cuda.*no GPU'):
+            batch_norm_relu(x, None, None, training=True, impl="triton")
+
+
+@modules
+@impls
+def test_make_fx_does_not_freeze_the_mask(fused, stock, impl, device):
+    module = fused(impl=impl, dropout_p=0.5, activation="identity", device=device)
+    x = torch.randn(SHAPE)
+    graph = make_fx(module)(x)
+    torch.manual_seed(0)
+    first = graph(x)
+    assert not torch.equal(first, graph(x))
+    torch.manual_seed(0)
+    assert torch.equal(first, graph(x))
+
+
+# ---- torch.func
+
+
+@modules
+@impls
+def test_func_grad(fused, stock, impl, device):
+    module, oracle = randomized(fused(impl=impl, device=device)), randomized(stock()).double()
+    x = torch.randn(SHAPE)
+
+    def loss(parameters, buffers, x):
+        return torch.func.functional_call(module, (parameters, buffers), (x,)).square().sum()
+
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    gradients = torch.func.grad(loss)(dict(module.named_parameters()), buffers, x)
+    F.relu(oracle(x.double())).square().sum().backward()
+    same(gradients.values(), [parameter.grad for parameter in oracle.parameters()], 2e-4)
+    same(buffers.values(), oracle.buffers())
+
+
+@modules
+@impls
+@pytest.mark.parametrize("what", ["parameters", "input"])
+def test_vmap(fused, stock, impl, what, device):
+    module = randomized(fused(impl=impl, device=device)).eval()
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    x = torch.randn(3, *SHAPE)
+    if what == "parameters":
+        parameters = {name: torch.stack([value, -value, value + 1]) for name, value in parameters.items()}
+        x = x[0]
+
+    def gradient(parameters, x):
+        def loss(parameters):
+            return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+        return torch.func.grad(loss)(parameters)
+
+    in_dims = (0, None) if what == "parameters" else (None, 0)
+    actual = torch.func.vmap(gradient, in_dims=in_dims)(parameters, x)
+    for i in range(3):
+        one = {name: value[i] for name, value in parameters.items()} if what == "parameters" else parameters
+        expected = gradient(one, x if what == "parameters" else x[i])
+        same([value[i] for value in actual.values()], expected.values(), 1e-4)
+
+
+@modules
+@impls
+def test_vmap_of_dropout_obeys_its_randomness(fused, stock, impl, device):
+    module = fused(impl=impl, dropout_p=0.5, activation="identity", device=device)
+    x = torch.randn(SHAPE).expand(2, *SHAPE)
+    call = (
+        (lambda x: batch_norm_relu(x, None, None, training=True, dropout_p=0.5, activation="identity", impl=impl))
+        if isinstance(module, BatchNormReLU2d)
+        else module
+    )
+    first, second = torch.func.vmap(call, randomness="same")(x)
+    assert torch.equal(first, second)
+    first, second = torch.func.vmap(call, randomness="different")(x)
+    assert not torch.equal(first != 0, second != 0)
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(call)(x)
+
+
+@impls
+def test_vmap_does_not_update_running_statistics(impl, device):
+    module = BatchNormReLU2d(4, impl=impl, device=device)
+    with pytest.raises(RuntimeError, match=r"vmap|updated in place"):
+        torch.func.vmap(module)(torch.randn(2, *SHAPE))
+    assert (module.running_mean == 0).all()
+    assert module.num_batches_tracked == 0
