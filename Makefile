@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
-# A process for each core, of one thread: the tests are many and small.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto
+# A process for each core, of one thread: the tests are many and small. Those of a group share what they compile.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadgroup
 
 .PHONY: setup train compare test test-slow test-exhaustive lint bench clean
 

@@ -1,9 +1,10 @@
 """Compiles Triton kernels for GPUs that are not there, down to machine code, and reads off what came out.
 
+Many launches in one `capture` cost less than many captures: the tools that assemble and take apart run once for all.
 Needs a process in which TRITON_INTERPRET was not set when triton was imported; `compiler_processes` gives some.
 """
 
-import functools
+import hashlib
 import itertools
 import linecache
 import os
@@ -11,7 +12,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -19,11 +20,15 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-from triton.compiler import CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler.code_generator import ast_to_ttir
+from triton.runtime.cache import get_cache_manager, triton_key
 from triton.runtime.jit import JITFunction
 
 
@@ -162,9 +167,16 @@ class Capture:
     compilations: int = 0
     _launches: list[tuple[JITFunction, tuple[int, ...], CompiledKernel]] = field(default_factory=list)
 
+    @property
+    def launches(self) -> int:
+        return len(self._launches)
+
     def reports(self) -> list[Compiled]:
         """One for each launch, in order."""
-        return [_report(self.target, *launch) for launch in self._launches]
+        compiled = {kernel.hash: kernel for _, _, kernel in self._launches}
+        inspect = _inspect_nvidia if self.target.gpu.backend == "cuda" else _inspect_amd
+        codes = dict(zip(compiled, inspect(list(compiled.values())), strict=True))
+        return [_report(self.target, *launch, codes[launch[2].hash]) for launch in self._launches]
 
 
 @contextmanager
@@ -201,13 +213,16 @@ def capture(target: str) -> Iterator[Capture]:
 
     driver = triton.runtime.driver
     previous = driver._active
-    driver.set_active(_Driver(TARGETS[target].gpu, device))
-    JITFunction.run = run
-    try:
-        yield captured
-    finally:
-        JITFunction.run = launch
-        driver._active = previous
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(ASTSource, "make_ir", _make_ir),
+        mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", _leave_out_assembly),
+    ):
+        driver.set_active(_Driver(TARGETS[target].gpu, device))
+        try:
+            yield captured
+        finally:
+            driver._active = previous
 
 
 def compile_kernel(
@@ -270,13 +285,39 @@ class _Driver:
         return 0
 
 
+def _make_ir(
+    source: ASTSource, target: GPUTarget, options: Any, codegen_fns: Any, module_map: Any, context: ir.context
+) -> ir.module:
+    """What the kernel's Python says, kept in Triton's cache: it is the same for all targets of a backend."""
+    key = f"{triton_key()}-{target.backend}-{source.hash()}"
+    cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    name = f"{source.name}.ttir"
+    if path := cache.get_file(name):
+        module = ir.parse_mlir_module(path, context)
+        module.context = context
+        return module
+    module = ast_to_ttir(source.fn, source, context, options, codegen_fns, module_map)
+    cache.put(str(module), name, binary=False)
+    return module
+
+
+def _leave_out_assembly(*arguments: Any) -> tuple[str, str] | None:
+    """A hook of Triton's: `_inspect_nvidia` assembles, with numbered lines and for all kernels at once."""
+    if not arguments:
+        return "not assembled", "not assembled"  # a part of the names under which Triton caches
+    stages = arguments[1]
+    if "cubin" in stages:
+        stages["cubin"] = lambda ptx, metadata: b""
+    return None
+
+
 def _only_named(kernel: JITFunction, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name in kernel.arg_names}
 
 
-def _report(target: Target, kernel: JITFunction, grid: tuple[int, ...], compiled: CompiledKernel) -> Compiled:
-    inspect = _inspect_nvidia if target.gpu.backend == "cuda" else _inspect_amd
-    code = inspect(compiled.hash, compiled)
+def _report(
+    target: Target, kernel: JITFunction, grid: tuple[int, ...], compiled: CompiledKernel, code: "_Code"
+) -> Compiled:
     metadata = compiled.metadata
     shared = code.static_shared_memory + metadata.shared
     accesses = Counter(code.accesses)
@@ -334,76 +375,94 @@ def _occupancy(target: Target, code: _Code, num_warps: int, shared: int) -> floa
     return blocks * num_warps / target.warps
 
 
-_FIRST_ACCESS = 1_000_000
 _PTX_LINE = re.compile(r"\t\.loc\s+(\d+ \d+ \d+)(?:,.* inlined_at (\d+ \d+ \d+))?")
+_SASS_KERNEL = re.compile(r"\.text\.kernel(\d+):")
+_SASS_LINE = re.compile(r'\s*//## File ".*", line (\d+)$')
+_SASS_INSTRUCTION = re.compile(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)((?:\.\w+)*)")
 
 
-def _with_numbered_accesses(ptx: str) -> tuple[str, dict[int, int]]:
-    """PTX in which each piece of inline assembly, which loads and stores are, has a line number of its own.
+def _together(ptx: list[str]) -> tuple[str, list[int]]:
+    """Kernels as one module, which calls them kernel0, kernel1, ..., and what its line numbers stand for.
 
-    Also returns the kernel's line for each. Without such numbers the assembler would merge the calls of a device
-    function, and lines are counted on within a piece.
+    Each run of instructions of one origin, and each piece of inline assembly, which loads and stores are, has a line
+    number of its own, counted from 0, that stands for the kernel's line. Without such numbers the assembler would merge
+    the calls of a device function, and lines are counted on within a piece.
     """
-    callers: dict[str, str | None] = {}
-    kernel_lines: dict[int, int] = {}
-    text, expected, inside = [], False, False
-    for line in ptx.splitlines():
-        if "// begin inline asm" in line:
-            expected = inside = True
-        elif "// end inline asm" in line:
-            inside = False
-        elif match := _PTX_LINE.match(line):
-            if inside and not expected:
-                continue
-            callers[match[1]] = match[2]
-            if inside:
-                place = match[1]
-                while caller := callers.get(place):
-                    place = caller
+    lines: list[int] = []
+    header: dict[str, None] = {}
+    body = []
+    for index, text in enumerate(ptx):
+        declarations, entry, code = text.partition(".visible .entry ")
+        # What follows the code describes it to debuggers.
+        code = re.split(r"^\t\.(?:file|section)\t", code, maxsplit=1, flags=re.MULTILINE)[0]
+        header.update(dict.fromkeys(line for line in declarations.splitlines() if not line.strip().startswith("//")))
+        callers: dict[str, str] = {}
+        expected = inside = False
+        body.append(entry + re.sub(r"^\w+", f"kernel{index}", code.partition("\n")[0]))
+        for line in code.splitlines()[1:]:
+            if "// begin inline asm" in line:
+                expected = inside = True
+            elif "// end inline asm" in line:
+                inside = False
+            elif match := _PTX_LINE.match(line):
+                if inside and not expected:
+                    continue
                 expected = False
-                number = _FIRST_ACCESS + len(kernel_lines)
-                kernel_lines[number] = int(place.split()[1])
-                line = f"\t.loc\t1 {number} 0"
-        text.append(line)
-    return "\n".join(text), kernel_lines
+                place, caller = match.groups()
+                callers[place] = callers.get(caller, caller) if caller else place
+                line = f"\t.loc\t1 {len(lines)} 0"
+                lines.append(int(callers[place].split()[1]))
+            body.append(line)
+    return "\n".join([*header, *body, '\t.file\t1 "kernels.py"', ""]), lines
 
 
-@functools.cache
-def _inspect_nvidia(_: str, compiled: CompiledKernel) -> _Code:
-    arch = compiled.metadata.target.arch
+def _inspect_nvidia(compiled: list[CompiledKernel]) -> list[_Code]:
+    if not compiled:
+        return []
+    metadata = compiled[0].metadata
+    arch = metadata.target.arch
+    text, lines = _together([kernel.asm["ptx"] for kernel in compiled])
     with tempfile.TemporaryDirectory() as directory:
-        ptx, cubin = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
-        text, kernel_lines = _with_numbered_accesses(compiled.asm["ptx"])
+        ptx, cubin = Path(directory, "kernels.ptx"), Path(directory, "kernels.cubin")
         ptx.write_text(text)
         # The flags with which Triton itself calls it.
         flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(arch)}"]
-        if not compiled.metadata.enable_fp_fusion:
+        if not metadata.enable_fp_fusion:
             flags.append("--fmad=false")
         log = _run(get_ptxas(arch).path, *flags, ptx, "-o", cubin)
-        sass = _run(triton.knobs.nvidia.nvdisasm.path, "--print-line-info-inline", "--print-code", cubin)
-    instructions, accesses, line = 0, [], 0
+        sass = _run(triton.knobs.nvidia.nvdisasm.path, "--print-line-info", "--print-code", "--no-dataflow", cubin)
+    resources = dict(re.findall(r"Compiling entry function 'kernel(\d+)'(.*(?:\n(?!.*Compiling entry).*)*)", log))
+    instructions, accesses = Counter[int](), defaultdict[int, list[Any]](list)
+    kernel = line = 0
     for text in sass.splitlines():
-        if match := re.match(r'\s*//## File ".*", line (\d+)$', text):
-            line = int(match[1])
-        elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)((?:\.\w+)*)", text):
+        if match := _SASS_KERNEL.match(text):
+            kernel = int(match[1])
+        elif match := _SASS_LINE.match(text):
+            line = lines[int(match[1])]
+        elif match := _SASS_INSTRUCTION.match(text):
             operation, modifiers = match[1], match[2].split(".")
-            instructions += operation != "NOP"
+            instructions[kernel] += operation != "NOP"
             if operation in ("LDG", "LDGSTS", "STG"):
-                accesses.append((_kind(operation == "STG"), _sass_bits(modifiers), kernel_lines.get(line, line)))
-    return _Code(
-        registers=_number(r"Used (\d+) registers", log),
-        spill_stores=_number(r"(\d+) bytes spill stores", log),
-        spill_loads=_number(r"(\d+) bytes spill loads", log),
-        local_memory=_number(r"(\d+) bytes stack frame", log),
-        static_shared_memory=_number(r"(\d+) bytes smem", log),
-        instructions=instructions,
-        accesses=tuple(accesses),
-    )
+                accesses[kernel].append((_kind(operation == "STG"), _sass_bits(modifiers), line))
+    return [
+        _Code(
+            registers=_number(r"Used (\d+) registers", resources[str(index)]),
+            spill_stores=_number(r"(\d+) bytes spill stores", resources[str(index)]),
+            spill_loads=_number(r"(\d+) bytes spill loads", resources[str(index)]),
+            local_memory=_number(r"(\d+) bytes stack frame", resources[str(index)]),
+            static_shared_memory=_number(r"(\d+) bytes smem", resources[str(index)]),
+            instructions=instructions[index],
+            accesses=tuple(accesses[index]),
+        )
+        for index in range(len(compiled))
+    ]
 
 
-@functools.cache
-def _inspect_amd(_: str, compiled: CompiledKernel) -> _Code:
-    asm = compiled.asm["amdgcn"]
+def _inspect_amd(compiled: list[CompiledKernel]) -> list[_Code]:
+    return [_read_amd(kernel.asm["amdgcn"]) for kernel in compiled]
+
+
+def _read_amd(asm: str) -> _Code:
     instructions, accesses, line = 0, [], 0
     for text in asm.partition(".Lfunc_end0:")[0].splitlines():
         if text.startswith("\t.loc") and (places := re.findall(r"[^\s:]+:(\d+):\d+", text)):

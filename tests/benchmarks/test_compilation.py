@@ -6,6 +6,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import make_backend
+from triton.tools.disasm import get_sass
 
 from benchmarks import compilation
 
@@ -173,7 +175,9 @@ def compare_with_triton():
     with compilation.capture("sm_90") as captured:
         x = torch.empty(4096, device="meta")
         sum_kernel[(1,)](x, x, x, BLOCK=4096)
-    instructions = [line.split("\t")[1] for line in captured._launches[0][2].asm["sass"].splitlines() if "\t" in line]
+    ptx, metadata = captured._launches[0][2].asm["ptx"], captured._launches[0][2].metadata
+    sass = get_sass(make_backend(metadata.target).make_cubin(ptx, {}, metadata, metadata.target.arch))
+    instructions = [line.split("\t")[1] for line in sass.splitlines() if "\t" in line]
     return captured.reports()[0], [instruction for instruction in instructions if not instruction.startswith("NOP")]
 
 

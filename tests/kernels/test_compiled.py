@@ -1,5 +1,7 @@
 """Machine code of the kernels for GPUs that are not there: it fits, does not spill, and moves 128 bits at a time."""
 
+from collections import defaultdict
+from functools import cache
 from itertools import product
 from math import gcd
 from typing import NamedTuple
@@ -14,13 +16,20 @@ from mnistnorm.kernels import launchers
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 NORMS = ("batch", "group", "layer")
 NETWORK = (128, 8, 26, 26)
-SHAPES = (NETWORK, (64, 64, 56, 56), (64, 256, 14, 14), (13, 7, 17, 19))
+LARGE = (64, 64, 56, 56)
 LATER_IN_NETWORK = ((24, 8), (22, 8), (9, 12), (7, 14), (7, 8), (5, 26), (5, 50))
+SHAPES = (
+    *(NETWORK, *((128, channels, size, size) for size, channels in LATER_IN_NETWORK)),
+    *(LARGE, (64, 256, 14, 14), (13, 7, 17, 19)),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# What else makes for other code; "eval" is batch norm with given statistics.
+VARIANTS = ("dropout", "residual", "dropout-residual", "identity", "eval")
+
 # The lines of the kernels that move activations.
-LOADS = ("x = device.load(x_ptr", "load_gradient(")
-STORES = ("tl.store(y_ptr", "tl.store(dx_ptr")
+LOADS = ("x = device.load(x_ptr", "load_gradient(", "y += device.load(residual_ptr")
+STORES = ("tl.store(y_ptr", "tl.store(dx_ptr", "tl.store(dresidual_ptr")
 
 
 class Case(NamedTuple):
@@ -28,13 +37,17 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
-    plan: str | None
     target: str
+    variant: str = "plain"
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        shape = "x".join(map(str, self.shape))
-        return f"{self.target}-{self.norm}-{shape}-{str(self.dtype)[6:]}-{layout}-{self.plan or 'chosen'}"
+        return f"{self.target}-{self.group}-{str(self.dtype)[6:]}-{layout}-{self.variant}"
+
+    @property
+    def group(self) -> str:
+        """What is compiled together: its kernels have much in common, for one target and between targets."""
+        return f"{self.norm}-{'x'.join(map(str, self.shape))}"
 
     @property
     def length(self) -> int:
@@ -55,17 +68,19 @@ def run(launches, device):
         kernel[grid](*arguments, **constants)
 
 
-def launch(case, samples=None):
+def launch(case, samples=None, plan=None):
     """The forward and the backward, all gradients needed, on tensors without memory."""
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     shape = (samples or case.shape[0], *case.shape[1:])
     x = torch.empty(shape, dtype=case.dtype, device="meta").to(memory_format=layout)
+    residual = torch.empty_like(x) if "residual" in case.variant else None
     parameter_shape = shape[1:2]
-    options = {"seed": 1, "dropout_p": 0.0, "relu": True, "plan": case.plan}
+    dropout_p = 0.05 if "dropout" in case.variant else 0.0
+    options = {"seed": 1, "dropout_p": dropout_p, "relu": case.variant != "identity", "plan": plan}
     only_forward = {"eps": 1e-5}
     running = ()
     if case.norm == "batch":
-        options["use_batch_stats"] = True
+        options["use_batch_stats"] = case.variant != "eval"
         only_forward["momentum"] = 0.1
         running = torch.empty(2, shape[1], device="meta").unbind()
     elif case.norm == "group":
@@ -77,22 +92,28 @@ def launch(case, samples=None):
     backward = getattr(launchers, f"{case.norm}_norm_backward")
     gpu = compilation.TARGETS[case.target].gpu
     with mock.patch.object(launchers, "run", run), mock.patch.object(launchers, "current_target", return_value=gpu):
-        _, mean, rstd = forward(x, weight, bias, None, *running, **only_forward, **options)
-        needs = (True, True, True, False)
-        backward(torch.empty_like(x), x, weight, bias, None, mean, rstd, has_residual=False, needs=needs, **options)
+        y, mean, rstd = forward(x, weight, bias, residual, *running, **only_forward, **options)
+        has_residual = residual is not None
+        options |= {"has_residual": has_residual, "needs": (True, True, True, has_residual)}
+        backward(torch.empty_like(x), x, weight, bias, y if has_residual else None, mean, rstd, **options)
 
 
-def compile_case(case):
-    with compilation.capture(case.target) as captured:
-        launch(case)
-    return captured.reports()
+def compile_cases(target, cases):
+    """Reports of the launches of each case, which are all for one target."""
+    ends = []
+    with compilation.capture(target) as captured:
+        for case in cases:
+            launch(case)
+            ends.append(captured.launches)
+    reports = captured.reports()
+    return {case: reports[start:end] for case, start, end in zip(cases, [0, *ends], ends, strict=False)}
 
 
 def count_compilations(case, batch_sizes):
     counts = []
     with compilation.capture(case.target) as captured:
         for samples in batch_sizes:
-            launch(case, samples)
+            launch(case, samples, plan="split")
             counts.append(captured.compilations)
     return counts
 
@@ -100,42 +121,60 @@ def count_compilations(case, batch_sizes):
 def is_sampled(case):
     """Whether the default run compiles it: the network's sizes for one target, the others for two."""
     if case.shape[0] == NETWORK[0]:
-        sampled = case.target == "sm_90" and case.dtype in (torch.float32, torch.bfloat16) and not case.channels_last
-    else:
-        sampled = case.target in ("sm_75", "gfx942") and case.dtype == torch.float32
-        sampled = sampled and (not case.channels_last or case.shape == (64, 256, 14, 14))
-    return sampled and (case.plan is None or case.norm == "batch")
+        dtypes = (torch.float32, torch.bfloat16) if case.shape == NETWORK else (torch.float32,)
+        return (
+            case.target == "sm_90"
+            and case.dtype in dtypes
+            and not case.channels_last
+            and case.variant in ("plain", "dropout-residual")
+        )
+    sampled = case.target in ("sm_75", "gfx942") and case.dtype == torch.float32 and case.variant == "plain"
+    return sampled and (not case.channels_last or case.shape == (64, 256, 14, 14))
 
 
 def cases():
-    matrix = [Case(*values) for values in product(NORMS, SHAPES, DTYPES, (False, True), (None, "split"), TARGETS)]
-    later = [
-        Case(norm, (128, channels, size, size), torch.float32, False, None, target)
-        for norm, (size, channels), target in product(NORMS, LATER_IN_NETWORK, TARGETS)
+    matrix = [Case(*values) for values in product(NORMS, SHAPES, DTYPES, (False, True), TARGETS)]
+    matrix += [
+        Case(norm, shape, dtype, False, target, variant)
+        for norm, shape, dtype, target, variant in product(NORMS, (NETWORK, LARGE), DTYPES[:2], TARGETS, VARIANTS)
+        if norm == "batch" or variant != "eval"
     ]
     return [
-        pytest.param(case, id=str(case), marks=() if is_sampled(case) else pytest.mark.exhaustive)
-        for case in matrix + later
+        pytest.param(
+            case,
+            id=str(case),
+            marks=[pytest.mark.xdist_group(case.group), *([] if is_sampled(case) else [pytest.mark.exhaustive])],
+        )
+        for case in matrix
     ]
 
 
-@pytest.fixture(scope="module")
-def processes():
-    with compilation.compiler_processes() as pool:
+@pytest.fixture(scope="session")
+def processes(worker_id):
+    # pytest-xdist's workers take one each.
+    with compilation.compiler_processes(2 if worker_id == "master" else 1) as pool:
         yield pool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reports(request, processes):
-    """Reports by case, of all the cases that will be asked for, two compiled at a time."""
-    asked = [item.callspec.params["case"] for item in request.session.items if "reports" in item.fixturenames]
-    futures = {case: processes.submit(compile_case, case) for case in asked}
-    return lambda case: futures[case].result()
+    """Reports of a case; the first of a group has all of that group compiled that will be asked for."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for item in request.session.items:
+        if "reports" in item.fixturenames:
+            case = item.callspec.params["case"]
+            groups[case.group][case.target].append(case)
+
+    @cache
+    def compiled(group):
+        return {target: processes.submit(compile_cases, target, cases) for target, cases in groups[group].items()}
+
+    return lambda case: compiled(case.group)[case.target].result()[case]
 
 
 @pytest.mark.parametrize("case", cases())
 def test_fits_without_spills_and_moves_wide(reports, case):
-    if case.shape[0] == NETWORK[0] and case.plan is None and case.target in ("sm_90", "sm_100"):
+    if case.shape[0] == NETWORK[0] and case.target in ("sm_90", "sm_100"):
         assert len(reports(case)) == 2  # one launch forward, one backward
     for compiled in reports(case):
         assert compiled.fits, compiled
@@ -150,6 +189,6 @@ def test_fits_without_spills_and_moves_wide(reports, case):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_batch_size_does_not_recompile(processes, norm, target):
-    case = Case(norm, NETWORK, torch.float32, False, "split", target)
+    case = Case(norm, NETWORK, torch.float32, False, target)
     first, *later = processes.submit(count_compilations, case, [128, 127, 100, 112]).result()
     assert later == [first] * 3
