@@ -35,6 +35,18 @@ class Kernel(NamedTuple):
 
 Phases = dict[str, list[Kernel]]
 
+# Ends the name of what a kernel, or the kernels behind an operator, read once more.
+AGAIN = " again"
+
+
+def once(phases: Phases) -> Phases:
+    """Each kernel with each of its tensors read once, as if a cache held them all for as long as it runs."""
+
+    def cached(kernel: Kernel) -> Kernel:
+        return kernel._replace(reads={name: size for name, size in kernel.reads.items() if not name.endswith(AGAIN)})
+
+    return {phase: [cached(kernel) for kernel in kernels] for phase, kernels in phases.items()}
+
 
 def total(kernels: Iterable[Kernel]) -> tuple[int, int]:
     """Bytes read and bytes written."""
@@ -212,9 +224,9 @@ _COUNTS = {
 
 
 def eager(chain: Chain) -> Phases:
-    """The ATen operators that the stock chain runs on a CUDA device, forward and backward: each operand once.
+    """The ATen operators that the stock chain runs on a CUDA device, forward and backward.
 
-    Nothing is computed: the tensors are fake ones. Real kernels may read an operand again, see `with_second_reads`.
+    Each operand counts once, and as "again" where SECOND_READS has it. Nothing is computed: the tensors are fake.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -225,7 +237,8 @@ def eager(chain: Chain) -> Phases:
             output = chain.stock(tensors)
             forward = operators.take()
             gradients([output], wanted, [tensors.grad])
-            return {"forward": forward, "backward": operators.take()}
+            phases = {"forward": forward, "backward": operators.take()}
+    return {phase: [_with_second_reads(kernel) for kernel in kernels] for phase, kernels in phases.items()}
 
 
 # Operands that several of the CUDA kernels behind one operator read: a norm's statistics, or the sums that its gradient
@@ -243,14 +256,9 @@ SECOND_READS = {
 }
 
 
-def with_second_reads(phases: Phases) -> Phases:
-    """The operators with what their CUDA kernels read a second time."""
-
-    def repeated(kernel: Kernel) -> Kernel:
-        again = {f"{name} again": kernel.reads[name] for name in SECOND_READS.get(kernel.name, ())}
-        return kernel._replace(reads=kernel.reads | again)
-
-    return {phase: [repeated(kernel) for kernel in kernels] for phase, kernels in phases.items()}
+def _with_second_reads(kernel: Kernel) -> Kernel:
+    again = {f"{name}{AGAIN}": kernel.reads[name] for name in SECOND_READS.get(kernel.name, ())}
+    return kernel._replace(reads=kernel.reads | again)
 
 
 def gradients(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .chain import Chain, Tensors
 from .compilation import TARGETS
-from .counting import Kernel, Phases, gradients
+from .counting import AGAIN, Kernel, Phases, gradients
 from .gpus import GPU
 
 
@@ -35,7 +35,8 @@ class _Stock(nn.Module):
 def inductor(chain: Chain, gpu: GPU) -> Phases:
     """The kernels of the compiled chain: for each buffer of a kernel, the bytes that Inductor's scheduler counts.
 
-    The scheduler counts each buffer once in a kernel, whatever its loops load again: the best that the kernel can do.
+    The scheduler counts each buffer once in a kernel. Where the source loads one in several places, as a reduction does
+    that loops over its slab once more to write the result, the others are counted as "again".
     Of AMD's GPUs only the number of multiprocessors and the warp's size go in; the code is that of the CUDA backend.
     """
     from torch._guards import TracingContext, tracing
@@ -67,14 +68,27 @@ def _graph(module: nn.Module, values: list[Tensor]) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(nn.Module(), graph)
 
 
-def _kernels(graph: Any) -> list[Kernel]:
+def _kernels(graph: Any, sources: list[tuple[Any, str]]) -> list[Kernel]:
+    """Kernels of a graph; `sources` are the arguments and the source of those that Triton compiles."""
     kernels = []
     for node in graph.scheduler.nodes:
-        reads = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
-        writes = node.get_read_write_buffer_accesses(include_reads=False, include_writes=True)
-        if any((*reads.values(), *writes.values())):
-            kernels.append(Kernel(node.get_name(), dict(reads), dict(writes)))
+        reads = dict(node.get_read_write_buffer_accesses(include_reads=True, include_writes=False))
+        writes = dict(node.get_read_write_buffer_accesses(include_reads=False, include_writes=True))
+        if not any((*reads.values(), *writes.values())):
+            continue
+        for arguments, source in sources:
+            if set(writes) & _written(arguments):
+                for buffer, pointer in arguments.input_buffers.items():
+                    loads = source.count(f"tl.load({pointer} +")
+                    if loads > 1 and buffer in reads:
+                        reads[f"{buffer}{AGAIN}"] = (loads - 1) * reads[buffer]
+        kernels.append(Kernel(node.get_name(), reads, writes))
     return kernels
+
+
+def _written(arguments: Any) -> set[str]:
+    in_place = (buffer.other_names for buffer in arguments.inplace_buffers.values() if hasattr(buffer, "other_names"))
+    return {*arguments.output_buffers, *(name for names in in_place for name in names)}
 
 
 @contextmanager
@@ -83,6 +97,7 @@ def _without_device(gpu: GPU) -> Iterator[Phases]:
     from torch._dynamo import device_interface
     from torch._functorch import config as functorch_config
     from torch._inductor import config
+    from torch._inductor.codegen.triton import TritonKernel
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime.hints import DeviceProperties
 
@@ -101,10 +116,20 @@ def _without_device(gpu: GPU) -> Iterator[Phases]:
     )
     phases: Phases = {}
 
+    sources: list[tuple[Any, str]] = []
+
     def collect(graph: Any) -> SimpleNamespace:
+        sources.clear()
         graph.codegen()
-        phases["backward" if graph.is_backward else "forward"] = _kernels(graph)
+        phases["backward" if graph.is_backward else "forward"] = _kernels(graph, sources)
         return SimpleNamespace(call=lambda args: None, runner=None)
+
+    generate = TritonKernel.codegen_kernel
+
+    def keep_source(kernel: Any, name: str | None = None) -> str:
+        source = generate(kernel, name)
+        sources.append((kernel.args, source))
+        return source
 
     driver = SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
@@ -116,10 +141,11 @@ def _without_device(gpu: GPU) -> Iterator[Phases]:
             config.patch(joint_graph_constant_folding=False, force_disable_caches=True),
             functorch_config.patch(force_non_lazy_backward_lowering=True),
             mock.patch.object(GraphLowering, "compile_to_module", collect),
+            mock.patch.object(TritonKernel, "codegen_kernel", keep_source),
             mock.patch.object(torch.autograd, "grad", gradients),
             mock.patch("torch._inductor.scheduler.has_triton", lambda: True),
             mock.patch.object(torch.cuda, "current_device", lambda: 0),
-            mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            mock.patch.object(interface, "is_bf16_supported", staticmethod(lambda *_, **__: True)),
             mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (major, minor)),
             mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
             mock.patch.object(interface, "get_device_properties", staticmethod(lambda *_: properties)),
