@@ -84,14 +84,15 @@ class Chain:
         def parameter(fill: float) -> Tensor:
             return torch.full(parameters, fill, dtype=self.dtype, device=device)
 
-        running = (parameter(0), parameter(1)) if self.norm == "batch" else (None, None)
+        is_batch = self.norm == "batch"
         return Tensors(
-            activation(),
-            parameter(1).requires_grad_(),
-            parameter(0).requires_grad_(),
-            *running,
-            activation() if self.residual else None,
-            activation(wanted=False),
+            input=activation(),
+            weight=parameter(1).requires_grad_(),
+            bias=parameter(0).requires_grad_(),
+            running_mean=parameter(0) if is_batch else None,
+            running_var=parameter(1) if is_batch else None,
+            residual=activation() if self.residual else None,
+            grad=activation(wanted=False),
         )
 
     def stock(self, tensors: Tensors) -> Tensor:

@@ -187,7 +187,7 @@ def _forward(grid: _Grid) -> Count:
     if grid.split:
         reads["partials_ptr"] = grid.slab_visits
     if grid.given:
-        reads |= {name: grid.sharers for name in running}
+        reads |= dict.fromkeys(running, grid.sharers)
     else:
         reads |= running
         writes |= running

@@ -4,6 +4,7 @@ Inductor runs as it does on such a GPU, on fake tensors, up to the source of its
 compiled nor run. Needs a process in which TRITON_INTERPRET was not set, and patches torch in it for as long as it runs.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ class _Stock(nn.Module):
         self.chain, self.present = chain, present
 
     def forward(self, values: list[Tensor]) -> tuple[Tensor]:
-        fields = dict.fromkeys(Tensors._fields) | dict(zip(self.present, values, strict=True))
+        fields: dict[str, Any] = dict.fromkeys(Tensors._fields) | dict(zip(self.present, values, strict=True))
         return (self.chain.stock(Tensors(**fields)),)
 
 
@@ -135,6 +136,7 @@ def _without_device(gpu: GPU) -> Iterator[Phases]:
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     interface = device_interface.CudaInterface
+    known: Any = inspect.getattr_static(DeviceProperties, "create").__func__
     with ExitStack() as stack:
         for patch in (
             # Constants would be folded on the device, code cached, and the backward only compiled when it runs.
@@ -143,18 +145,18 @@ def _without_device(gpu: GPU) -> Iterator[Phases]:
             mock.patch.object(GraphLowering, "compile_to_module", collect),
             mock.patch.object(TritonKernel, "codegen_kernel", keep_source),
             mock.patch.object(torch.autograd, "grad", gradients),
-            mock.patch("torch._inductor.scheduler.has_triton", lambda: True),
-            mock.patch.object(torch.cuda, "current_device", lambda: 0),
+            mock.patch("torch._inductor.scheduler.has_triton", return_value=True),
+            mock.patch.object(torch.cuda, "current_device", return_value=0),
             mock.patch.object(interface, "is_bf16_supported", staticmethod(lambda *_, **__: True)),
-            mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (major, minor)),
-            mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=(major, minor)),
+            mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
             mock.patch.object(interface, "get_device_properties", staticmethod(lambda *_: properties)),
             mock.patch.object(interface.Worker, "get_device_properties", staticmethod(lambda *_: properties)),
             mock.patch.object(triton.runtime.driver, "_active", driver),
         ):
             stack.enter_context(patch)
-        DeviceProperties.create.__func__.cache_clear()
+        known.cache_clear()
         try:
             yield phases
         finally:
-            DeviceProperties.create.__func__.cache_clear()
+            known.cache_clear()

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from triton.backends.compiler import GPUTarget
 
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, fraction, output_file, print_error, run_program
 from mnistnorm.errors import UserError
+from mnistnorm.kernels.launch import Kind
 from mnistnorm.plots import COLORS, png
 
 from .cases import NORMS, Shape
@@ -121,6 +123,18 @@ def chains(args: argparse.Namespace) -> list[Chain]:
     return found
 
 
+def count_fused(wanted: Sequence[Chain], target: GPUTarget, plan: Kind | None) -> dict[Chain, Phases]:
+    """What the fused chains move.
+
+    Raises:
+        UserError: a chain is too large for the plan.
+    """
+    try:
+        return {chain: fused(chain, target, plan) for chain in wanted}
+    except ValueError as error:
+        raise UserError(f"--plan {plan}: {error}", exit_code=2) from error
+
+
 def compare(chain: Chain, fused_kernels: Phases, inductor_kernels: Phases) -> dict[str, Counts]:
     """All contenders."""
     minimum = Counts(chain.minimum(), {"forward": 1, "backward": 1}, {})
@@ -203,10 +217,7 @@ def traffic(argv: Sequence[str] | None) -> int:
     gpu = next(gpu for gpu in GPUS if gpu.name == args.gpu)
     target = TARGETS[gpu.target].gpu
     wanted = chains(args)
-    try:
-        fused_kernels = {chain: fused(chain, target, args.plan) for chain in wanted}
-    except ValueError as error:
-        raise UserError(f"--plan {args.plan}: {error}", exit_code=2) from error
+    fused_kernels = count_fused(wanted, target, args.plan)
     machine = describe_machine(torch.device("cpu"))
     print(machine)
     print(f"Counted for {gpu.name} ({gpu.target}); nothing was run on a GPU. In units of one activation:")
