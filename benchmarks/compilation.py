@@ -252,16 +252,36 @@ def compiler_processes(workers: int = 2) -> Iterator[ProcessPoolExecutor]:
 
     What is submitted must be importable: a function of a module, called with arguments that pickle (meta tensors do).
     """
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    with _fresh_processes(workers, interpret=None) as pool:
+        yield pool
+
+
+@contextmanager
+def interpreter_process() -> Iterator[ProcessPoolExecutor]:
+    """The same, one, in which Triton's interpreter runs the kernels."""
+    with _fresh_processes(1, interpret="1") as pool:
+        yield pool
+
+
+@contextmanager
+def _fresh_processes(workers: int, interpret: str | None) -> Iterator[ProcessPoolExecutor]:
+    before = os.environ.get("TRITON_INTERPRET")
+    _set_environment("TRITON_INTERPRET", interpret)
     try:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         for _ in range(workers):  # a process starts, with this environment, when a task finds none idle
             pool.submit(time.sleep, 0.1)
     finally:
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
+        _set_environment("TRITON_INTERPRET", before)
     with pool:
         yield pool
+
+
+def _set_environment(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 # Devices number the captures: Triton keeps compiled kernels by device.

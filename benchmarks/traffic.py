@@ -1,0 +1,260 @@
+"""python -m benchmarks.traffic: bytes that norm + ReLU chains move, fused, stock and compiled, beside the minimum.
+
+Nothing is timed, and nothing runs on a GPU: everything is counted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from triton.backends.compiler import GPUTarget
+
+from mnistnorm.checkpoint import write_atomically
+from mnistnorm.cli import Parser, at_least, fraction, output_file, print_error, run_program
+from mnistnorm.errors import UserError
+from mnistnorm.kernels.launch import Kind
+from mnistnorm.plots import COLORS, png
+
+from .cases import NORMS, Shape
+from .chain import Chain, default_groups
+from .compilation import TARGETS, compiler_processes, interpreter_process
+from .counting import Phases, eager, fused, interpreted, launches, once, total
+from .gpus import GPUS
+from .inductor import inductor
+from .machine import describe_machine
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# Elements of an activation up to which the launches also run in the interpreter, to be counted one by one.
+INTERPRETED = 2**16
+
+# What is compared, from the least to the most; "minimum" is computed, not counted.
+CONTENDERS = {
+    "minimum": "each activation in and out once",
+    "fused": "our launches",
+    "inductor": "torch.compile's kernels, each buffer once in a kernel",
+    "inductor, all loads": "the same, and what their loops load again",
+    "eager": "ATen operators, each operand once",
+    "eager, all kernels": "the same, and what the CUDA kernels behind the norms read again",
+}
+
+COLUMNS = "{:<19} {:>9} {:>9} {:>9} {:>9} {:>9} {:>10} {:>12} {:>9}"
+HEADER = COLUMNS.format("", "fwd read", "written", "bwd read", "written", "sum", "MB", "launches", "x fused")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One contender: bytes (read, written) of each phase, launches (for eager: operators), and each kernel's share."""
+
+    bytes: dict[str, tuple[int, int]]
+    launches: dict[str, int]
+    kernels: Phases
+
+    @classmethod
+    def of(cls, kernels: Phases) -> "Counts":
+        return cls(
+            {phase: total(them) for phase, them in kernels.items()},
+            {phase: len(them) for phase, them in kernels.items()},
+            kernels,
+        )
+
+    @property
+    def moved(self) -> int:
+        return sum(sum(both) for both in self.bytes.values())
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser("traffic", __doc__.partition(": ")[2].replace("\n", " "))
+    parser.prog = "python -m benchmarks.traffic"
+    add_chain_flags(parser)
+    add = parser.add_argument
+    add("--gpu", choices=[gpu.name for gpu in GPUS], default="H100", help="what code is generated for (%(default)s)")
+    add("--plan", choices=["resident", "split"], help="of the fused kernels (the one that they choose)")
+    add("--tensors", action="store_true", help="print the bytes of each tensor in each fused launch as well")
+    add("--json", type=output_file, metavar="FILE", help="write all counts there as well")
+    add("--plot", type=output_file, metavar="FILE", help="write a bar chart, a PNG file")
+    return parser
+
+
+def add_chain_flags(parser: argparse.ArgumentParser, shapes: str = "64x256x56x56") -> None:
+    """Adds the flags that say which chains."""
+    add = parser.add_argument
+    add("--shape", type=shape, nargs="+", default=[shape(s) for s in shapes.split()], help=f"N x C x H x W ({shapes})")
+    add("--dtype", choices=DTYPES, default="float32", help="of everything but statistics (%(default)s)")
+    add("--norms", choices=NORMS, nargs="+", default=list(NORMS))
+    add("--groups", type=at_least(1), metavar="N", help="of group norm (32, or 2 where channels are few)")
+    add("--dropout", type=fraction, default=0.0, metavar="P", help="(%(default)s)")
+    add("--residual", action="store_true", help="add a residual before the ReLU")
+    add("--channels-last", action="store_true", help="layer norm is then over (C, H, W), not over W")
+
+
+def shape(text: str) -> Shape:
+    """A flag's type: four positive sizes."""
+    sizes: Shape = ()
+    with suppress(ValueError):
+        sizes = tuple(int(size) for size in text.split("x"))
+    if len(sizes) != 4 or min(sizes) < 1 or prod(sizes) > 2**40:
+        raise argparse.ArgumentTypeError(f"expected four positive sizes such as 64x256x56x56, got {text!r}")
+    return sizes
+
+
+def chains(args: argparse.Namespace) -> list[Chain]:
+    """What the flags ask for.
+
+    Raises:
+        UserError: a shape does not divide into the groups, or has no statistics.
+    """
+    found = []
+    for size in args.shape:
+        groups = args.groups or default_groups(size[1])
+        if "group" in args.norms and size[1] % groups:
+            raise UserError(f"--groups {groups} does not divide the {size[1]} channels of {size}", exit_code=2)
+        if "batch" in args.norms and prod(size) == size[1]:
+            raise UserError(f"batch norm of {size} has one value for each channel: take a larger shape", exit_code=2)
+        options = (DTYPES[args.dtype], args.dropout, args.residual, args.channels_last, groups)
+        found += [Chain(norm, size, *options) for norm in args.norms]
+    return found
+
+
+def count_fused(wanted: Sequence[Chain], target: GPUTarget, plan: Kind | None) -> dict[Chain, Phases]:
+    """What the fused chains move.
+
+    Raises:
+        UserError: a chain is too large for the plan.
+    """
+    try:
+        return {chain: fused(chain, target, plan) for chain in wanted}
+    except ValueError as error:
+        raise UserError(f"--plan {plan}: {error}", exit_code=2) from error
+
+
+def compare(chain: Chain, fused_kernels: Phases, inductor_kernels: Phases) -> dict[str, Counts]:
+    """All contenders."""
+    minimum = Counts(chain.minimum(), {"forward": 1, "backward": 1}, {})
+    eager_kernels = eager(chain)
+    counted = (fused_kernels, once(inductor_kernels), inductor_kernels, once(eager_kernels), eager_kernels)
+    return dict(zip(CONTENDERS, (minimum, *map(Counts.of, counted)), strict=True))
+
+
+def title(chain: Chain) -> str:
+    layout = "channels_last" if chain.channels_last else "contiguous"
+    parts = [f"{chain.norm} norm" + (f" ({chain.groups} groups)" if chain.norm == "group" else "")]
+    parts += [f"dropout {chain.dropout:g}"] if chain.dropout else []
+    parts += ["residual"] if chain.residual else []
+    return f"{' + '.join((*parts, 'ReLU'))} of {list(chain.shape)}, {str(chain.dtype)[6:]}, {layout}"
+
+
+def row(label: str, counts: Counts, chain: Chain, reference: Counts) -> str:
+    moved = [part / chain.activation_bytes for both in counts.bytes.values() for part in both]
+    return COLUMNS.format(
+        label,
+        *(f"{units:.3f}" for units in (*moved, sum(moved))),
+        f"{counts.moved / 1e6:.1f}",
+        " + ".join(map(str, counts.launches.values())),
+        f"{counts.moved / reference.moved:.2f}",
+    )
+
+
+def tensors_table(phases: Phases) -> str:
+    """Bytes of each tensor in each launch."""
+    lines = []
+    for phase, kernels in phases.items():
+        for kernel in kernels:
+            lines.append(f"  {phase}: {kernel.name}")
+            for name in dict.fromkeys((*kernel.reads, *kernel.writes)):
+                read, written = kernel.reads.get(name, 0), kernel.writes.get(name, 0)
+                lines.append(f"    {name:<17} {read:>15,} B read {written:>15,} B written")
+    return "\n".join(lines)
+
+
+def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> Figure:
+    """Units of one activation, reads and writes stacked: a panel for each chain."""
+    figure = Figure(figsize=(9, 0.6 + 2.1 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (chain, contenders) in zip(panels, results, strict=True):
+        labels = list(contenders)
+        reads = [sum(r for r, _ in c.bytes.values()) / chain.activation_bytes for c in contenders.values()]
+        writes = [sum(w for _, w in c.bytes.values()) / chain.activation_bytes for c in contenders.values()]
+        panel.barh(labels, reads, color=COLORS[0], label="read")
+        panel.barh(labels, writes, left=reads, color=COLORS[1], label="written")
+        for place, both in enumerate(zip(reads, writes, strict=True)):
+            panel.text(sum(both), place, f" {sum(both):.2f}", va="center")
+        panel.invert_yaxis()
+        panel.set_title(title(chain), fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    longest = max(c.moved / chain.activation_bytes for chain, contenders in results for c in contenders.values())
+    panels[-1].set_xlim(0, 1.1 * longest)
+    panels[-1].set_xlabel(f"forward + backward, in activations moved; counted for {gpu}, not measured")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    return figure
+
+
+def as_json(chain: Chain, contenders: dict[str, Counts], interpreted_too: bool) -> dict[str, Any]:
+    return {
+        "chain": vars(chain) | {"dtype": str(chain.dtype)[6:]},
+        "activation_bytes": chain.activation_bytes,
+        "interpreted": interpreted_too,
+        "contenders": {
+            name: {
+                "bytes": counts.bytes,
+                "launches": counts.launches,
+                "kernels": {phase: [k._asdict() for k in kernels] for phase, kernels in counts.kernels.items()},
+            }
+            for name, counts in contenders.items()
+        },
+    }
+
+
+def traffic(argv: Sequence[str] | None) -> int:
+    args = get_parser().parse_args(argv)
+    gpu = next(gpu for gpu in GPUS if gpu.name == args.gpu)
+    target = TARGETS[gpu.target].gpu
+    wanted = chains(args)
+    fused_kernels = count_fused(wanted, target, args.plan)
+    machine = describe_machine(torch.device("cpu"))
+    print(machine)
+    print(f"Counted for {gpu.name} ({gpu.target}); nothing was run on a GPU. In units of one activation:")
+    for name, meaning in CONTENDERS.items():
+        print(f"  {name:<19} {meaning}")
+    results, documents, exit_code = [], [], 0
+    with compiler_processes(1) as compilers, interpreter_process() as interpreters:
+        generated = [compilers.submit(inductor, chain, gpu) for chain in wanted]
+        small = [chain for chain in wanted if prod(chain.shape) <= INTERPRETED]
+        seen = {chain: interpreters.submit(interpreted, chain, target, args.plan) for chain in small}
+        for chain, future in zip(wanted, generated, strict=True):
+            kernels = fused_kernels[chain]
+            contenders = compare(chain, kernels, future.result())
+            print(f"\n{title(chain)}; one activation is {chain.activation_bytes / 1e6:.1f} MB\n{HEADER}")
+            for name, counts in contenders.items():
+                print(row(name, counts, chain, contenders["fused"]), flush=True)
+            if args.tensors:
+                print(tensors_table(kernels))
+            if chain in seen:
+                if seen[chain].result() == launches(kernels):
+                    print("the interpreter saw the fused launches make these accesses")
+                else:
+                    print_error(f"the interpreter counted other bytes than the formulas for {title(chain)}")
+                    exit_code = 1
+            results.append((chain, contenders))
+            documents.append(as_json(chain, contenders, chain in seen))
+    if args.json:
+        document = {"machine": machine, "gpu": gpu.name, "chains": documents}
+        write_atomically(args.json, json.dumps(document, indent=1) + "\n")
+    if args.plot:
+        write_atomically(args.plot, png(bar_chart(results, gpu.name)))
+    return exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(traffic, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
