@@ -555,7 +555,7 @@ LEFT = [
 ]
 
 
-@pytest.mark.parametrize(("network", "reason"), LEFT, ids=str)
+@pytest.mark.parametrize(("network", "reason"), LEFT, ids=lambda value: getattr(value, "__name__", value))
 def test_left_alone(network, reason):
     torch.manual_seed(0)
     stock = network().double()
