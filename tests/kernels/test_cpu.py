@@ -88,3 +88,16 @@ def test_batch_norm_of_channels_last_takes_only_the_gradients_asked_for():
         inputs = [t.detach().clone().requires_grad_(i == asked) for i, t in enumerate([x, *parameters])]
         batch_norm_relu(inputs[0], None, None, *inputs[1:], training=True).sum().backward()
         assert [tensor.grad is not None for tensor in inputs] == [i == asked for i in range(3)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [12, 60])
+def test_batch_statistics_of_a_small_deviation_around_a_large_mean(size, memory_format):
+    x = (torch.randn(128, 3, size, size) + 1e5).contiguous(memory_format=memory_format)
+    mean, var, unbiased, _ = cpu.batch_statistics(x)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=2**-23, atol=0)
+    # The means of planes, whose variance is a part of the whole, are rounded to 2^-24 of 1e5: 1e-5 of the variance.
+    tolerance = 1e-4 if size == 60 and x.is_contiguous() else 1e-5
+    torch.testing.assert_close(var.double(), exact_var, rtol=tolerance, atol=0)
+    torch.testing.assert_close(unbiased.double(), x.double().var((0, 2, 3)), rtol=tolerance, atol=0)
