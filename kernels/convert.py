@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
@@ -107,7 +108,8 @@ def fuse(
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.
         example_inputs: the arguments of one call, in order; sums that broadcast there are left alone.
-        process_group: take the statistics of all batch norms, also of those left alone, over its processes.
+        process_group: take the statistics of all batch norms, also of those left alone, over its processes. Before
+            init_process_group, torch.distributed.group.WORLD is None, which asks for no synchronisation.
 
     Returns:
         A module of the same class, with the attribute `fusion_report`.
@@ -115,11 +117,13 @@ def fuse(
     Raises:
         TypeError: `model` is not a module, or is a wrapped or compiled one; process_group is not a ProcessGroup.
         ValueError: the model does not run on `example_inputs`.
-        RuntimeError: the modules cannot be copied.
+        RuntimeError: the modules cannot be copied; process_group is given and torch.distributed not initialised.
     """
     _check_model(model)
     if process_group is not None and not isinstance(process_group, ProcessGroup):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
+    if process_group is not None and not dist.is_initialized():
+        raise RuntimeError("process_group must be alive: call torch.distributed.init_process_group first")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
 
     result = copy_structure(model, share_buffers=True)

@@ -212,7 +212,8 @@ class ModeOutside(Chains):
 
 class Tail(Chains):
     def forward(self, x):
-        x = F.relu(self.norm1(self.conv1(x)))
+        x = self.conv1(x)
+        x = F.relu(self.norm1(x) + x.abs())
         return self.norm2(self.conv2(F.dropout(x, 0.5, self.training)))
 
 
@@ -242,7 +243,7 @@ SMALL = [
     (PromotingSum, (2, 1, 0)),
     (CalledTwice, (1, 0, 1)),
     (ModeOutside, (2, 0, 0)),
-    (Nested, (2, 1, 2)),
+    (Nested, (2, 2, 2)),
 ]
 IMAGE = (3, 3, 5, 7)
 
@@ -529,7 +530,7 @@ LEFT = [
     (SumWithItself, "does not add a tensor"),
     (SumScaled, "further arguments"),
     (WriteBetween, "may change a tensor in place"),
-    (AlwaysDropout, "does not follow the mode"),
+    (AlwaysDropout, "^the dropout behind it does not follow the mode"),
     (BranchOnMode, "cannot be rewritten: symbolically traced variables"),
     (NoGrad, "another grad mode"),
     (Checkpointed, "cannot be traced: symbolically traced variables"),
@@ -857,6 +858,8 @@ def test_process_group_reaches_every_batch_norm(tmp_path):
         assert type(unfuse(alone)) is nn.BatchNorm2d
     finally:
         dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        fuse(Sum(), process_group=group)
 
 
 def train_synchronised(rank: int, folder: Path) -> None:
