@@ -49,7 +49,8 @@ def apply(
         # Statistics are kept in float32 and outputs in the input's dtype whatever autocast does to torch's operations.
         with torch.autocast(input.device.type, enabled=False):
             return apply(norm, implementation, input, weight, bias, residual, dropout_p, relu, options)
-    options.pop("process_group", None)
+    if options.pop("process_group", None) is not None:
+        raise NotImplementedError("batch norm over a process_group cannot be exported or transformed by torch.func")
     if input.numel() == 0:
         return empty_output(input, weight, bias, residual)
     if implementation == "triton":
