@@ -45,13 +45,16 @@ def batch_norm_relu(
         eps: added to the variance.
         residual: added before the activation; of the input's shape, dtype (nothing is promoted) and device.
         dropout_p: probability to zero an element of the normalized tensor, applied as given. A zeroed element is 0
-            whatever it was, NaN included.
+            whatever it was, NaN included. Under torch.compile, torch.export and torch.func the mask follows
+            torch.manual_seed as well, but is not that of an eager call.
         activation: "relu" or "identity".
-        process_group: take the batch statistics over the batches of all its processes.
+        process_group: take the batch statistics over the batches of all its processes. torch.compile breaks its graph
+            there; torch.export and torch.func are refused.
         impl: "triton", "torch", or "auto" (Triton on a device it compiles for, PyTorch elsewhere).
 
     Returns:
-        A tensor of the input's shape and dtype, in its memory format where that is dense.
+        A tensor of the input's shape and dtype, in its memory format where that is dense. torch.autocast changes
+        neither: what a convolution under it hands on in half precision is taken with the float32 parameters.
 
     Raises:
         TypeError, ValueError, RuntimeError: where F.batch_norm, F.dropout or the addition would; before anything is
@@ -83,8 +86,6 @@ def batch_norm_relu(
     if training and not synchronised and channels > 0 and input.numel() == channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
     options = {"use_batch_stats": training, "process_group": process_group if synchronised else None}
-    if isinstance(momentum, Tensor) and not traced.is_traced(input):
-        momentum = float(momentum)
     forward_options = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "eps": eps}
     return _run(
         "batch_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, forward_options
@@ -113,7 +114,7 @@ def group_norm_relu(
         residual, dropout_p, activation, impl: as for `batch_norm_relu`.
 
     Returns:
-        A tensor of the input's shape and dtype, in its memory format where that is dense.
+        A tensor of the input's shape and dtype, under torch.autocast too, in its memory format where that is dense.
 
     Raises:
         TypeError, ValueError, RuntimeError: where F.group_norm, F.dropout or the addition would; before anything is
@@ -161,7 +162,7 @@ def layer_norm_relu(
         residual, dropout_p, activation, impl: as for `batch_norm_relu`.
 
     Returns:
-        A tensor of the input's shape and dtype.
+        A tensor of the input's shape and dtype, under torch.autocast too.
 
     Raises:
         TypeError, ValueError, RuntimeError: where F.layer_norm, F.dropout or the addition would; before anything is
@@ -197,10 +198,13 @@ def _run(
     forward_options: dict[str, Any],
 ) -> Tensor:
     relu = activation == "relu"
-    if options.get("process_group") is None and traced.is_traced(input):
+    synchronised = options.get("process_group") is not None
+    if traced.is_traced(input) and not (synchronised and torch.compiler.is_dynamo_compiling()):
         return traced.apply(
             norm, implementation, input, weight, bias, residual, dropout_p, relu, {**options, **forward_options}
         )
+    if isinstance(forward_options.get("momentum"), Tensor):
+        forward_options["momentum"] = float(forward_options["momentum"])
     # Imported when first needed: Triton takes time to import, and is not there on every platform.
     operation = _TORCH_OPERATIONS[norm] if implementation == "torch" else _triton_operation(norm)
     options |= {"dropout_p": dropout_p, "seed": _draw_seed() if dropout_p > 0 else 0, "relu": relu}

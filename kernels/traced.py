@@ -44,12 +44,9 @@ def apply(
     relu: bool,
     options: dict[str, Any],
 ) -> Tensor:
-    """The fused operation by operations that torch can trace, differentiate and transform."""
-    if not input.is_meta and torch.is_autocast_enabled(input.device.type):
-        # Statistics are kept in float32 and outputs in the input's dtype whatever autocast does to torch's operations.
-        with torch.autocast(input.device.type, enabled=False):
-            return apply(norm, implementation, input, weight, bias, residual, dropout_p, relu, options)
-    options.pop("process_group", None)
+    """The fused operation by operations that torch can trace, differentiate and transform; autocast changes none."""
+    if options.pop("process_group", None) is not None:
+        raise NotImplementedError("batch norm over a process_group cannot be exported or transformed by torch.func")
     if input.numel() == 0:
         return empty_output(input, weight, bias, residual)
     if implementation == "triton":
@@ -72,9 +69,9 @@ def _compose(
     tensors = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
     value = _NORMS[norm](*tensors, **options)
     if dropout_p > 0:
-        keep = torch.rand_like(value, dtype=torch.float32) >= dropout_p
+        dropped = torch.rand_like(value, dtype=torch.float32) < dropout_p
         # Not a product: what is dropped is 0 whatever it was.
-        value = torch.where(keep, value * reference.dropout_scale(dropout_p), 0.0)
+        value = (value * reference.dropout_scale(dropout_p)).masked_fill(dropped, 0)
     if residual is not None:
         value = value + residual
     return (value.relu() if relu else value).to(input.dtype)
@@ -94,7 +91,10 @@ def _call_operator(
     momentum: float | Tensor = 0.0,
     **options: Any,
 ) -> Tensor:
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
+    seed = None
+    if dropout_p > 0:
+        # Made of the input, it is fake where that is.
+        seed = torch.randint_like(input.new_empty((), dtype=torch.int64, device="cpu"), 2**63 - 1)
     buffers = (running_mean, running_var) if norm == "batch_norm" else ()
     output, mean, _, *var = library.call(
         f"{norm}_relu",
