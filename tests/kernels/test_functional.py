@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -511,11 +511,14 @@ def test_any_shape_dtype_and_option(data):
     check_drawn(data, "torch", "cpu")
 
 
-@pytest.mark.slow
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_shape_dtype_and_option_in_triton(data, device):
-    check_drawn(data, "triton", device)
+@pytest.mark.parametrize("max_examples", [12, pytest.param(40, marks=pytest.mark.slow)])
+def test_any_shape_dtype_and_option_in_triton(max_examples, device):
+    @settings(max_examples=max_examples, deadline=None)
+    @given(data=st.data())
+    def check(data):
+        check_drawn(data, "triton", device)
+
+    check()
 
 
 def check_drawn(data, impl, device):
