@@ -1,7 +1,6 @@
 """Launch plans: pure functions from the shape of a tensor and the target to tile sizes and program counts."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import gcd, isqrt, prod
 from typing import Any, Literal, NamedTuple
 
@@ -98,7 +97,6 @@ class Plan:
     constants: dict[str, Any]
 
 
-@lru_cache(maxsize=4096)
 def make_plan(
     geometry: Geometry,
     itemsize: int,

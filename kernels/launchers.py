@@ -253,20 +253,13 @@ def _forward(
     plan: Kind | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     target = current_target(input.device)
-    chosen = make_plan(
-        geometry,
-        input.element_size(),
-        target,
-        backward=False,
-        residual=residual is not None,
-        reduces=reduces,
-        kind=plan,
+    chosen, sizes, constants = _prepare(
+        geometry, input.element_size(), target, False, residual is not None, reduces, plan, dropout_p > 0, relu
     )
     mean = input.new_empty(statistics_shape, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
     rstd = torch.empty_like(mean)
     output = torch.empty_like(input)
     partials = None
-    sizes = _kernel_sizes(geometry, chosen)
     launches = []
     if chosen.reduction == "split":
         partials = mean.new_empty(3, chosen.splits, geometry.slabs)
@@ -277,7 +270,6 @@ def _forward(
         *(output, mean, rstd, running_mean, running_var, partials),
         *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, eps, momentum, *_dropout(dropout_p), seed),
     )
-    constants = {**_flags(geometry, chosen, dropout_p, relu), "REDUCTION": chosen.reduction}
     launches.append(Launch(forward_kernel, (chosen.programs,), arguments, constants))
     run(launches, input.device)
     return output, mean, rstd
@@ -306,15 +298,10 @@ def _backward(
     needs_input, needs_weight, needs_bias, needs_residual = needs
     if not (needs_input or needs_weight or needs_bias or (needs_residual and relu)):
         return None, None, None, grad_output if needs_residual else None
+    reduces = statistics_depend_on_input and needs_input
     target = current_target(input.device)
-    chosen = make_plan(
-        geometry,
-        input.element_size(),
-        target,
-        backward=True,
-        residual=has_residual,
-        reduces=statistics_depend_on_input and needs_input,
-        kind=plan,
+    chosen, sizes, constants = _prepare(
+        geometry, input.element_size(), target, True, has_residual, reduces, plan, dropout_p > 0, relu
     )
     grad_input = torch.empty_like(input) if needs_input else None
     grad_residual = torch.empty_like(input) if needs_residual and relu else None
@@ -328,57 +315,78 @@ def _backward(
             for parameter in parameters
         )
     else:
-        sums = mean.new_empty(2, chosen.parameter_partials, geometry.parameters)
-        buffers = tuple(None if parameter is None else part for parameter, part in zip(parameters, sums, strict=True))
+        like = weight if weight is not None else bias
+        shape = (geometry.parameters,) if like is None else like.shape
+        sums = mean.new_empty((2, chosen.parameter_partials, *shape))
+        buffers = tuple(
+            None if parameter is None else part for parameter, part in zip(parameters, sums.unbind(), strict=True)
+        )
 
     tensors = (
         *(_laid_out_like(input, grad_output), input, _laid_out_like(input, output)),
         *(_contiguous(weight), _contiguous(bias), mean, rstd),
     )
-    sizes = _kernel_sizes(geometry, chosen)
-    constants = _flags(geometry, chosen, dropout_p, relu)
     launches = []
     partials = None
     if chosen.reduction == "split":
         partials = mean.new_empty(2, chosen.splits, geometry.slabs)
         grid = (chosen.slab_blocks * chosen.splits,)
         arguments: tuple[Any, ...] = (*tensors, partials, *sizes, chosen.splits, *_dropout(dropout_p), seed)
-        launches.append(Launch(gradient_sums_kernel, grid, arguments, constants))
+        without_reduction = {name: value for name, value in constants.items() if name != "REDUCTION"}
+        launches.append(Launch(gradient_sums_kernel, grid, arguments, without_reduction))
     arguments = (
         *(*tensors, grad_input, grad_residual, *buffers, partials),
         *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, *_dropout(dropout_p), seed),
     )
-    launches.append(
-        Launch(backward_kernel, (chosen.programs,), arguments, {**constants, "REDUCTION": chosen.reduction})
-    )
+    launches.append(Launch(backward_kernel, (chosen.programs,), arguments, constants))
     run(launches, input.device)
 
     if sums is not None and (needs_weight or needs_bias):
         buffers = tuple(
-            None if parameter is None else total.view(parameter.shape).to(parameter.dtype)
-            for parameter, total in zip(parameters, sums.sum(1), strict=True)
+            None if parameter is None else total.to(parameter.dtype)
+            for parameter, total in zip(parameters, sums.sum(1).unbind(), strict=True)
         )
     grad_weight, grad_bias = buffers
     return grad_input, grad_weight, grad_bias, grad_output if needs_residual and not relu else grad_residual
 
 
-def _kernel_sizes(geometry: Geometry, plan: Plan) -> tuple[int, int, int, int]:
-    """Sizes as the kernels take them: in vectors, for the compiler to see that the lengths are multiples of those."""
-    return (
-        geometry.rows,
-        geometry.channels // plan.constants["CHANNEL_VECTOR"],
-        geometry.positions // plan.constants["POSITION_VECTOR"],
-        geometry.groups,
-    )
+class _Prepared(NamedTuple):
+    """What calls of one kind have in common.
+
+    Attributes:
+        plan: of the forward or the backward.
+        sizes: as the kernels take them, in vectors, for the compiler to see that the lengths are multiples of those.
+        constants: of the forward or the backward kernel.
+    """
+
+    plan: Plan
+    sizes: tuple[int, int, int, int]
+    constants: dict[str, Any]
 
 
-def _flags(geometry: Geometry, plan: Plan, dropout_p: float, relu: bool) -> dict[str, Any]:
-    return {
+@lru_cache(maxsize=4096)
+def _prepare(
+    geometry: Geometry,
+    itemsize: int,
+    target: GPUTarget,
+    backward: bool,
+    residual: bool,
+    reduces: bool,
+    kind: Kind | None,
+    dropout: bool,
+    relu: bool,
+) -> _Prepared:
+    plan = make_plan(geometry, itemsize, target, backward=backward, residual=residual, reduces=reduces, kind=kind)
+    rows, channels, positions, groups = geometry[:4]
+    vectors = channels // plan.constants["CHANNEL_VECTOR"], positions // plan.constants["POSITION_VECTOR"]
+    constants = {
         **plan.constants,
         "ELEMENTWISE_AFFINE": geometry.elementwise_affine,
-        "DROPOUT": dropout_p > 0,
+        "DROPOUT": dropout,
         "RELU": relu,
+        "REDUCTION": plan.reduction,
     }
+    return _Prepared(plan, (rows, *vectors, groups), constants)
 
 
 def _dropout(p: float) -> tuple[int, float]:

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from mnistnorm import batch_norm_relu, group_norm_relu, layer_norm_relu
-from mnistnorm.kernels import cpu, reference
+from mnistnorm.kernels import cpu, functional, launchers, reference
 from mnistnorm.kernels.functional import _missing_for_triton, choose_implementation
 
 # A float32 result carries a few roundings of 2^-24 and sums of some thousand terms; half-precision results are computed
@@ -511,11 +512,14 @@ def test_any_shape_dtype_and_option(data):
     check_drawn(data, "torch", "cpu")
 
 
-@pytest.mark.slow
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_shape_dtype_and_option_in_triton(data, device):
-    check_drawn(data, "triton", device)
+@pytest.mark.parametrize("max_examples", [12, pytest.param(40, marks=pytest.mark.slow)])
+def test_any_shape_dtype_and_option_in_triton(max_examples, device):
+    @settings(max_examples=max_examples, deadline=None)
+    @given(data=st.data())
+    def check(data):
+        check_drawn(data, "triton", device)
+
+    check()
 
 
 def check_drawn(data, impl, device):
@@ -539,6 +543,24 @@ def check_drawn(data, impl, device):
 # ---- what is refused
 
 X = torch.ones(2, 4, 3, 3)
+
+
+@pytest.fixture(
+    params=[
+        "torch",
+        pytest.param("triton", marks=pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="X is on the CPU")),
+    ]
+)
+def nothing_launched(request, monkeypatch):
+    """What "auto" stands for is tried; Triton's kernels must not be launched."""
+
+    def choose(impl, device):
+        return choose_implementation(request.param if impl == "auto" else impl, device)
+
+    monkeypatch.setattr(functional, "choose_implementation", choose)
+    with mock.patch.object(launchers, "run") as run:
+        yield
+    run.assert_not_called()
 
 
 @pytest.mark.parametrize(
@@ -588,6 +610,7 @@ X = torch.ones(2, 4, 3, 3)
         (lambda: layer_norm_relu(X, (3,), None, torch.ones(4)), RuntimeError, "bias must have shape"),
     ],
 )
+@pytest.mark.usefixtures("nothing_launched")
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -609,9 +632,26 @@ def test_choice_of_implementation(monkeypatch):
     _missing_for_triton.cache_clear()
 
 
-def test_bad_arguments_change_nothing():
+@pytest.mark.usefixtures("nothing_launched")
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"residual": X[:1]},
+        {"weight": torch.ones(3)},
+        {"bias": torch.ones(4, device="meta")},
+        {"dropout_p": -0.1},
+        {"activation": "gelu"},
+        {"eps": 0.0},
+        {"momentum": None},
+    ],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_bad_arguments_change_nothing(bad):
     running = torch.zeros(4), torch.ones(4)
-    with pytest.raises(RuntimeError):
-        batch_norm_relu(X, *running, training=True, residual=X[:1])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        batch_norm_relu(X, *running, training=True, **{"dropout_p": 0.5, **bad})
     assert (running[0] == 0).all()
     assert (running[1] == 1).all()
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,52 @@
+"""The benchmark of host time measures every norm and pass, and launches nothing."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import triton
+
+from benchmarks import host
+from mnistnorm.kernels import launchers
+
+
+def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "host.json"
+    assert host.main(["--calls", "1", "--rounds", "2", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert host.METHOD in printed
+    report = json.loads(file.read_text())
+    assert report["method"] == host.METHOD
+    assert {(row["norm"], row["dropout"], row["pass"]) for row in report["rows"]} == {
+        (norm, dropout, name) for norm in host.NORMS for dropout in (0.05, 0.0) for name in host.PASSES
+    }
+    for row in report["rows"]:
+        assert set(row["microseconds"]) == {"stock", "fused"}
+        assert all(len(values) == 2 and min(values) > 0 for values in row["microseconds"].values())
+        assert host.line(row) in printed
+
+
+@pytest.mark.parametrize("norm", host.NORMS)
+def test_the_fused_call_reaches_its_launch_and_no_further(norm: str) -> None:
+    kernels: list[str] = []
+
+    def run(launches: list[launchers.Launch], device: torch.device) -> None:
+        kernels.extend(launch.kernel.__name__ for launch in launches)
+
+    parameters = host.SHAPE[-1:] if norm == "layer" else host.SHAPE[1:2]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in (host.SHAPE, parameters, parameters)]
+    with host.launches_left_out(), mock.patch.object(launchers, "run", run):
+        output = host.functions(norm, 0.05)["fused"](*inputs)
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+    assert kernels == ["forward_kernel", "backward_kernel"]
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("norm", host.NORMS)
+def test_both_compute_the_same(norm: str) -> None:
+    parameters = host.SHAPE[-1:] if norm == "layer" else host.SHAPE[1:2]
+    inputs = [torch.randn(shape) for shape in (host.SHAPE, parameters, parameters)]
+    functions = host.functions(norm, 0.0)
+    torch.testing.assert_close(functions["fused"](*inputs), functions["stock"](*inputs))
