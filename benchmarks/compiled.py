@@ -234,7 +234,7 @@ def print_bounds(pool: ProcessPoolExecutor, fused_kernels: dict[str, dict[Chain,
     print(
         "\nBounds, not measurements: bytes counted, forward + backward, over the bandwidth of the datasheet; launches,"
     )
-    print("caches and arithmetic cost nothing here. In brackets how many times the fused chain's.")
+    print("caches and arithmetic cost nothing here. Behind each time: how many times the fused chain's it is.")
     for gpu in gpus:
         print(f"  {gpu.name:<8} {gpu.target:<8} {gpu.bandwidth / 1e9:>5.0f} GB/s  {gpu.source}")
     for name, meaning in CONTENDERS.items():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import compilation
+from benchmarks.compiled import ACTIVATION_LOADS, ACTIVATION_STORES
 from mnistnorm.kernels import launchers
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
@@ -17,10 +18,6 @@ NETWORK = (128, 8, 26, 26)
 SHAPES = (NETWORK, (64, 64, 56, 56), (64, 256, 14, 14), (13, 7, 17, 19))
 LATER_IN_NETWORK = ((24, 8), (22, 8), (9, 12), (7, 14), (7, 8), (5, 26), (5, 50))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-# The lines of the kernels that move activations.
-LOADS = ("x = device.load(x_ptr", "load_gradient(")
-STORES = ("tl.store(y_ptr", "tl.store(dx_ptr")
 
 
 class Case(NamedTuple):
@@ -141,8 +138,8 @@ def test_fits_without_spills_and_moves_wide(reports, case):
         assert compiled.fits, compiled
         assert not compiled.spills, compiled
         assert compiled.local_memory == 0, compiled
-        loads = {bits for line in LOADS for bits in compiled.widths("load", line)}
-        stores = {bits for line in STORES for bits in compiled.widths("store", line)}
+        loads = {bits for line in ACTIVATION_LOADS for bits in compiled.widths("load", line)}
+        stores = {bits for line in ACTIVATION_STORES for bits in compiled.widths("store", line)}
         assert loads == {case.bits}, compiled
         assert stores == ({case.bits} if compiled.kernel in ("forward_kernel", "backward_kernel") else set()), compiled
 
