@@ -128,24 +128,21 @@ def scale_and_shift(
 
 
 def batch_norm_backward(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs_input: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of input, weight and bias through batch statistics; `grad` in the input's layout."""
     columns, grads = _Columns.of(input), _Columns.of(grad).values
     count = input.numel() // columns.channels
-    mean_grad = columns.mean(grads)
-    grad_input = grad_weight = None
-    if needs[0] or needs[1]:
-        centred = columns.values - columns.repeat(mean)[0]
-        mean_grad_xhat = columns.mean(grads * centred) * rstd
-        grad_weight = mean_grad_xhat * count
-        if needs[0]:
-            factor = rstd if weight is None else rstd * weight
-            slope, offset = -factor * rstd * mean_grad_xhat, -factor * mean_grad
-            offset, slope, factor = columns.repeat(offset, slope, factor)
-            values = torch.addcmul(offset, centred, slope, out=centred).addcmul_(grads, factor)
-            grad_input = values.as_strided(input.shape, input.stride())
-    return grad_input, grad_weight if needs[1] else None, mean_grad * count if needs[2] else None
+    centred = columns.values - columns.repeat(mean)[0]
+    mean_grad, mean_grad_xhat = columns.mean(grads), columns.mean(grads * centred) * rstd
+    grad_input = None
+    if needs_input:
+        factor = rstd if weight is None else rstd * weight
+        slope, offset = -factor * rstd * mean_grad_xhat, -factor * mean_grad
+        offset, slope, factor = columns.repeat(offset, slope, factor)
+        values = torch.addcmul(offset, centred, slope, out=centred).addcmul_(grads, factor)
+        grad_input = values.as_strided(input.shape, input.stride())
+    return grad_input, mean_grad_xhat * count, mean_grad * count
 
 
 def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:

@@ -109,7 +109,7 @@ def batch_norm_backward(
         if input.numel() == 0:
             gradients = grad, torch.zeros_like(mean), torch.zeros_like(mean)
         elif through_statistics and cpu.is_large_channels_last(input):
-            gradients = cpu.batch_norm_backward(grad, input, scaled_weight, mean, rstd, needs)
+            gradients = cpu.batch_norm_backward(grad, input, scaled_weight, mean, rstd, needs[0])
         else:
             gradients = _aten.native_batch_norm_backward.default(
                 grad,

@@ -1,0 +1,103 @@
+"""The CPU's own ways against torch's kernels in float64, at the sizes where they are taken."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnistnorm import batch_norm_relu, layer_norm_relu
+from mnistnorm.kernels import cpu
+
+# Some hundred roundings of 2^-24, and those of the input where the mean is large next to the deviation.
+TOLERANCE = 2e-5
+
+
+def close(actual: Tensor, exact: Tensor, offset: float) -> None:
+    tolerance = TOLERANCE * (1 + abs(offset)) * max(1.0, exact.abs().max().item())
+    torch.testing.assert_close(actual.double(), exact, atol=tolerance, rtol=0)
+
+
+def gradients_of(output: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, inputs, grad)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("length", [3, 5, 7, 8, 9, 16, 22, 24, 31, 32, 33])
+def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(length)
+    shape = (7, cpu.SHORT_ROWS_ELEMENTS // (7 * length) + 3, length)
+    inputs = [torch.randn(shape) + offset]
+    inputs += [torch.rand(length) + 0.5, torch.randn(length)] if affine else []
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    output = layer_norm_relu(inputs[0], (length,), *inputs[1:], activation="identity")
+    exact = torch.nn.functional.layer_norm(exact_inputs[0], (length,), *exact_inputs[1:])
+    grad = torch.randn_like(output) + 0.3
+    close(output, exact, offset)
+    expected = gradients_of(exact, exact_inputs, grad.double())
+    for actual, each in zip(gradients_of(output, inputs, grad), expected, strict=True):
+        close(actual, each, offset)
+
+
+def test_contended_rows_are_those_whose_sums_share_cache_lines(monkeypatch):
+    def asked(length: int, dtype: torch.dtype = torch.float32) -> bool:
+        return cpu.has_contended_rows(torch.empty(cpu.SHORT_ROWS_ELEMENTS, length, dtype=dtype), (length,))
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert [length for length in (9, 16, 24, 26, 32, 33) if asked(length)] == [9, 24, 26]
+    assert asked(12, torch.float64)
+    assert not asked(8, torch.float64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not asked(26)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+@pytest.mark.parametrize(
+    "shape", [(16, 8, 26, 26), (64, 50, 5, 5), (3, 7, 29, 31), (1, 3, 90, 91), (5, 6, 7, 8, 11)], ids=str
+)
+def test_batch_norm_of_channels_last(shape, offset, affine):
+    torch.manual_seed(shape[0])
+    memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    x = (torch.randn(shape) + offset).contiguous(memory_format=memory_format)
+    assert cpu.is_large_channels_last(x)
+    inputs = [x, *((torch.rand(shape[1]) + 0.5, torch.randn(shape[1])) if affine else ())]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    statistics = [torch.zeros(shape[1]), torch.ones(shape[1])]
+    exact_statistics = [torch.zeros(shape[1]).double(), torch.ones(shape[1]).double()]
+    for training in (True, False):
+        output = batch_norm_relu(inputs[0], *statistics, *inputs[1:], training=training, activation="identity")
+        exact = torch.nn.functional.batch_norm(exact_inputs[0], *exact_statistics, *exact_inputs[1:], training=training)
+        assert output.is_contiguous(memory_format=memory_format)
+        grad = torch.randn_like(output) + 0.3
+        close(output, exact, offset)
+        expected = gradients_of(exact, exact_inputs, grad.double())
+        for actual, each in zip(gradients_of(output, inputs, grad), expected, strict=True):
+            close(actual, each, offset)
+        for actual, each in zip(statistics, exact_statistics, strict=True):
+            close(actual, each, offset)
+
+
+def test_batch_norm_of_channels_last_takes_only_the_gradients_asked_for():
+    x = torch.randn(16, 8, 16, 16).contiguous(memory_format=torch.channels_last)
+    parameters = [torch.rand(8) + 0.5, torch.randn(8)]
+    for asked in range(3):
+        inputs = [t.detach().clone().requires_grad_(i == asked) for i, t in enumerate([x, *parameters])]
+        batch_norm_relu(inputs[0], None, None, *inputs[1:], training=True).sum().backward()
+        assert [tensor.grad is not None for tensor in inputs] == [i == asked for i in range(3)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [12, 60])
+def test_batch_statistics_of_a_small_deviation_around_a_large_mean(size, memory_format):
+    x = (torch.randn(128, 3, size, size) + 1e5).contiguous(memory_format=memory_format)
+    mean, var, unbiased, _ = cpu.batch_statistics(x)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=2**-23, atol=0)
+    # The means of planes, whose variance is a part of the whole, are rounded to 2^-24 of 1e5: 1e-5 of the variance.
+    tolerance = 1e-4 if size == 60 and x.is_contiguous() else 1e-5
+    torch.testing.assert_close(var.double(), exact_var, rtol=tolerance, atol=0)
+    torch.testing.assert_close(unbiased.double(), x.double().var((0, 2, 3)), rtol=tolerance, atol=0)
