@@ -6,7 +6,7 @@ ARGS ?=
 # A process for each core, of one thread: the tests are many and small. Those of a group share what they compile.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: setup train compare test test-slow test-exhaustive lint bench clean
+.PHONY: setup train compare test test-slow test-exhaustive lint bench gpu clean
 
 setup: $(VENV)/installed
 
@@ -40,6 +40,19 @@ lint: setup
 
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+# Everything that a GPU can tell, into gpu/: docs/gpu.md says what to do with it.
+GPU ?= H100
+TARGET ?= sm_90
+gpu: setup
+	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch finds no GPU here")'
+	mkdir -p gpu
+	(nvidia-smi || rocm-smi; $(RUN) -m torch.utils.collect_env) > gpu/machine.txt 2>&1
+	$(RUN) -m pytest tests/kernels -m 'not exhaustive' > gpu/tests.txt 2>&1 || { tail -n 20 gpu/tests.txt; exit 1; }
+	$(RUN) -m benchmarks.layers --device cuda --json gpu/layers.json > gpu/layers.txt
+	$(RUN) -m benchmarks.traffic --gpu $(GPU) --json gpu/traffic.json --plot gpu/traffic.png > gpu/traffic.txt
+	$(RUN) -m benchmarks.compiled --target $(TARGET) --json gpu/compiled.json > gpu/compiled.txt
+	@echo 'now send the folder gpu/: see docs/gpu.md'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,9 +34,19 @@ ACTIVATION_LOADS = ("x = device.load(x_ptr", "load_gradient(", "device.load(resi
 ACTIVATION_STORES = ("tl.store(y_ptr", "tl.store(dx_ptr", "tl.store(dresidual_ptr")
 
 # What tells one row from another, and what is compared with a baseline.
-KEY = ("target", "chain", "plan", "phase", "kernel")
+KEY = ("target", "chain", "phase", "kernel")
 COMPARED = (
-    *("grid", "num_warps", "num_ctas", "registers", "spill_bytes", "local_memory", "shared_memory", "occupancy"),
+    *(
+        "plan",
+        "grid",
+        "num_warps",
+        "num_ctas",
+        "registers",
+        "spill_bytes",
+        "local_memory",
+        "shared_memory",
+        "occupancy",
+    ),
     *("loads", "stores", "load_bits", "store_bits", "instructions", "bytes"),
 )
 
@@ -138,8 +148,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 def changes(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """What changed since a baseline, and what of it is a new spill or a narrower access: one line each."""
-    before = {tuple(row[name] for name in KEY): row for row in baseline}
+    """What changed in these chains since a baseline, and what of it is a new spill or a lost width: one line each."""
+    asked = {(row["target"], row["chain"]) for row in rows}
+    before = {tuple(row[name] for name in KEY): row for row in baseline if (row["target"], row["chain"]) in asked}
     after = {tuple(row[name] for name in KEY): row for row in rows}
     changed, worse = [], []
     for key, new in after.items():
@@ -207,7 +218,7 @@ def compiled(argv: Sequence[str] | None) -> int:
     if baseline is None:
         return 0
     changed, worse = changes(rows, baseline)
-    print(f"\nSince {args.baseline}: " + ("\n  ".join(["", *changed]).lstrip("\n") if changed else "nothing changed"))
+    print(f"\nSince {args.baseline}:", *(changed or ["nothing changed"]), sep="\n  ")
     for problem in worse:
         print(f"WORSE: {problem}")
     return 1 if worse else 0
@@ -234,7 +245,7 @@ def print_bounds(pool: ProcessPoolExecutor, fused_kernels: dict[str, dict[Chain,
     print(
         "\nBounds, not measurements: bytes counted, forward + backward, over the bandwidth of the datasheet; launches,"
     )
-    print("caches and arithmetic cost nothing here. In brackets how many times the fused chain's.")
+    print("caches and arithmetic cost nothing here. Behind each time: how many times the fused chain's it is.")
     for gpu in gpus:
         print(f"  {gpu.name:<8} {gpu.target:<8} {gpu.bandwidth / 1e9:>5.0f} GB/s  {gpu.source}")
     for name, meaning in CONTENDERS.items():

@@ -41,7 +41,7 @@ CONTENDERS = {
     "fused": "our launches",
     "inductor": "torch.compile's kernels, each buffer once in a kernel",
     "inductor, all loads": "the same, and what their loops load again",
-    "eager": "ATen operators, each operand once",
+    "eager": "ATen operators (for launches: one or more each), each operand once",
     "eager, all kernels": "the same, and what the CUDA kernels behind the norms read again",
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import compilation
+from benchmarks.compiled import ACTIVATION_LOADS, ACTIVATION_STORES
 from mnistnorm.kernels import launchers
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
@@ -26,10 +27,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # What else makes for other code; "eval" is batch norm with given statistics.
 VARIANTS = ("dropout", "residual", "dropout-residual", "identity", "eval")
-
-# The lines of the kernels that move activations.
-LOADS = ("x = device.load(x_ptr", "load_gradient(", "y += device.load(residual_ptr")
-STORES = ("tl.store(y_ptr", "tl.store(dx_ptr", "tl.store(dresidual_ptr")
 
 
 class Case(NamedTuple):
@@ -180,8 +177,8 @@ def test_fits_without_spills_and_moves_wide(reports, case):
         assert compiled.fits, compiled
         assert not compiled.spills, compiled
         assert compiled.local_memory == 0, compiled
-        loads = {bits for line in LOADS for bits in compiled.widths("load", line)}
-        stores = {bits for line in STORES for bits in compiled.widths("store", line)}
+        loads = {bits for line in ACTIVATION_LOADS for bits in compiled.widths("load", line)}
+        stores = {bits for line in ACTIVATION_STORES for bits in compiled.widths("store", line)}
         assert loads == {case.bits}, compiled
         assert stores == ({case.bits} if compiled.kernel in ("forward_kernel", "backward_kernel") else set()), compiled
 
