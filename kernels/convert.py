@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from .chains import SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, join, match_chains
 from .functional import Activation
 from .modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, FusedLayer, GroupNormReLU, LayerNormReLU
-from .tracing import (
+from .forwards import (
     NORMS,
     Forward,
     RewritingTracer,
