@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .modules import FusedLayer
 from .forwards import IN_PLACE_OPERATORS, NORMS, Rewritten, Tracer, check_one_way, scratch_copy
+from .modules import FusedLayer
 
 FUSIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 

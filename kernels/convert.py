@@ -16,8 +16,6 @@ from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 
 from .chains import SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, join, match_chains
-from .functional import Activation
-from .modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, FusedLayer, GroupNormReLU, LayerNormReLU
 from .forwards import (
     NORMS,
     Forward,
@@ -29,6 +27,8 @@ from .forwards import (
     has_hooks,
     scratch_copy,
 )
+from .functional import Activation
+from .modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, FusedLayer, GroupNormReLU, LayerNormReLU
 
 _FUSED: dict[type[nn.Module], type[FusedLayer]] = {
     nn.BatchNorm1d: BatchNormReLU1d,
