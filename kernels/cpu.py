@@ -30,6 +30,8 @@ VECTOR = 8
 # In rows up to this length several threads of that backward add parameters' gradients in the same cache lines.
 CONTENDED_ROW = 32
 CACHE_LINE = 64
+# Elements that are taken at a time, so that a temporary stays in the cache.
+PART = 2**18
 
 
 class _Columns(NamedTuple):
@@ -222,10 +224,13 @@ def row_sums(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias, by matrix products."""
     length = input.shape[-1]
-    grad, mean, rstd = grad.reshape(-1, length), mean.reshape(-1, 1), rstd.reshape(-1)
-    grad_weight = grad_bias = None
-    if needs[1]:
-        grad_weight = torch.mv((input.view(-1, length) - mean).mul_(grad).t(), rstd)
-    if needs[2]:
-        grad_bias = torch.mv(grad.t(), torch.ones_like(rstd))
+    rows, grad, mean, rstd = input.view(-1, length), grad.reshape(-1, length), mean.reshape(-1, 1), rstd.reshape(-1)
+    grad_weight = rows.new_zeros(length) if needs[1] else None
+    grad_bias = rows.new_zeros(length) if needs[2] else None
+    count = PART // length
+    for part in (slice(first, first + count) for first in range(0, len(rows), count)):
+        if grad_weight is not None:
+            grad_weight.addmv_((rows[part] - mean[part]).mul_(grad[part]).t(), rstd[part])
+        if grad_bias is not None:
+            grad_bias.addmv_(grad[part].t(), torch.ones_like(rstd[part]))
     return grad_weight, grad_bias

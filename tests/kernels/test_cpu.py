@@ -23,9 +23,10 @@ def gradients_of(output: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Te
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("length", [3, 5, 7, 8, 9, 16, 22, 24, 31, 32, 33])
+@pytest.mark.parametrize("length", [3, 5, 7, 8, 9, 16, 22, 24, 31, 32, 33, 56])
 def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "PART", 2**12)
     torch.manual_seed(length)
     shape = (7, cpu.SHORT_ROWS_ELEMENTS // (7 * length) + 3, length)
     inputs = [torch.randn(shape) + offset]
