@@ -1,7 +1,7 @@
 """What torch.compile, torch.export, torch.func and tensors without data see in place of an eager call.
 
 The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one calls the
-operators of `library.py`. Values, dtypes and the promises of dropout are those of the eager call; its mask is not.
+operators of `operators.py`. Values, dtypes and the promises of dropout are those of the eager call; its mask is not.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from . import library, reference
+from . import operators, reference
 from .autograd import empty_output
 
 _TRACING_MODES = (
@@ -96,7 +96,7 @@ def _call_operator(
         # Made of the input, it is fake where that is.
         seed = torch.randint_like(input.new_empty((), dtype=torch.int64, device="cpu"), 2**63 - 1)
     buffers = (running_mean, running_var) if norm == "batch_norm" else ()
-    output, mean, _, *var = library.call(
+    output, mean, _, *var = operators.call(
         f"{norm}_relu",
         (input, weight, bias, residual, seed, *buffers),
         {"dropout_p": dropout_p, "relu": relu, **options},

@@ -1,7 +1,8 @@
 """Set-up shared by all tests: where there is no GPU, Triton's interpreter runs the kernels, and is watched."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -20,3 +21,18 @@ def device() -> Iterator[str]:
 
         with tracing.watch():
             yield "cpu"
+
+
+@pytest.fixture
+def run_two_processes() -> Callable[..., None]:
+    """Calls function(rank, *arguments) in two new processes and checks that both end well."""
+
+    def run(function: Callable[..., None], *arguments: object) -> None:
+        processes = [get_context("spawn").Process(target=function, args=(rank, *arguments)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+
+    return run

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import multiprocessing
 import pickle
 import re
 from pathlib import Path
@@ -877,14 +876,8 @@ def train_synchronised(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_process_group_is_for_all_batch_norms(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=train_synchronised, args=(rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+def test_process_group_is_for_all_batch_norms(tmp_path, run_two_processes):
+    run_two_processes(train_synchronised, tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     model = SumOfNorms().double()

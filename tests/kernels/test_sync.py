@@ -1,6 +1,5 @@
 """Batch norm over a process group: two processes with parts of a batch against one with the whole of it."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -44,14 +43,8 @@ def train_part(rank: int, folder: Path, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[3, 3], [5, 1], [6, 0]], ids=str)
-def test_two_processes_are_one(tmp_path, sizes):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=train_part, args=(rank, tmp_path, sizes)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+def test_two_processes_are_one(tmp_path, sizes, run_two_processes):
+    run_two_processes(train_part, tmp_path, sizes)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     x, residual, grad = data()

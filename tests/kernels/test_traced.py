@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, batch_norm_relu
-from mnistnorm.kernels import library, traced
+from mnistnorm.kernels import operators, traced
 
 SHAPE = (5, 4, 3, 6)
 
@@ -223,7 +223,7 @@ def test_eager_calls_do_not_enter_the_traced_way(fused, stock, impl, monkeypatch
         raise AssertionError
 
     monkeypatch.setattr(traced, "apply", fail)
-    monkeypatch.setattr(library, "call", fail)
+    monkeypatch.setattr(operators, "call", fail)
     fused(impl=impl, dropout_p=0.5, device=device)(torch.randn(SHAPE, requires_grad=True)).sum().backward()
 
 

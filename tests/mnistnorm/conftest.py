@@ -38,6 +38,12 @@ def quick(few_digits: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def long_flags(quick: list[str]) -> list[str]:
+    """Flags for a run of four epochs of twenty steps whose every part of the state matters."""
+    return [*quick, "--epochs", "4", "--batch-size", "16", "--fused", "--dropout", "0.05"]
+
+
+@pytest.fixture(scope="session")
 def finished_run(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "fused"
     assert train.main([*quick, "--fused", "--out", str(out)]) == 0

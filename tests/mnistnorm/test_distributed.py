@@ -113,15 +113,9 @@ def test_two_processes_learn_as_one(flags: list[str], sync: list[str], quick: li
 
 
 @pytest.fixture(scope="module")
-def flags(quick: list[str]) -> list[str]:
-    """Flags for a run of four epochs of twenty steps whose every part of the state matters."""
-    return [*quick, "--epochs", "4", "--batch-size", "16", "--fused", "--dropout", "0.05"]
-
-
-@pytest.fixture(scope="module")
-def whole_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(long_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    code, printed, errors = run(TWO, [*flags, "--out", str(out)])
+    code, printed, errors = run(TWO, [*long_flags, "--out", str(out)])
     assert (code, errors) == (0, [])
     assert ", 2 processes\n" in printed
     return out
@@ -129,9 +123,9 @@ def whole_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.slow
 def test_processes_stopped_by_torchrun_leave_a_run_that_resumes_to_the_same_bits(
-    flags: list[str], whole_run: Path, tmp_path: Path
+    long_flags: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
-    process = start(TWO, [*flags, "--out", str(tmp_path)])
+    process = start(TWO, [*long_flags, "--out", str(tmp_path)])
     assert process.stdout is not None
     assert any(line.startswith("epoch  1/4") for line in process.stdout)
     process.send_signal(signal.SIGTERM)  # which torchrun passes on to both
@@ -141,8 +135,10 @@ def test_processes_stopped_by_torchrun_leave_a_run_that_resumes_to_the_same_bits
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_at_the_same_step(flags: list[str], whole_run: Path, tmp_path: Path) -> None:
-    code, _, errors = run(TWO, [*flags, "--out", str(tmp_path)], "tests.mnistnorm.train_interrupted")
+def test_a_signal_to_one_process_stops_all_at_the_same_step(
+    long_flags: list[str], whole_run: Path, tmp_path: Path
+) -> None:
+    code, _, errors = run(TWO, [*long_flags, "--out", str(tmp_path)], "tests.mnistnorm.train_interrupted")
     assert code != 0
     assert check_stopped_run(errors, "SIGINT", tmp_path, whole_run) == 25
 
@@ -161,12 +157,12 @@ def check_stopped_run(errors: list[str], name: str, out: Path, whole_run: Path) 
 
 
 @pytest.mark.slow
-def test_an_error_of_several_processes_is_one_line(flags: list[str], whole_run: Path) -> None:
+def test_an_error_of_several_processes_is_one_line(long_flags: list[str], whole_run: Path) -> None:
     for more, message in (
         (["--batch-size", "1"], "--batch-size 1 leaves some of 2 processes without an image: take more"),
         ([], f"{whole_run} holds a run: continue it"),
     ):
-        code, printed, errors = run(TWO, [*flags, *more, "--out", str(whole_run)])
+        code, printed, errors = run(TWO, [*long_flags, *more, "--out", str(whole_run)])
         assert code != 0
         assert printed == ""
         assert len(errors) == 1

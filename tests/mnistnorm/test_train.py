@@ -93,12 +93,6 @@ def test_best_is_the_best_on_the_validation_split_or_by_the_training_loss() -> N
 
 
 @pytest.fixture(scope="module")
-def long_flags(quick: list[str]) -> list[str]:
-    """Flags for a run of four epochs of twenty steps."""
-    return [*quick, "--epochs", "4", "--batch-size", "16", "--fused", "--dropout", "0.05"]
-
-
-@pytest.fixture(scope="module")
 def whole_run(long_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     assert train.main([*long_flags, "--out", str(out)]) == 0

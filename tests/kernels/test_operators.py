@@ -1,9 +1,10 @@
-"""The registered operators: torch.library.opcheck of each, and what they refuse."""
+"""The registered operators: opcheck of each, and what they refuse."""
 
 import pytest
 import torch
+from torch import library
 
-from mnistnorm.kernels import library
+from mnistnorm.kernels import operators
 
 # opcheck's own doing, where it looks for gradients of what it has computed.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -51,9 +52,7 @@ norms = pytest.mark.parametrize(("norm", "options"), [(n.split()[0], o) for n, o
 
 
 def check(name, tensors, options):
-    assert set(torch.library.opcheck(getattr(torch.ops.mnistnorm, name).default, tensors, options).values()) == {
-        "SUCCESS"
-    }
+    assert set(library.opcheck(getattr(torch.ops.mnistnorm, name).default, tensors, options).values()) == {"SUCCESS"}
 
 
 @norms
@@ -79,7 +78,7 @@ def test_opcheck_of_layouts_and_dtypes(norm, options, layout, dtype, extras, dev
 @norms
 def test_second_derivative_is_refused(norm, options, device):
     tensors, options = sample(norm, options)
-    output = library.call(f"{norm}_relu", tensors, options)[0]
+    output = operators.call(f"{norm}_relu", tensors, options)[0]
     (grad,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(NotImplementedError, match='impl="triton" has no second derivative'):
         grad.sum().backward()

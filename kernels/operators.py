@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 class _Formula(NamedTuple):
-    """How an operator is differentiated, in the terms of torch.library.register_autograd."""
+    """How an operator is differentiated, in the terms of `register_autograd`."""
 
     setup_context: Callable[..., None] | None
     backward: Callable[..., Any]
@@ -33,7 +33,7 @@ def call(name: str, tensors: Sequence[Tensor | None], options: dict[str, Any]) -
 
 
 class _Transformed(torch.autograd.Function):
-    """An operator for torch.func, which does not take the gradients that are registered with torch.library."""
+    """An operator for torch.func, which does not take the gradients that are registered for autograd."""
 
     generate_vmap_rule = True
 
@@ -58,13 +58,13 @@ def _register(norm: str, buffers: str, option: str) -> None:
     """Defines the operators of a norm: forward takes `buffers` and returns a statistic for each pair of them."""
     name = f"mnistnorm::{norm}_relu"
     options = f"float dropout_p, bool relu, {option}"
-    torch.library.define(
+    library.define(
         name,
         f"(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed{buffers}, *, "
         f"float eps, {options}) -> (Tensor output, Tensor mean, Tensor rstd{', Tensor var' if buffers else ''})",
         tags=torch.Tag.needs_exact_strides,
     )
-    torch.library.define(
+    library.define(
         f"{name}_backward",
         f"(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? output, Tensor mean, Tensor rstd, "
         f"Tensor? seed, *, bool has_residual, bool[] needs, {options}) -> Tensor[]",
@@ -105,14 +105,14 @@ def _register(norm: str, buffers: str, option: str) -> None:
             gradients[3] = grad_output
         return (*gradients, *nothing[4:])
 
-    torch.library.impl(name, "default", _batch_norm_forward if buffers else _forward_of(norm))
-    torch.library.impl(f"{name}_backward", "default", backward)
-    torch.library.register_fake(name, _fake_forward)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
+    library.impl(name, "default", _batch_norm_forward if buffers else _forward_of(norm))
+    library.impl(f"{name}_backward", "default", backward)
+    library.register_fake(name, _fake_forward)
+    library.register_fake(f"{name}_backward", _fake_backward)
     for operator, formula in ((name, _Formula(setup_context, differentiate)), (f"{name}_backward", _ONLY_ONCE)):
         _formulas[operator] = formula
-        torch.library.register_autograd(operator, formula.backward, setup_context=formula.setup_context)
-        torch.library.register_vmap(operator, _one_by_one(operator))
+        library.register_autograd(operator, formula.backward, setup_context=formula.setup_context)
+        library.register_vmap(operator, _one_by_one(operator))
 
 
 def _refuse(ctx: Any, *gradients: Any) -> Any:
