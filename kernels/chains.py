@@ -75,8 +75,10 @@ class Refusal:
 
 @dataclass
 class Findings:
-    """What is known of a model."""
+    """What is known of a model. A module that is shared goes by the first of its paths."""
 
+    model: nn.Module
+    first_path: dict[nn.Module, str] = field(init=False)
     calls: dict[str, list[Chain | str]] = field(default_factory=dict)
     """For each norm, in each call that was traced, its chain or why there is none."""
     uses: list[tuple[str, Chain | None]] = field(default_factory=list)
@@ -85,8 +87,16 @@ class Findings:
     """The modules whose forward cannot be traced, and why."""
     traced: set[str] = field(default_factory=set)
     """The modules whose forward was traced."""
-    called_oddly: set[str] = field(default_factory=set)
-    """The modules that are called with something else than tensors by position."""
+    beyond_tensors: set[str] = field(default_factory=set)
+    """The modules that are called with something else than tensors by position, or that get something else from a
+    module they call."""
+
+    def __post_init__(self) -> None:
+        self.first_path = {module: path for path, module in self.model.named_modules()}
+
+    def path(self, root: str, path: str) -> str:
+        """The path in the model of what is at `path` in the module at `root`."""
+        return self.first_path[self.model.get_submodule(join(root, path))]
 
 
 @dataclass
@@ -105,13 +115,13 @@ def find_chains(model: nn.Module, example_inputs: tuple[Any, ...] | None = None)
     Raises:
         ValueError: the model does not run on `example_inputs`.
     """
-    findings = Findings()
-    _find_in_module(model, "", example_inputs, findings)
+    findings = Findings(model)
+    _find_in_module("", example_inputs, findings)
     return findings
 
 
-def _find_in_module(model: nn.Module, root: str, example_inputs: tuple[Any, ...] | None, findings: Findings) -> None:
-    module = model.get_submodule(root)
+def _find_in_module(root: str, example_inputs: tuple[Any, ...] | None, findings: Findings) -> None:
+    module = findings.model.get_submodule(root)
     if isinstance(module, (NORMS, Rewritten, torch.jit.ScriptModule)):
         return
     opaque: dict[str, str] = {}
@@ -120,26 +130,28 @@ def _find_in_module(model: nn.Module, root: str, example_inputs: tuple[Any, ...]
             check_one_way(module)
             traces = _trace_both_modes(module, opaque)
         except Exception as error:
-            findings.untraceable[root] = first_line(error)
+            findings.untraceable[findings.path(root, "")] = first_line(error)
         else:
             if example_inputs is not None:
                 _note_shapes(traces[0], example_inputs)
             for trace in traces:
                 _collect(trace, root, findings)
             for path, reason in opaque.items():
-                findings.untraceable[join(root, path)] = reason
+                findings.untraceable[findings.path(root, path)] = reason
                 for name, _ in module.get_submodule(path).named_children():
-                    _find_in_module(model, join(root, f"{path}.{name}"), None, findings)
+                    _find_in_module(join(root, f"{path}.{name}"), None, findings)
             return
     for name, _ in module.named_children():
-        _find_in_module(model, join(root, name), None, findings)
+        _find_in_module(join(root, name), None, findings)
 
 
 def _trace_both_modes(module: nn.Module, opaque: dict[str, str]) -> list[_Trace]:
     """The module traced in eval and in train mode; adds to `opaque` what cannot be traced inside it."""
     traces: list[_Trace] = []
     while len(traces) < 2:
-        scratch = scratch_copy(module).train(mode=len(traces) == 1)
+        scratch = scratch_copy(module)
+        for child in scratch.modules():  # not by train(), where a module may merge its weights or the like
+            child.training = len(traces) == 1
         tracer = Tracer(opaque)
         try:
             graph = tracer.trace(scratch)
@@ -173,20 +185,20 @@ def _collect(trace: _Trace, root: str, findings: Findings) -> None:
     modules = dict(trace.module.named_modules())
     members: dict[fx.Node, Chain] = {}
     for match in match_chains(trace.graph, modules):
-        path = join(root, str(match.norm.target))
+        path = findings.path(root, str(match.norm.target))
         if isinstance(match, Match) and match.dropout_training not in (None, trace.training):
             match = Refusal(match.norm, "the dropout behind it does not follow the mode")
         if isinstance(match, Refusal):
             findings.calls.setdefault(path, []).append(match.reason)
             continue
-        chain = _describe(match, root)
+        chain = _describe(match, root, findings)
         members |= {node: chain for node in (match.dropout, match.relu) if node is not None}
         findings.calls.setdefault(path, []).append(chain)
     for node in trace.graph.nodes:
         if node.op == "call_module" and isinstance(modules[node.target], (nn.ReLU, nn.Dropout)):
-            findings.uses.append((join(root, node.target), members.get(node)))
-    findings.traced |= {join(root, path) for path in ("", *trace.tracer.traced)}
-    findings.called_oddly |= {join(root, path) for path in trace.tracer.called_oddly}
+            findings.uses.append((findings.path(root, node.target), members.get(node)))
+    findings.traced |= {findings.path(root, path) for path in ("", *trace.tracer.traced)}
+    findings.beyond_tensors |= {findings.path(root, path) for path in trace.tracer.beyond_tensors}
 
 
 def match_chains(
@@ -196,14 +208,13 @@ def match_chains(
 
     With `known`, looks at those norms alone, which are known to have no write in place between norm and sum.
     """
-    order = {node: index for index, node in enumerate(graph.nodes)} if known is None else {}
     norms = [node for node in graph.nodes if node.op == "call_module" and isinstance(modules[node.target], NORMS)]
     matches: dict[fx.Node, Match] = {}
     reasons: dict[fx.Node, str] = {}
     for norm in norms:
         if known is None or norm.target in known:
             try:
-                match = _match(norm, modules, order)
+                match = _match(norm, modules, may_write=known is None)
             except _NoChain as reason:
                 reasons[norm] = str(reason)
             else:
@@ -220,7 +231,7 @@ class _NoChain(Exception):  # noqa: N818 - a finding rather than an error
     """Why a norm does not begin a chain."""
 
 
-def _match(norm: fx.Node, modules: dict[str, nn.Module], order: dict[fx.Node, int]) -> Match:
+def _match(norm: fx.Node, modules: dict[str, nn.Module], may_write: bool) -> Match:
     _check_fusible(norm, modules)
     node = norm
     user = _only_user(node, modules)
@@ -235,13 +246,20 @@ def _match(norm: fx.Node, modules: dict[str, nn.Module], order: dict[fx.Node, in
     if user.target in _SUMS and user.op != "call_module":
         sum_node = user
         _check_sum(sum_node, node)
-        if any(_may_write(between, modules) for between in order if order[norm] < order[between] < order[sum_node]):
+        if may_write and any(_may_write(other, modules) for other in _between(norm, sum_node) if other is not dropout):
             raise _NoChain("something between it and the sum behind it may change a tensor in place")
         node, user = sum_node, _only_user(sum_node, modules)
     is_function = user.op != "call_module" and user.target in _RELUS
     if not (is_function or _is_module(user, modules, nn.ReLU)):
         raise _NoChain(f"followed by {_name(user, modules)}")
+    if any(part.meta["context"] != norm.meta["context"] for part in (dropout, sum_node, user) if part is not None):
+        raise _NoChain("what follows runs under another grad mode, autocast, checkpoint or saved-tensor hook")
     return Match(norm, dropout, dropout_p, training, sum_node, user)
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    while (first := first.next) is not last:
+        yield first
 
 
 def _check_fusible(norm: fx.Node, modules: dict[str, nn.Module]) -> None:
@@ -262,7 +280,10 @@ def _only_user(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
 
 
 def _is_module(node: fx.Node, modules: dict[str, nn.Module], kind: type[nn.Module]) -> bool:
-    return node.op == "call_module" and type(modules[str(node.target)]) is kind
+    if node.op != "call_module":
+        return False
+    module = modules[str(node.target)]
+    return type(module) is kind and "forward" not in vars(module)
 
 
 def _dropout_arguments(node: fx.Node) -> tuple[float, Any]:
@@ -314,27 +335,32 @@ def _name(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     return "the output" if node.op == "output" else getattr(node.target, "__name__", str(node.target))
 
 
-def _describe(match: Match, root: str) -> Chain:
+def _describe(match: Match, root: str, findings: Findings) -> Chain:
+    def path(node: fx.Node | None) -> str | None:
+        return None if node is None or node.op != "call_module" else findings.path(root, str(node.target))
+
     nodes = [node for node in (match.norm, match.dropout, match.sum, match.relu) if node is not None]
     scopes = [_scope(node) for node in nodes]
     depth = 0
     while all(len(scope) > depth for scope in scopes) and len({scope[depth][0] for scope in scopes}) == 1:
         depth += 1
-    mode = None
-    if match.dropout is not None:
-        scope = _scope(match.dropout)
-        is_module = match.dropout.op == "call_module"
-        mode = join(root, str(match.dropout.target) if is_module else scope[-1][1] if scope else "")
+    dropout = mode = path(match.dropout)
+    if match.dropout is not None and dropout is None:
+        mode = findings.path(root, _innermost(_scope(match.dropout)))
     return Chain(
-        norm=join(root, str(match.norm.target)),
+        norm=findings.path(root, str(match.norm.target)),
         dropout_p=match.dropout_p,
-        dropout=mode if match.dropout is not None and match.dropout.op == "call_module" else None,
+        dropout=dropout,
         dropout_mode=mode,
         summed=match.sum is not None,
-        relu=join(root, str(match.relu.target)) if match.relu.op == "call_module" else None,
-        owner=join(root, scopes[0][depth - 1][1] if depth else ""),
-        opened=frozenset(join(root, path) for scope in scopes for _, path in scope[depth:]),
+        relu=path(match.relu),
+        owner=findings.path(root, _innermost(scopes[0][:depth])),
+        opened=frozenset(findings.path(root, path) for scope in scopes for _, path in scope[depth:]),
     )
+
+
+def _innermost(scope: list[tuple[str, str]]) -> str:
+    return scope[-1][1] if scope else ""
 
 
 def _scope(node: fx.Node) -> list[tuple[str, str]]:

@@ -9,13 +9,12 @@ All paths, parameters, buffers, hooks and attributes stay where they are.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 
-from .chains import SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, join, match_chains
+from .chains import SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, match_chains
 from .forwards import (
     NORMS,
     Forward,
@@ -25,6 +24,7 @@ from .forwards import (
     check_one_way,
     copy_structure,
     has_hooks,
+    keeping_generators,
     scratch_copy,
 )
 from .functional import Activation
@@ -101,9 +101,11 @@ def fuse(
     norm's output goes nowhere else, in train and in eval mode.
 
     A module whose forward calls F.relu, a sum or a shared ReLU gets a traced forward: Python attributes read there,
-    other than `training`, are as they were. A sum is fused where both sides have the same shape and dtype, which is
-    checked at each call; other sums are computed apart. Submodules are taken to be used as traced: calling a fused
-    norm by hand gives the whole chain.
+    other than `training` and tensors, are as they were. A sum is fused where both sides have the same shape and dtype,
+    which is checked at each call; other sums are computed apart. Submodules are taken to be used as traced: calling a
+    fused norm by hand gives the whole chain. A dropout that is a part of one keeps its p, follows the norm's mode, and
+    is, like the norm, no longer found by its class. Under CUDA's autocast stock layer and group norms return float32,
+    fused ones the input's dtype.
 
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.
@@ -130,7 +132,7 @@ def fuse(
     for module in result.modules():
         if isinstance(module, _Unfused):
             _turn_into(module, module.fused)
-    with torch.random.fork_rng(devices=[]):
+    with keeping_generators():
         findings = find_chains(result, inputs)
         chains, reasons = _decide(result, findings)
         owned, forwards = _rewrite_forwards(result, chains, reasons, findings)
@@ -142,9 +144,8 @@ def fuse(
         for path in (chain.dropout, chain.relu):
             if path is not None and norm not in owners:
                 _absorb(result.get_submodule(path), norm)
-    for path, forward in forwards.items():
-        module = result.get_submodule(path)
-        _turn_into(module, forward.rewrite(type(module)))
+    for path, rewritten in forwards.items():
+        _turn_into(result.get_submodule(path), rewritten)
     if process_group is not None:
         _synchronise(result, process_group)
     return result
@@ -177,7 +178,8 @@ def unfuse(model: nn.Module) -> nn.Module:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
+    compiled = hasattr(model, "_orig_mod") or any(module._compiled_call_impl for module in model.modules())
+    if compiled or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError(f"model must be given before it is wrapped or compiled, got {type(model).__name__}")
 
 
@@ -185,7 +187,7 @@ def _decide(model: nn.Module, findings: Findings) -> tuple[dict[str, Chain], dic
     """Which norms are certain to begin one and the same chain at every call, and why the others are not."""
     chains: dict[str, Chain] = {}
     reasons: dict[str, str] = {}
-    users = _users(model)
+    users = _users(model, findings.first_path)
     for path, module in model.named_modules():
         if not isinstance(module, NORMS):
             continue
@@ -217,9 +219,8 @@ def _why_not_found(path: str, count: int, module: nn.Module, findings: Findings)
     return "not called by a forward that is traced"
 
 
-def _users(model: nn.Module) -> dict[str, set[str]]:
+def _users(model: nn.Module, first_path: dict[nn.Module, str]) -> dict[str, set[str]]:
     """For each module, the modules it is a child of: those that have a forward which may call it."""
-    first_path = {module: path for path, module in model.named_modules()}
     users: dict[str, set[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         parent = path.rpartition(".")[0]
@@ -277,15 +278,15 @@ def _split(chains: dict[str, Chain], findings: Findings) -> dict[str, _Owned]:
 
 def _rewrite_forwards(
     model: nn.Module, chains: dict[str, Chain], reasons: dict[str, str], findings: Findings
-) -> tuple[dict[str, _Owned], dict[str, Forward]]:
-    """What is rewritten and how, by path of the module. Chains that cannot be had move from `chains` to `reasons`."""
+) -> tuple[dict[str, _Owned], dict[str, type[nn.Module]]]:
+    """What is rewritten and as what class, by path. Chains that cannot be had move from `chains` to `reasons`."""
     while True:
         owned_by = _split(chains, findings)
-        forwards: dict[str, Forward] = {}
+        forwards: dict[str, type[nn.Module]] = {}
         failed: dict[str, str] = {}
         for owner, owned in owned_by.items():
             forward = _try_to_rewrite(model, owner, owned, chains, findings)
-            if isinstance(forward, Forward):
+            if isinstance(forward, type):
                 forwards[owner] = forward
             else:
                 reason = f"the forward of {owner or 'the model'} cannot be rewritten: {forward}"
@@ -299,38 +300,45 @@ def _rewrite_forwards(
 
 def _try_to_rewrite(
     model: nn.Module, owner: str, owned: _Owned, chains: dict[str, Chain], findings: Findings
-) -> Forward | str:
-    """The forward, or why it cannot be had."""
-    if owner in findings.called_oddly:
-        return "it is called with something else than tensors"
+) -> type[nn.Module] | str:
+    """The class to take, or why there is none."""
     try:
-        return _rewrite_forward(model.get_submodule(owner), owner, owned, chains)
+        return _rewrite_forward(model, owner, owned, chains, findings)
     except Exception as error:  # whatever a forward raises when it is traced
         return first_line(error)
 
 
-def _rewrite_forward(module: nn.Module, owner: str, owned: _Owned, chains: dict[str, Chain]) -> Forward:
-    """The module's traced forward with one call for each of the chains in it."""
-    within = len(owner) + 1 if owner else 0
+def _rewrite_forward(
+    model: nn.Module, owner: str, owned: _Owned, chains: dict[str, Chain], findings: Findings
+) -> type[nn.Module]:
+    """A subclass of the owner's class whose forward has one call for each of the chains in it."""
+    module = model.get_submodule(owner)
     check_one_way(module)
+    if findings.beyond_tensors & {owner, *owned.opened}:
+        raise Untraceable("it is called with something else than tensors, or a module it calls returns something else")
+    inside = {findings.first_path[child]: path for path, child in module.named_modules()}
+    if not inside.keys() >= owned.norms | owned.opened:
+        raise Untraceable("it calls modules that are not its own")
+    expected = {inside[norm]: chains[norm] for norm in owned.norms}
     scratch = scratch_copy(module)
-    graph = RewritingTracer({path[within:] for path in owned.opened}).trace(scratch)
+    graph = RewritingTracer({inside[path] for path in owned.opened}).trace(scratch)
     modules = dict(scratch.named_modules())
-    found = set()
-    for match in list(match_chains(graph, modules, {norm[within:] for norm in owned.norms})):
-        chain = chains[join(owner, str(match.norm.target))]
+    matches = list(match_chains(graph, modules, expected))
+    for match in matches:
+        chain = expected[str(match.norm.target)]
         if isinstance(match, Refusal) or (match.dropout_p, match.sum is not None) != (chain.dropout_p, chain.summed):
             raise Untraceable("it is another by itself than in the model")
-        if isinstance(match.dropout_training, bool):
-            raise Untraceable("the dropout in it does not follow the mode")
+        if chain.dropout is None and chain.dropout_mode is not None:
+            flag = f"{inside[chain.dropout_mode]}.training".lstrip(".")
+            if getattr(match.dropout_training, "target", None) != flag:
+                raise Untraceable("the dropout in it does not follow the mode")
         _fuse_nodes(graph, match)
-        found.add(chain.norm)
-    if found != owned.norms:
+    if {match.norm.target for match in matches} != expected.keys():
         raise Untraceable("it is another by itself than in the model")
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    return Forward.of(graph)
+    return Forward.of(graph).rewrite(type(module))
 
 
 def _fuse_nodes(graph: fx.Graph, match: Match) -> None:

@@ -3,17 +3,22 @@
 import copy
 import inspect
 import operator
+import pickle
 import random
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -22,6 +27,7 @@ IN_PLACE_OPERATORS = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
     *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
 )
+_NUMPY_GENERATOR = np.random.mtrand._rand  # what the functions of np.random draw from
 
 
 class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
@@ -29,17 +35,25 @@ class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
 
 
 def copy_structure(model: nn.Module, *, share_buffers: bool) -> nn.Module:
-    """A deep copy of the modules and of what they refer to, with the same parameters.
+    """A deep copy of the modules and of what they refer to, with the same parameters and hooks.
+
+    With `share_buffers` the buffers, and tensors that are plain attributes, are the same as well.
 
     Raises:
         RuntimeError: the model cannot be copied.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    members = set(map(id, model.modules()))
     for module in model.modules():
-        shared = [value for value in vars(module).values() if isinstance(value, (Tensor, ProcessGroup))]
-        if share_buffers:
-            shared += list(module.buffers(recurse=False))
-        memo |= {id(value): value for value in shared}
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value if share_buffers or is_lazy(value) else value.detach().clone()
+            elif isinstance(value, ProcessGroup):
+                memo[id(value)] = value
+        for hook in (hook for name in _HOOKS for hook in vars(module)[name].values()):
+            owner = getattr(hook, "__self__", hook)
+            if id(owner) not in members:  # whoever registered it waits for its calls
+                memo[id(owner)] = owner
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -52,7 +66,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Tracer(fx.Tracer):
-    """Traces through all modules but torch.nn's own, norms and `opaque` ones; notes where it fails."""
+    """Traces through all modules but torch.nn's own, norms and `opaque` ones; notes where it fails.
+
+    Raises what a trace cannot show: autograd Functions, whose gradient is their own, and random numbers, which may
+    decide what is computed.
+    """
 
     proxy_buffer_attributes = True
 
@@ -62,8 +80,9 @@ class Tracer(fx.Tracer):
         self.failed: str | None = None
         self.traced: set[str] = set()
         """The modules, but for the root, whose forward is traced."""
-        self.called_oddly: set[str] = set()
-        """The modules that are called with something else than tensors by position."""
+        self.beyond_tensors: set[str] = set()
+        """The modules that are called with something else than tensors by position, or that get something else from
+        a module they call."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -74,25 +93,54 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
+        caller = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
         if kwargs or not all(isinstance(argument, fx.Proxy) for argument in args):
-            self.called_oddly.add(path)
+            self.beyond_tensors.add(path)
         if not self.is_leaf_module(m, path):
             self.traced.add(path)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
         except Exception:
             self.failed = self.failed or path
             raise
+        if not isinstance(result, fx.Proxy):
+            self.beyond_tensors.add(caller)
+        return result
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _InputProxy(node, self) if node.op == "placeholder" else _Proxy(node, self)
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["context"] = _context()
+        return node
 
     def create_arg(self, a: Any) -> Any:
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        before = _generators()
+        with patch.object(torch.autograd.Function, "apply", _refuse):
+            graph = super().trace(root, concrete_args)
+        if _generators() != before:
+            raise Untraceable("it draws random numbers of its own")
+        return graph
+
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is: torch.fx takes it for `x = x + y`, which leaves other names of x unchanged."""
+    """A value in a trace. For isinstance it is a tensor, as what it stands for mostly is.
+
+    Records `x += y` as what it is: torch.fx takes it for `x = x + y`, which leaves other names of x unchanged.
+    """
+
+    _is_param = _is_buffer = False
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(self.tracer, RewritingTracer) and asker.partition(".")[0] != "torch":
+            raise Untraceable("it asks for the type of a value")
+        return Tensor
 
 
 def _record_in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -103,21 +151,11 @@ for _function in IN_PLACE_OPERATORS:
     setattr(_Proxy, f"__{_function.__name__}__", _record_in_place(_function))
 
 
-class _InputProxy(_Proxy):
-    """An input: isinstance takes it for a tensor, as the forwards that ask expect."""
-
-    _is_param = _is_buffer = False
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return Tensor
-
-
 class RewritingTracer(Tracer):
     """Traces one module's forward, and those of the `opened` modules inside it, for use in the place of its forward.
 
-    Raises what a trace would get wrong: contexts such as no_grad, autograd Functions, tensors made on the way. The
-    training flag is read when the traced forward runs.
+    Raises what a trace would get wrong: contexts such as no_grad, tensors made on the way, changes of attributes.
+    Training flags, and tensors that are attributes, are read when the traced forward runs.
     """
 
     def __init__(self, opened: Collection[str]) -> None:
@@ -129,28 +167,23 @@ class RewritingTracer(Tracer):
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
         result = super().create_args_for_root(*args, **kwargs)
-        for path in ("", *self.opened):
-            flag = self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})
-            vars(self.root.get_submodule(path))["training"] = flag
+        for path, module in self.root.named_modules():
+            for name, value in vars(module).items():
+                if name == "training" or isinstance(value, Tensor):
+                    vars(module)[name] = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+        self.before = _attributes(self.root)
         return result
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _context() != self.context:
-            raise Untraceable("it runs a part under another grad mode, autocast, checkpoint or saved-tensor hook")
-        return super().create_node(*args, **kwargs)
 
     def get_fresh_qualname(self, prefix: str) -> str:
         raise Untraceable("it makes a tensor that does not depend on its inputs")
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        self.context = _context()
-        before, generators = _attributes(root), _generators()
-        with patch.object(torch.autograd.Function, "apply", _refuse):
-            graph = super().trace(root, concrete_args)
-        if _attributes(root) != before:
+        graph = super().trace(root, concrete_args)
+        after = _attributes(root)
+        if len(after) != len(self.before) or not all(map(operator.is_, after, self.before)):
             raise Untraceable("it changes attributes")
-        if _generators() != generators:
-            raise Untraceable("it draws random numbers of its own")
+        if len({node.meta["context"] for node in graph.nodes}) > 1:
+            raise Untraceable("it runs a part under another grad mode, autocast, checkpoint or saved-tensor hook")
         return graph
 
 
@@ -170,18 +203,31 @@ def _context() -> tuple[Any, ...]:
     )
 
 
-def _attributes(root: nn.Module) -> list[tuple[str, str, int, int]]:
-    """A fingerprint of the modules' attributes, of the size of containers among them, but for the training flag."""
-    return [
-        (path, name, id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
-        for path, module in root.named_modules()
-        for name, value in vars(module).items()
-        if name != "training"
-    ]
+def _attributes(root: nn.Module) -> list[Any]:
+    """The modules' attributes and what containers among them hold."""
+    attributes = []
+    for module in root.modules():
+        for name, value in vars(module).items():
+            attributes += [name, value]
+            if issubclass(type(value), (list, tuple, set, dict)):  # isinstance would ask a proxy
+                attributes += value.values() if isinstance(value, dict) else value
+    return attributes
 
 
-def _generators() -> tuple[Any, ...]:
-    return torch.get_rng_state().tolist(), random.getstate()
+def _generators() -> bytes:
+    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), _NUMPY_GENERATOR.get_state(legacy=False)))
+
+
+@contextmanager
+def keeping_generators() -> Iterator[None]:
+    """Restores the state of the random number generators."""
+    python, numpy = random.getstate(), _NUMPY_GENERATOR.get_state(legacy=False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        _NUMPY_GENERATOR.set_state(numpy)
 
 
 def check_one_way(module: nn.Module) -> None:

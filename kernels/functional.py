@@ -107,7 +107,7 @@ def group_norm_relu(
     """relu(dropout(group_norm(input)) + residual) as one operation; the first five arguments are F.group_norm's.
 
     Args:
-        input: (N, C, ...) of 2 to 5 dimensions; float16, bfloat16, float32 or float64; any strides.
+        input: (N, C, ...); float16, bfloat16, float32 or float64; any strides.
         num_groups: number of groups that the C channels are divided into.
         weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
         eps: added to the variance.
@@ -123,8 +123,8 @@ def group_norm_relu(
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
     implementation = _implementation(impl, input)
-    if not 2 <= input.dim() <= 5:
-        raise RuntimeError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    if input.dim() < 2:
+        raise RuntimeError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
     if num_groups <= 0 or channels % num_groups != 0:
         raise RuntimeError(

@@ -3,9 +3,11 @@
 import copy
 import io
 import pickle
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -197,6 +199,43 @@ class PromotingSum(Chains):
         return F.relu(self.norm2(self.conv2(x)) + x.float())
 
 
+class Counting(Chains):
+    """Counts its calls in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = torch.zeros((), dtype=torch.float64)
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return F.relu(self.norm1(self.conv1(x))) * self.calls
+
+
+class ModeOfAnother(Chains):
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        return F.dropout(F.relu(self.norm2(self.conv2(x))), 0.5, self.drop.training)
+
+
+class TakesSeveral(Chains):
+    """Takes a tensor or several, and asks which."""
+
+    def forward(self, x):
+        x = torch.cat([x] if isinstance(x, Tensor) else x, 1)
+        return self.relu(self.norm1(self.conv1(x)))
+
+
+class ChecksTypes(Chains):
+    """Asks for the type of a value on the way, in a forward that need not be rewritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TakesSeveral()
+
+    def forward(self, x):
+        return self.relu(self.norm1(self.conv2(self.block(self.conv1(x)[:, :3]))))
+
+
 class CalledTwice(Chains):
     def forward(self, x):
         x = self.relu(self.norm1(self.conv1(x)))
@@ -240,6 +279,9 @@ SMALL = [
     (BroadcastSum, (2, 1, 0)),
     (WideningSum, (2, 1, 0)),
     (PromotingSum, (2, 1, 0)),
+    (Counting, (1, 0, 1)),
+    (ModeOfAnother, (2, 0, 0)),
+    (ChecksTypes, (2, 0, 2)),
     (CalledTwice, (1, 0, 1)),
     (ModeOutside, (2, 0, 0)),
     (Nested, (2, 2, 2)),
@@ -277,6 +319,7 @@ def test_small_networks(network, expected_counts):
         (nn.BatchNorm2d(4, affine=False, eps=0.1), (5, 4, 3, 3), BatchNormReLU2d),
         (nn.BatchNorm3d(4), (2, 4, 3, 3, 3), BatchNormReLU3d),
         (nn.GroupNorm(2, 4), (2, 4, 5), GroupNormReLU),
+        (nn.GroupNorm(2, 4), (2, 4, 1, 2, 3, 2), GroupNormReLU),
         (nn.LayerNorm(4), (2, 5, 4), LayerNormReLU),
         (nn.LayerNorm((5, 4), eps=0.1, bias=False), (2, 5, 4), LayerNormReLU),
     ],
@@ -457,6 +500,83 @@ class CustomFunction(Chains):
         return F.relu(self.norm1(Reverse.apply(self.conv1(x))))
 
 
+class LayerDrop(Chains):
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        return self.relu(x) if self.draw() > -1 else x
+
+
+class GradModeChanges(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        with torch.no_grad():
+            x = self.relu(x)
+        return x + self.conv1.bias.sum()
+
+
+class CustomGradientBetween(Chains):
+    def forward(self, x):
+        return self.relu(Reverse.apply(self.norm1(self.conv1(x))))
+
+
+class AsksForType(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        if isinstance(x, dict):
+            x = x["out"]
+        return F.relu(self.norm1(x))
+
+
+class Named(nn.Module):
+    def forward(self, x):
+        return {"out": x}
+
+
+class GetsDictionary(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.named = Named()
+
+    def forward(self, x):
+        return F.relu(self.norm1(self.conv1(self.named(x)["out"])))
+
+
+class DropoutOfAnotherMode(Chains):
+    def forward(self, x):
+        return F.relu(F.dropout(self.norm1(self.conv1(x)), 0.5, self.drop.training))
+
+
+class BranchOnModeOfAnother(Chains):
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        return x * 2 if self.norm1.training else x
+
+
+class NewBuffer(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return F.relu(self.norm1(self.conv1(x))) * self.calls
+
+
+class Remembers(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"shape": None}
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        self.seen["shape"] = x.shape
+        return x
+
+
 class RandomBranch(Chains):
     def forward(self, x):
         x = F.relu(self.norm1(self.conv1(x)))
@@ -488,6 +608,10 @@ class Optional(Chains):
         return F.relu(x if mask is None else x * mask)
 
 
+def draw_from_numpy():
+    return np.random.random()  # noqa: NPY002 - the generator that a forward may draw from
+
+
 class Subclass(nn.BatchNorm2d):
     pass
 
@@ -505,6 +629,12 @@ def hooked(path):
 def hooked_inside():
     model = nn.Sequential(sequence(nn.BatchNorm2d(4)), nn.Sequential(nn.ReLU()))
     model[0].register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def replaced_relu():
+    model = sequence(nn.BatchNorm2d(4), nn.ReLU())
+    model[2].forward = F.leaky_relu
     return model
 
 
@@ -536,7 +666,19 @@ LEFT = [
     (SavedElsewhere, "saved-tensor hook"),
     (Autocast, "autocast"),
     (CustomFunction, "autograd Function"),
+    (CustomGradientBetween, "autograd Function"),
     (RandomBranch, "random numbers"),
+    (lambda: LayerDrop(random.random), "random numbers"),
+    (lambda: LayerDrop(draw_from_numpy), "random numbers"),
+    (lambda: LayerDrop(lambda: torch.rand(())), "random numbers"),
+    (GradModeChanges, "what follows runs under another grad mode"),
+    (AsksForType, "asks for the type of a value"),
+    (GetsDictionary, "a module it calls returns something else"),
+    (DropoutOfAnotherMode, "the dropout in it does not follow the mode"),
+    (BranchOnModeOfAnother, "cannot be rewritten: symbolically traced variables"),
+    (NewBuffer, "changes attributes"),
+    (Remembers, "changes attributes"),
+    (replaced_relu, "followed by 2 .ReLU."),
     (Counter, "changes attributes"),
     (OwnTensor, "makes a tensor"),
     (DataDependent, "cannot be traced: symbolically traced variables"),
@@ -626,6 +768,36 @@ def test_a_relu_shared_with_what_is_not_traced_stays():
     same_step(model, expected, image())
 
 
+class DataDependentOuter(nn.Module):
+    def __init__(self, *blocks) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) if x.sum() < 1e9 else x
+        return x
+
+
+@pytest.mark.parametrize(
+    ("shared", "fused"),
+    [
+        (lambda norm, relu: nn.Sequential(nn.Conv2d(4, 4, 1), relu), 1),
+        (lambda norm, relu: nn.Sequential(nn.Conv2d(4, 4, 1), norm, nn.Sigmoid()), 0),
+    ],
+    ids=["relu", "norm"],
+)
+def test_modules_shared_by_blocks_that_are_traced_apart(shared, fused):
+    torch.manual_seed(0)
+    norm, relu = nn.BatchNorm2d(4), nn.ReLU()
+    stock = DataDependentOuter(sequence(norm, relu), shared(norm, relu)).double()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    assert len(model.fusion_report.fused) == fused, str(model.fusion_report)
+    for training in (True, False):
+        same_step(model.train(training), expected.train(training), image())
+
+
 def test_modules_shared_by_traced_calls():
     class Root(Chains):
         def __init__(self):
@@ -708,11 +880,52 @@ def test_hooks_around_a_chain_still_run():
     assert seen == ["conv", "block", "layer1"]
 
 
+class Recorder:
+    def __init__(self) -> None:
+        self.seen = []
+
+    def hook(self, module, args, output):
+        self.seen.append(type(module))
+
+
+def test_hooks_of_other_objects_still_reach_them():
+    stock, recorder = nn.Sequential(sequence(nn.BatchNorm2d(4), nn.ReLU())), Recorder()
+    stock[0].register_forward_hook(recorder.hook)
+    fuse(stock)(torch.randn(IMAGE))
+    assert recorder.seen == [nn.Sequential]
+
+
+class Merging(nn.Conv2d):
+    """Changes its weights when the mode changes, as adapters of low rank do."""
+
+    def train(self, mode=True):
+        with torch.no_grad():
+            self.weight.add_(1)
+        return super().train(mode)
+
+
+def test_tracing_switches_no_mode():
+    stock = nn.Sequential(Merging(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    weight = stock[0].weight.detach().clone()
+    assert len(fuse(stock).fusion_report.fused) == 1
+    assert torch.equal(stock[0].weight, weight)
+
+
+def test_lazy_modules():
+    model = fuse(nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.LazyBatchNorm2d(), nn.ReLU()))
+    assert [norm.reason for norm in model.fusion_report.left] == ["there is no fused LazyBatchNorm2d"]
+    assert model(torch.randn(IMAGE)).shape == (3, 4, 5, 7)
+    assert counts(fuse(model)) == (1, 0, 1)
+
+
 def test_tracing_calls_no_hook_and_changes_no_buffer_nor_generator():
-    stock = RandomBranch()
-    state = torch.get_rng_state()
-    fuse(stock)
-    assert torch.equal(torch.get_rng_state(), state)
+    networks = RandomBranch(), LayerDrop(random.random), LayerDrop(draw_from_numpy)
+    numpy_generator = np.random.mtrand._rand
+    states = torch.get_rng_state(), random.getstate(), numpy_generator.get_state()[1].tolist()
+    for stock in networks:
+        fuse(stock)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), numpy_generator.get_state()[1].tolist()) == states[1:]
 
     stock = Counter()
     stock.register_forward_pre_hook(lambda module, args: pytest.fail("called"))
@@ -819,6 +1032,8 @@ def test_runs_on_triton(network, device):
 
 
 def test_not_a_module():
+    compiled_inside = nn.Sequential(Sum())
+    compiled_inside[0].compile()
     for function in (fuse, unfuse):
         with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
             function(F.relu)
@@ -826,6 +1041,8 @@ def test_not_a_module():
             function(nn.DataParallel(Sum()))
         with pytest.raises(TypeError, match="before it is wrapped or compiled, got OptimizedModule"):
             function(torch.compile(Sum()))
+        with pytest.raises(TypeError, match="before it is wrapped or compiled, got Sequential"):
+            function(compiled_inside)
 
 
 def test_a_model_that_cannot_be_copied_is_not_changed():

@@ -600,7 +600,7 @@ def nothing_launched(request, monkeypatch):
         (lambda: batch_norm_relu(X, None, None, training=True, residual=X.half()), RuntimeError, "residual .* dtype"),
         (lambda: batch_norm_relu(X, None, None, training=True, residual=X.to("meta")), RuntimeError, "residual .* dev"),
         (lambda: batch_norm_relu(X, None, None, training=True, residual=1.0), TypeError, "residual must be a Tensor"),
-        (lambda: group_norm_relu(torch.ones(4), 2), RuntimeError, "2 to 5 dimensions"),
+        (lambda: group_norm_relu(torch.ones(4), 2), RuntimeError, "at least 2 dimensions"),
         (lambda: group_norm_relu(X, 3), RuntimeError, "num_groups=3"),
         (lambda: group_norm_relu(X, 0), RuntimeError, "num_groups=0"),
         (lambda: group_norm_relu(X, 2, torch.ones(2)), RuntimeError, "weight must have shape"),
