@@ -300,6 +300,35 @@ def test_make_fx_does_not_freeze_the_mask(fused, stock, impl, device):
     assert torch.equal(first, graph(x))
 
 
+@modules
+@impls
+@training_modes
+@pytest.mark.filterwarnings("ignore")  # torch.jit's own
+def test_jit_trace(fused, stock, impl, training, device):
+    module = randomized(fused(impl=impl, device=device)).train(training)
+    script = torch.jit.trace(module, torch.randn(SHAPE), check_trace=False)
+    oracle = randomized(stock()).double().train(training)
+    oracle.load_state_dict(module.state_dict())
+    for size in (5, 3):
+        x = torch.randn(size, *SHAPE[1:])
+        same([script(x)], [F.relu(oracle(x.double()))])
+        same(script.state_dict().values(), oracle.state_dict().values())
+
+
+@modules
+@impls
+@pytest.mark.filterwarnings("ignore")  # torch.jit's own
+def test_jit_trace_does_not_freeze_the_mask(fused, stock, impl, device):
+    x = torch.randn(SHAPE)
+    with torch.no_grad():  # with gradients torch.jit fails on the operators of Triton
+        script = torch.jit.trace(fused(impl=impl, dropout_p=0.5, device=device), x, check_trace=False)
+    torch.manual_seed(0)
+    first = script(x)
+    assert not torch.equal(first, script(x))
+    torch.manual_seed(0)
+    assert torch.equal(first, script(x))
+
+
 # ---- torch.func
 
 
