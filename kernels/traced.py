@@ -95,7 +95,7 @@ def _call_operator(
     seed = None
     if dropout_p > 0:
         # Made of the input, it is fake where that is.
-        seed = torch.randint_like(input.new_empty((), dtype=torch.int64, device="cpu"), 2**63 - 1)
+        seed = torch.randint_like(input.new_zeros((), dtype=torch.int64, device="cpu"), 2**63 - 1)
     buffers = (running_mean, running_var) if norm == "batch_norm" else ()
     output, mean, _, *var = operators.call(
         f"{norm}_relu",
