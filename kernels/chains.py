@@ -99,14 +99,6 @@ class Findings:
         return self.first_path[self.model.get_submodule(join(root, path))]
 
 
-@dataclass
-class _Trace:
-    module: nn.Module
-    graph: fx.Graph
-    training: bool
-    tracer: Tracer
-
-
 def find_chains(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Findings:
     """Traces the model in train and in eval mode.
 
@@ -128,14 +120,14 @@ def _find_in_module(root: str, example_inputs: tuple[Any, ...] | None, findings:
     if type(module).forward is not nn.Module.forward:  # not a mere container such as nn.ModuleList
         try:
             check_one_way(module)
-            traces = _trace_both_modes(module, opaque)
+            tracers = _trace_both_modes(module, opaque)
         except Exception as error:
             findings.untraceable[findings.path(root, "")] = first_line(error)
         else:
             if example_inputs is not None:
-                _note_shapes(traces[0], example_inputs)
-            for trace in traces:
-                _collect(trace, root, findings)
+                _note_shapes(tracers[0], example_inputs)
+            for tracer in tracers:
+                _collect(tracer, root, findings)
             for path, reason in opaque.items():
                 findings.untraceable[findings.path(root, path)] = reason
                 for name, _ in module.get_submodule(path).named_children():
@@ -145,28 +137,28 @@ def _find_in_module(root: str, example_inputs: tuple[Any, ...] | None, findings:
         _find_in_module(join(root, name), None, findings)
 
 
-def _trace_both_modes(module: nn.Module, opaque: dict[str, str]) -> list[_Trace]:
-    """The module traced in eval and in train mode; adds to `opaque` what cannot be traced inside it."""
-    traces: list[_Trace] = []
-    while len(traces) < 2:
+def _trace_both_modes(module: nn.Module, opaque: dict[str, str]) -> list[Tracer]:
+    """Tracers that have traced the module in eval and in train mode; adds what they cannot trace inside to `opaque`."""
+    tracers: list[Tracer] = []
+    while len(tracers) < 2:
         scratch = scratch_copy(module)
         for child in scratch.modules():  # not by train(), where a module may merge its weights or the like
-            child.training = len(traces) == 1
+            child.training = len(tracers) == 1
         tracer = Tracer(opaque)
         try:
-            graph = tracer.trace(scratch)
+            tracer.trace(scratch)
         except Exception as error:
             if tracer.failed is None:
                 raise
             failed = type(module.get_submodule(tracer.failed))
             opaque |= {path: first_line(error) for path, child in module.named_modules() if type(child) is failed}
-            traces.clear()
+            tracers.clear()
         else:
-            traces.append(_Trace(scratch, graph, len(traces) == 1, tracer))
-    return traces
+            tracers.append(tracer)
+    return tracers
 
 
-def _note_shapes(trace: _Trace, example_inputs: tuple[Any, ...]) -> None:
+def _note_shapes(tracer: Tracer, example_inputs: tuple[Any, ...]) -> None:
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
@@ -175,18 +167,18 @@ def _note_shapes(trace: _Trace, example_inputs: tuple[Any, ...]) -> None:
 
     try:
         with torch.no_grad():
-            Recorder(trace.module, graph=trace.graph).run(*example_inputs)
+            Recorder(tracer.root, graph=tracer.graph).run(*example_inputs)
     except Exception as error:
         raise ValueError(f"the model does not run on example_inputs: {error}") from error
 
 
-def _collect(trace: _Trace, root: str, findings: Findings) -> None:
+def _collect(tracer: Tracer, root: str, findings: Findings) -> None:
     """Adds what one graph shows to `findings`."""
-    modules = dict(trace.module.named_modules())
+    modules = dict(tracer.root.named_modules())
     members: dict[fx.Node, Chain] = {}
-    for match in match_chains(trace.graph, modules):
+    for match in match_chains(tracer.graph, modules):
         path = findings.path(root, str(match.norm.target))
-        if isinstance(match, Match) and match.dropout_training not in (None, trace.training):
+        if isinstance(match, Match) and match.dropout_training not in (None, tracer.root.training):
             match = Refusal(match.norm, "the dropout behind it does not follow the mode")
         if isinstance(match, Refusal):
             findings.calls.setdefault(path, []).append(match.reason)
@@ -194,11 +186,11 @@ def _collect(trace: _Trace, root: str, findings: Findings) -> None:
         chain = _describe(match, root, findings)
         members |= {node: chain for node in (match.dropout, match.relu) if node is not None}
         findings.calls.setdefault(path, []).append(chain)
-    for node in trace.graph.nodes:
+    for node in tracer.graph.nodes:
         if node.op == "call_module" and isinstance(modules[node.target], (nn.ReLU, nn.Dropout)):
             findings.uses.append((findings.path(root, node.target), members.get(node)))
-    findings.traced |= {findings.path(root, path) for path in ("", *trace.tracer.traced)}
-    findings.beyond_tensors |= {findings.path(root, path) for path in trace.tracer.beyond_tensors}
+    findings.traced |= {findings.path(root, path) for path in ("", *tracer.traced)}
+    findings.beyond_tensors |= {findings.path(root, path) for path in tracer.beyond_tensors}
 
 
 def match_chains(

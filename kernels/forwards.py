@@ -250,38 +250,30 @@ def scratch_copy(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """A forward as source text, which can be pickled, and the names it refers to; modules among these by their name."""
+    """A forward as source text and what the names in it mean: it can be pickled, which functions cannot."""
 
     source: str
-    names: dict[str, Any]
+    values: dict[str, Any]
+    imports: dict[str, str]
+    """The names that mean Python modules, and which."""
 
     @classmethod
     def of(cls, graph: fx.Graph) -> "Forward":
         """The forward that computes `graph`."""
         code = graph.python_code("self")
         used = {name: value for name, value in code.globals.items() if name in code.src}
-        modules = {name: _Import(value.__name__) for name, value in used.items() if isinstance(value, ModuleType)}
-        return cls(code.src, used | modules)
+        imports = {name: value.__name__ for name, value in used.items() if isinstance(value, ModuleType)}
+        return cls(code.src, {name: value for name, value in used.items() if name not in imports}, imports)
 
     def rewrite(self, original: type[nn.Module]) -> type[nn.Module]:
         """A subclass of `original` with this forward."""
-        names = {name: value() if isinstance(value, _Import) else value for name, value in self.names.items()}
+        names = self.values | {name: import_module(module) for name, module in self.imports.items()}
         exec(compile(self.source, "<forward rewritten by fuse>", "exec"), names)
         members = {"forward": names["forward"], "original": original, "rewritten": self}
         return type(original.__name__, (Rewritten, original), members | {"__module__": original.__module__})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Forward":
         return self
-
-
-@dataclass(frozen=True)
-class _Import:
-    """A Python module, which cannot be pickled as such."""
-
-    name: str
-
-    def __call__(self) -> ModuleType:
-        return import_module(self.name)
 
 
 class Rewritten:
