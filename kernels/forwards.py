@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -51,13 +52,21 @@ def copy_structure(model: nn.Module, *, share_buffers: bool) -> nn.Module:
             elif isinstance(value, ProcessGroup):
                 memo[id(value)] = value
         for hook in (hook for name in _HOOKS for hook in vars(module)[name].values()):
-            owner = getattr(hook, "__self__", hook)
-            if id(owner) not in members:  # whoever registered it waits for its calls
-                memo[id(owner)] = owner
+            # Whoever else registered a hook waits for its calls.
+            memo |= {id(part): part for part in _parts(hook) if id(part) not in members}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise RuntimeError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {error}") from error
+
+
+def _parts(hook: Any) -> Iterator[Any]:
+    """The functions and objects that a hook consists of."""
+    if isinstance(hook, partial):
+        for part in (hook.func, *hook.args, *hook.keywords.values()):
+            yield from _parts(part)
+    else:
+        yield hook.__self__ if isinstance(hook, MethodType) else hook
 
 
 def has_hooks(module: nn.Module) -> bool:

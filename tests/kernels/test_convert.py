@@ -5,6 +5,7 @@ import io
 import pickle
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -888,11 +889,25 @@ class Recorder:
         self.seen.append(type(module))
 
 
-def test_hooks_of_other_objects_still_reach_them():
-    stock, recorder = nn.Sequential(sequence(nn.BatchNorm2d(4), nn.ReLU())), Recorder()
-    stock[0].register_forward_hook(recorder.hook)
-    fuse(stock)(torch.randn(IMAGE))
-    assert recorder.seen == [nn.Sequential]
+class OwnRecorder(Chains, Recorder):
+    def __init__(self) -> None:
+        Chains.__init__(self)
+        Recorder.__init__(self)
+        self.conv1.register_forward_hook(self.hook)
+        self.conv1.register_forward_hook(partial(OwnRecorder.hook, self))
+        self.conv1.register_forward_hook(partial(self.hook))
+
+    def forward(self, x):
+        return self.relu(self.norm1(self.conv1(x)))
+
+
+def test_hooks_reach_the_objects_that_registered_them():
+    recorder, stock = Recorder(), OwnRecorder()
+    stock.conv1.register_forward_hook(recorder.hook)
+    stock.conv1.register_forward_hook(partial(lambda seen, *args: seen.append(args), recorder.seen))
+    model = fuse(stock)
+    model(torch.randn(IMAGE))
+    assert (len(recorder.seen), len(model.seen), len(stock.seen)) == (2, 3, 0)
 
 
 class Merging(nn.Conv2d):
