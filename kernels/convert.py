@@ -190,6 +190,8 @@ def _decide(model: nn.Module, findings: Findings) -> tuple[dict[str, Chain], dic
     users = _users(model, findings.first_path)
     for path, module in model.named_modules():
         if not isinstance(module, NORMS):
+            if "running_var" in module._buffers:  # such as torchvision's FrozenBatchNorm2d
+                reasons[path] = f"there is no fused {type(module).__name__}"
             continue
         calls = findings.calls.get(path, [])
         refusals = [call for call in calls if isinstance(call, str)]

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 IN_PLACE_OPERATORS = (

@@ -712,9 +712,10 @@ def test_left_alone(network, reason):
         same_step(model, expected, image())
 
 
-def test_synchronised_batch_norm_is_left_alone():
-    report = fuse(nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU())).fusion_report
-    assert [norm.reason for norm in report.left] == ["there is no fused SyncBatchNorm"]
+def test_other_norms_are_left_alone_and_reported():
+    norms = [nn.SyncBatchNorm(4), nn.RMSNorm(4), torchvision.ops.FrozenBatchNorm2d(4)]
+    report = fuse(nn.Sequential(*(layer for norm in norms for layer in (norm, nn.ReLU())))).fusion_report
+    assert [norm.reason for norm in report.left] == [f"there is no fused {type(norm).__name__}" for norm in norms]
 
 
 def test_a_sum_that_broadcasts_on_the_example_is_left_alone():
