@@ -60,10 +60,11 @@ def batch_norm_forward(
             if process_group is None:
                 mean, var, unbiased, scratch = cpu.batch_statistics(input)
             else:
-                mean, var, unbiased = sync.batch_statistics(input.to(statistics_dtype(input)), process_group)
+                moments = sync.batch_moments(input.to(statistics_dtype(input)))
+                mean, var, unbiased = sync.batch_statistics(moments, process_group)
             if running_mean is not None and running_var is not None:
-                running_mean.copy_(torch.lerp(running_mean.to(mean.dtype), mean, momentum))
-                running_var.copy_(torch.lerp(running_var.to(mean.dtype), unbiased, momentum))
+                move_(running_mean, mean, momentum)
+                move_(running_var, unbiased, momentum)
         else:
             assert running_mean is not None
             assert running_var is not None
@@ -405,6 +406,12 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def move_(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """Moves a running statistic by `momentum` towards the batch's."""
+    weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
+    running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
 
 
 def _as_statistics(input: Tensor, values: Tensor | None) -> Tensor | None:

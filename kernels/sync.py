@@ -1,4 +1,7 @@
-"""Batch statistics over the processes of a group: one collective forward, one backward."""
+"""Batch statistics over the processes of a group: one collective forward, one backward.
+
+Moments are (count, mean, M2) of each channel, where M2 is the sum of squared deviations: a tensor [3, channels].
+"""
 
 import torch
 import torch.distributed as dist
@@ -6,29 +9,43 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def batch_statistics(input: Tensor, process_group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased and unbiased variance of each channel over the batches of all processes, in the input's dtype.
-
-    Each process sends (count, mean, M2) of its own batch; the merge is that of Chan, Golub & LeVeque (1979).
-    """
-    channels = input.shape[1]
-    local = input.new_zeros(2 * channels + 1)
+def batch_moments(input: Tensor) -> Tensor:
+    """The moments of this process's batch, in the input's dtype."""
     count = input.shape[0] * input.shape[2:].numel()
-    if count > 0:
-        reduced = [dim for dim in range(input.dim()) if dim != 1]
-        var, mean = torch.var_mean(input, reduced, correction=0)
-        local = torch.cat([mean, var * count, local.new_tensor([count])])
-    gathered = local.new_empty(dist.get_world_size(process_group) * local.numel())
-    dist.all_gather_single(gathered, local, group=process_group)
-    gathered = gathered.view(-1, local.numel())
+    if count == 0:
+        return input.new_zeros(3, input.shape[1])
+    reduced = [dim for dim in range(input.dim()) if dim != 1]
+    var, mean = torch.var_mean(input, reduced, correction=0)
+    return torch.stack([torch.full_like(mean, count), mean, var * count])
 
-    means, deviations, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
-    total = counts.sum()
-    if total <= 1:
-        raise ValueError(f"Expected more than 1 value per channel over the process group, got {int(total)}")
-    mean = (means * counts).sum(0) / total
-    squares = (deviations + counts * (means - mean).square()).sum(0)
-    return mean, squares / total, squares / (total - 1)
+
+def merge_moments(parts: Tensor) -> Tensor:
+    """The moments of the whole from those of its parts, [3, parts, channels] (Chan, Golub & LeVeque 1979)."""
+    counts, means, m2s = parts
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total.clamp(min=1)
+    return torch.stack([total, mean, (m2s + counts * (means - mean).square()).sum(0)])
+
+
+def batch_statistics(moments: Tensor, process_group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased and unbiased variance of each channel over the batches of all processes.
+
+    Raises:
+        ValueError: there is one value for each channel, or none, in all of them together.
+    """
+    gathered = moments.new_empty(dist.get_world_size(process_group) * len(moments), moments.shape[1])
+    dist.all_gather_single(gathered, moments, group=process_group)
+    total, mean, m2 = merge_moments(gathered.view(-1, *moments.shape).transpose(0, 1))
+    if (total <= 1).any():
+        raise ValueError(f"Expected more than 1 value per channel over the process group, got {int(total[0])}")
+    return mean, m2 / total, m2 / (total - 1)
+
+
+def averages(sums: Tensor, count: int, process_group: ProcessGroup) -> Tensor:
+    """`sums` over `count` elements here, summed over all processes and divided by the elements of all."""
+    message = torch.cat([sums.flatten(), sums.new_full((1,), count)])
+    dist.all_reduce(message, group=process_group)
+    return message[:-1].view_as(sums) / message[-1]
 
 
 def add_statistics_gradient_(
@@ -46,13 +63,10 @@ def add_statistics_gradient_(
     `grad_weight` and `grad_bias` are this process's sums of g * xhat and of g, which autograd returns unreduced, as
     DistributedDataParallel expects.
     """
-    channels = input.shape[1]
-    count = grad_weight.new_tensor([input.shape[0] * input.shape[2:].numel()])
-    sums = torch.cat([grad_weight, grad_bias, count])
-    dist.all_reduce(sums, group=process_group)
-    mean_grad_xhat, mean_grad = sums[:channels] / sums[-1], sums[channels:-1] / sums[-1]
+    count = input.shape[0] * input.shape[2:].numel()
+    mean_grad_xhat, mean_grad = averages(torch.stack([grad_weight, grad_bias]), count, process_group)
     factor = rstd if weight is None else rstd * weight
-    per_channel = (1, channels) + (1,) * (input.dim() - 2)
+    per_channel = (1, -1) + (1,) * (input.dim() - 2)
     slope = -factor * rstd * mean_grad_xhat
     offset = -factor * mean_grad - slope * mean
     correction = torch.addcmul(offset.view(per_channel), input.to(slope.dtype), slope.view(per_channel))

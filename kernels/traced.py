@@ -102,8 +102,8 @@ def _call_operator(
         {"dropout_p": dropout_p, "relu": relu, **options},
     )
     if options.get("use_batch_stats") and running_mean is not None and running_var is not None:
-        _move(running_mean, mean, momentum)
-        _move(running_var, var[0], momentum)
+        reference.move_(running_mean, mean, momentum)
+        reference.move_(running_var, var[0], momentum)
     return output
 
 
@@ -126,15 +126,9 @@ def _batch_norm(
     # With a momentum of 1 the running statistics become those of this batch.
     mean, var = torch.zeros_like(running_mean, dtype=input.dtype), torch.zeros_like(running_var, dtype=input.dtype)
     output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
-    _move(running_mean, mean, momentum)
-    _move(running_var, var, momentum)
+    reference.move_(running_mean, mean, momentum)
+    reference.move_(running_var, var, momentum)
     return output
-
-
-def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """Moves a running statistic by `momentum` towards the batch's."""
-    weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
-    running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
 
 
 def _group_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float) -> Tensor:

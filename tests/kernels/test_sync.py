@@ -1,13 +1,17 @@
 """Batch norm over a process group: two processes with parts of a batch against one with the whole of it."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed import ProcessGroup
 
-from mnistnorm import BatchNormReLU2d
+from mnistnorm import BatchNormReLU2d, batch_norm_relu
+from mnistnorm.kernels import sync
 
 SHAPE = (6, 4, 5, 3)
 
@@ -26,26 +30,40 @@ def layer(**options):
     return module
 
 
-def train_part(rank: int, folder: Path, sizes: list[int]) -> None:
-    """One process's share of a step; writes what it computed."""
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "store"), len(sizes)), rank=rank, world_size=len(sizes)
-    )
-    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+def join(rank: int, size: int, folder: Path) -> ProcessGroup:
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def step(module, part):
+    """What one process computes of its share of a step."""
     x, residual, grad = (t[part] for t in data())
-    module = layer(process_group=dist.group.WORLD)
     x.requires_grad_()
     output = module(x, residual)
     output.backward(grad)
     results = {"output": output.detach(), "dx": x.grad, "dw": module.weight.grad, "db": module.bias.grad}
-    torch.save(results | dict(module.named_buffers()), folder / f"{rank}.pt")
+    return results | dict(module.named_buffers())
+
+
+# How many samples each process has, and the implementation.
+CASES = [(sizes, impl) for sizes in ((3, 3), (5, 1), (6, 0)) for impl in ("torch", "triton")]
+
+
+def train_parts(rank: int, folder: Path) -> None:
+    """One process's share of all cases."""
+    group = join(rank, 2, folder)
+    results = []
+    for sizes, impl in CASES:
+        first = sum(sizes[:rank])
+        results.append(step(layer(process_group=group, impl=impl), slice(first, first + sizes[rank])))
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("sizes", [[3, 3], [5, 1], [6, 0]], ids=str)
-def test_two_processes_are_one(tmp_path, sizes, run_two_processes):
-    run_two_processes(train_part, tmp_path, sizes)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_two_processes_are_one(tmp_path, run_two_processes):
+    run_two_processes(train_parts, tmp_path)
+    results = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
 
     x, residual, grad = data()
     x.requires_grad_()
@@ -54,14 +72,110 @@ def test_two_processes_are_one(tmp_path, sizes, run_two_processes):
     output = F.relu(F.batch_norm(x, *running, module.weight, module.bias, True, 0.3) + residual)
     output.backward(grad)
 
-    def check(actual, expected):
-        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
+    for case, parts in zip(CASES, results, strict=True):
 
-    check(torch.cat([part["output"] for part in parts]), output)
-    check(torch.cat([part["dx"] for part in parts]), x.grad)
-    check(sum(part["dw"] for part in parts), module.weight.grad)
-    check(sum(part["db"] for part in parts), module.bias.grad)
-    for part in parts:
-        check(part["running_mean"], running[0])
-        check(part["running_var"], running[1])
-        assert part["num_batches_tracked"] == 1
+        def check(actual, expected, case=case):
+            torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10, msg=lambda text: f"{case}: {text}")
+
+        check(torch.cat([part["output"] for part in parts]), output)
+        check(torch.cat([part["dx"] for part in parts]), x.grad)
+        check(sum(part["dw"] for part in parts), module.weight.grad)
+        check(sum(part["db"] for part in parts), module.bias.grad)
+        for part in parts:
+            check(part["running_mean"], running[0])
+            check(part["running_var"], running[1])
+            assert part["num_batches_tracked"] == 1
+
+
+# A group of one process synchronises by the same code.
+
+
+@pytest.fixture
+def group(tmp_path) -> Iterator[ProcessGroup]:
+    yield join(0, 1, tmp_path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dropout_p": 0.3}, {"dropout_p": 0.3, "activation": "identity"}, {"residual": True, "dropout_p": 0.3}],
+    ids=str,
+)
+def test_a_group_of_one_is_a_batch(impl, layout, dtype, options, group, device):
+    generator = torch.Generator().manual_seed(0)
+    x, other, grad = (
+        torch.randn(SHAPE, generator=generator).to(device, dtype).contiguous(memory_format=layout) for _ in range(3)
+    )
+    weight, bias = (torch.randn(SHAPE[1], generator=generator).to(device) for _ in range(2))
+    if dtype == torch.float64:
+        weight, bias = weight.double(), bias.double()
+    inputs = [x + 2, weight, bias] + ([other] if options.get("residual") else [])
+    results = []
+    for process_group in (group, None):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        running = torch.zeros_like(weight), torch.ones_like(weight)
+        torch.manual_seed(3)
+        output = batch_norm_relu(
+            leaves[0],
+            *running,
+            *leaves[1:3],
+            training=True,
+            impl=impl,
+            process_group=process_group,
+            **{**options, "residual": leaves[3] if options.get("residual") else None},
+        )
+        assert output.stride() == x.stride()
+        results.append([output, *torch.autograd.grad(output, leaves, grad), *running])
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(results[0], results[1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_gradients_that_are_not_needed(impl, group, device):
+    x, _, grad = (tensor.to(device) for tensor in data())
+    whole = layer(process_group=group, impl=impl).to(device)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(whole(leaf), (leaf, whole.weight, whole.bias), grad)
+    for index in range(3):
+        module = layer(process_group=group, impl=impl).to(device)
+        leaves = (x.clone(), module.weight, module.bias)
+        for number, leaf in enumerate(leaves):
+            leaf.requires_grad_(number == index)
+        (gradient,) = torch.autograd.grad(module(leaves[0]), leaves[index], grad)
+        torch.testing.assert_close(gradient, expected[index], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_one_collective_each_way(impl, group, device, monkeypatch):
+    collectives = {name: mock.Mock(wraps=getattr(dist, name)) for name in ("all_gather_single", "all_reduce")}
+    for name, collective in collectives.items():
+        monkeypatch.setattr(dist, name, collective)
+    module = layer(process_group=group, impl=impl).to(device)
+    output = module(data()[0].to(device).requires_grad_())
+    assert [collective.call_count for collective in collectives.values()] == [1, 0]
+    output.sum().backward()
+    assert [collective.call_count for collective in collectives.values()] == [1, 1]
+    module.eval()(output)
+    assert [collective.call_count for collective in collectives.values()] == [1, 1]
+
+
+def test_merged_moments_survive_a_large_mean():
+    parts = torch.randn(3, 50, 2, dtype=torch.float64) + 1e4
+    moments = torch.stack([sync.batch_moments(part.float()) for part in parts], 1)
+    count, mean, m2 = sync.merge_moments(moments.float())
+    whole = parts.float().double().flatten(0, 1)
+    torch.testing.assert_close(count, torch.full((2,), 150.0))
+    torch.testing.assert_close(mean.double(), whole.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2.double() / 150, whole.var(0, correction=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_one_value_per_channel_in_all_processes(impl, group, device):
+    module = layer(process_group=group, impl=impl).to(device)
+    for samples in (0, 1):
+        with pytest.raises(ValueError, match=f"more than 1 value per channel over the process group, got {samples}"):
+            module(torch.randn(samples, SHAPE[1], 1, 1, dtype=torch.float64, device=device))
+    assert module.num_batches_tracked == 0
