@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import GroupName
 from triton.backends.compiler import GPUTarget
 
 from . import sync
@@ -70,7 +70,7 @@ def batch_norm_forward(
     *,
     use_batch_stats: bool,
     momentum: float,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupName | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over (N, C, ...); returns (output, mean (C,), rstd (C,)) and updates the running statistics."""
@@ -114,7 +114,7 @@ def batch_norm_backward(
     rstd: Tensor,
     *,
     use_batch_stats: bool,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupName | None = None,
     **options: Any,
 ) -> Gradients:
     """Gradients of `batch_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
@@ -244,7 +244,7 @@ def _batch_moments(geometry: Geometry, input: Tensor) -> Tensor:
     plan, sizes, _ = _prepare(geometry, input.element_size(), target, False, False, True, "split", False, False)
     partials = input.new_empty((3, plan.splits, geometry.slabs), dtype=statistics_dtype(input))
     run([_statistics_launch(plan, sizes, input, partials)], input.device)
-    return sync.merge_moments(partials)
+    return torch.stack(sync.merge_moments(partials))
 
 
 def _statistics_launch(plan: Plan, sizes: tuple[int, ...], input: Tensor, partials: Tensor) -> Launch:
@@ -309,7 +309,7 @@ def _backward(
     has_residual: bool,
     needs: Sequence[bool],
     plan: Kind | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupName | None = None,
 ) -> Gradients:
     # With a residual the mask is read from the output; without, it is recomputed and the output not asked for.
     output = output if has_residual else None

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.distributed.distributed_c10d import GroupName
 
 from . import operators, reference
 from .autograd import empty_output
@@ -45,9 +46,7 @@ def apply(
     options: dict[str, Any],
 ) -> Tensor:
     """The fused operation by operations that torch can trace, differentiate and transform; autocast changes none."""
-    if options.pop("process_group", None) is not None:
-        raise NotImplementedError("batch norm over a process_group cannot be exported or transformed by torch.func")
-    if input.numel() == 0:
+    if input.numel() == 0 and options.get("process_group") is None:
         return empty_output(input, weight, bias, residual)
     if implementation == "triton":
         return _call_operator(norm, input, weight, bias, residual, dropout_p, relu, **options)
@@ -117,7 +116,14 @@ def _batch_norm(
     use_batch_stats: bool,
     momentum: float | Tensor,
     eps: float,
+    process_group: GroupName | None,
 ) -> Tensor:
+    if process_group is not None:
+        mean, var, unbiased = operators.call("synchronised_statistics", (input,), {"process_group": process_group})
+        if running_mean is not None and running_var is not None:
+            reference.move_(running_mean, mean.detach(), momentum)
+            reference.move_(running_var, unbiased, momentum)
+        return reference.normalize_channels(input, weight, bias, mean, (var + eps).rsqrt())
     if running_mean is None or running_var is None:
         return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
     if not use_batch_stats:

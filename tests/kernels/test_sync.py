@@ -1,5 +1,6 @@
 """Batch norm over a process group: two processes with parts of a batch against one with the whole of it."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -8,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import library
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import ProcessGroup
 
 from mnistnorm import BatchNormReLU2d, batch_norm_relu
@@ -47,22 +50,26 @@ def step(module, part):
 
 
 # How many samples each process has, and the implementation.
-CASES = [(sizes, impl) for sizes in ((3, 3), (5, 1), (6, 0)) for impl in ("torch", "triton")]
+CASES = list(itertools.product(((3, 3), (5, 1), (6, 0)), ("torch", "triton")))
 
 
-def train_parts(rank: int, folder: Path) -> None:
+def train_parts(rank: int, folder: Path, compiled: bool) -> None:
     """One process's share of all cases."""
     group = join(rank, 2, folder)
     results = []
     for sizes, impl in CASES:
         first = sum(sizes[:rank])
-        results.append(step(layer(process_group=group, impl=impl), slice(first, first + sizes[rank])))
+        module = layer(process_group=group, impl=impl)
+        if compiled:
+            module.compile(fullgraph=True, backend="aot_eager")
+        results.append(step(module, slice(first, first + sizes[rank])))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path, run_two_processes):
-    run_two_processes(train_parts, tmp_path)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_two_processes_are_one(compiled, tmp_path, run_two_processes):
+    run_two_processes(train_parts, tmp_path, compiled)
     results = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
 
     x, residual, grad = data()
@@ -170,6 +177,65 @@ def test_merged_moments_survive_a_large_mean():
     torch.testing.assert_close(count, torch.full((2,), 150.0))
     torch.testing.assert_close(mean.double(), whole.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(m2.double() / 150, whole.var(0, correction=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compiles_whole_and_once_more_for_other_batch_sizes(impl, group, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    module, alone = (layer(process_group=group, impl=impl).to(device) for group in (group, None))
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for samples in (5, 6, 3):
+        x, residual, grad = (tensor[:samples].to(device) for tensor in data())
+        results = []
+        for call in (compiled, alone):
+            leaf = x.clone().requires_grad_()
+            output = call(leaf, residual)
+            results.append((output, torch.autograd.grad(output, leaf, grad), dict(alone.named_buffers())))
+        torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.export's own
+def test_exports(impl, group, device):
+    module, alone = (layer(process_group=group, impl=impl).to(device) for group in (group, None))
+    x = data()[0].to(device)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(x[:4]), alone(x[:4]))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_gradients_by_torch_func(impl, group, device):
+    x, residual, _ = (tensor.to(device) for tensor in data())
+
+    def gradient(process_group):
+        module = layer(process_group=process_group, impl=impl, track_running_stats=False).to(device)
+        return torch.func.grad(lambda x: module(x, residual).square().sum())
+
+    torch.testing.assert_close(gradient(group)(x), gradient(None)(x), atol=1e-10, rtol=1e-10)
+    samples = torch.stack([x, residual])
+    actual, expected = (torch.func.vmap(gradient(group))(samples) for group in (group, None))
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck(layout, group, device):
+    x, residual, grad = (tensor.contiguous(memory_format=layout).to(device) for tensor in data())
+    x.requires_grad_()
+    mean, var = torch.randn(2, SHAPE[1], dtype=torch.float64, device=device)
+    over = {"process_group": group.group_name}
+    norm = {"dropout_p": 0.0, "relu": True, "use_batch_stats": True, **over}
+    backward = {**norm, "has_residual": True, "needs": [True, False, False, True]}
+    operators = torch.ops.mnistnorm
+    for operator, arguments, options in (
+        (operators.synchronised_statistics, (x,), over),
+        (operators.synchronised_statistics_backward, (x.detach(), mean, mean, var), over),
+        (operators.batch_norm_relu, (x, None, None, residual, None, None, None), {"eps": 1e-5, **norm}),
+        (operators.batch_norm_relu_backward, (grad, x.detach(), None, None, residual, mean, var, None), backward),
+    ):
+        assert set(library.opcheck(operator.default, arguments, options).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
