@@ -851,6 +851,9 @@ def test_process_group_reaches_every_batch_norm(tmp_path):
         model = fuse(Sum(), process_group=group)
         assert model.norm1.process_group is group
         assert fuse(model).norm1.process_group is group
+        assert fuse(fuse(Sum()), process_group=group).norm2.process_group is group
+        with pytest.raises(TypeError, match="1 cannot be synchronised: it is a Subclass"):
+            fuse(sequence(Subclass(4)), process_group=group)
         alone = fuse(nn.BatchNorm2d(4), process_group=group)
         x = torch.randn(5, 4, 3, 3)
         torch.testing.assert_close(alone(x), nn.BatchNorm2d(4)(x))
@@ -872,6 +875,8 @@ def train_synchronised(rank: int, folder: Path) -> None:
     output = model(x[3 * rank :][:3])
     torch.save({"output": output.detach(), "buffers": dict(model.named_buffers())}, folder / f"{rank}.pt")
     assert type(unfuse(model).norm2) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match=rf"0 has {4 + rank} channels here and {5 - rank} in process {1 - rank}"):
+        fuse(nn.Sequential(nn.BatchNorm2d(4 + rank)), process_group=dist.group.WORLD)
     dist.destroy_process_group()
 
 
