@@ -1,6 +1,9 @@
 """Batch norm over a process group: two processes with parts of a batch against one with the whole of it."""
 
+import copy
+import io
 import itertools
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -9,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import library
+from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import ProcessGroup
 
-from mnistnorm import BatchNormReLU2d, batch_norm_relu
+from mnistnorm import BatchNormReLU2d, batch_norm_relu, fuse, unfuse
 from mnistnorm.kernels import sync
 
 SHAPE = (6, 4, 5, 3)
@@ -236,6 +239,38 @@ def test_opcheck(layout, group, device):
         (operators.batch_norm_relu_backward, (grad, x.detach(), None, None, residual, mean, var, None), backward),
     ):
         assert set(library.opcheck(operator.default, arguments, options).values()) == {"SUCCESS"}
+
+
+def test_copies_share_the_group_and_pickles_mean_the_default_one(group):
+    model = fuse(nn.Sequential(layer(process_group=group), nn.BatchNorm2d(4), nn.ReLU()), process_group=group)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert [clone[0].process_group, clone[1].process_group] == [group, group]
+        assert repr(clone) == repr(model)
+        torch.testing.assert_close(dict(clone.state_dict()), dict(model.state_dict()))
+    stock = unfuse(model)
+    copy.deepcopy(stock)
+    pickle.dumps(stock)
+
+    other = dist.new_group([0])
+    assert copy.deepcopy(layer(process_group=other)).process_group is other
+    with pytest.raises(TypeError, match="only the default process group can be pickled"):
+        pickle.dumps(layer(process_group=other))
+
+
+def test_unpickled_without_torch_distributed(tmp_path):
+    module = layer(process_group=join(0, 1, tmp_path))
+    dist.destroy_process_group()
+    pickled = pickle.dumps(module)
+    with pytest.warns(UserWarning, match="unpickled before torch.distributed.init_process_group"):
+        alone = pickle.loads(pickled)
+    assert alone.process_group is None
+    x = data()[0]
+    torch.testing.assert_close(alone(x), layer()(x))
+    with pytest.raises(RuntimeError, match="process group"):
+        module(x)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
