@@ -1,4 +1,4 @@
-"""What torch.compile, torch.export, torch.func and tensors without data see in place of an eager call.
+"""What torch.compile, torch.export, torch.func, torch.jit.trace and tensors without data see in place of an eager call.
 
 The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one calls the
 operators of `operators.py`. Values, dtypes and the promises of dropout are those of the eager call; its mask is not.
@@ -27,6 +27,7 @@ def is_traced(input: Tensor) -> bool:
     """Whether torch traces or transforms the call, rather than computing it."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or isinstance(input, FakeTensor)
         or input.is_meta

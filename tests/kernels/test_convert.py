@@ -731,6 +731,27 @@ def test_compiles_whole(network):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.export's own
+def test_exports_whole_with_any_batch_size(training):
+    model = fuse(torchvision_model("resnet18")).train(training)
+    x = torch.randn(4, 3, 40, 40, dtype=torch.float64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    exported = program.module()
+    for size in (7, 1):
+        same_step(exported, model, torch.randn(size, 3, 40, 40, dtype=torch.float64))
+    assert not [node for node in program.graph.nodes if ".out" in str(node.target)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("ignore")  # torch.jit's own
+def test_is_traced_by_torch_jit(training):
+    model = fuse(torchvision_model("resnet18")).train(training)
+    traced = torch.jit.trace(copy.deepcopy(model), (torch.randn(4, 3, 40, 40, dtype=torch.float64),), check_trace=False)
+    traced.load_state_dict(model.state_dict())
+    same_step(traced, model, torch.randn(7, 3, 40, 40, dtype=torch.float64))
+
+
 def test_fusing_again_and_nothing_to_fuse():
     model = fuse(Sum())
     again = fuse(model)
