@@ -77,7 +77,8 @@ def batch_norm_forward(
     input, channels_last = as_dense(input, 1)
     geometry = _batch_geometry(input.shape, channels_last)
     if process_group is not None:
-        mean, var, unbiased = sync.batch_statistics(_batch_moments(geometry, input), process_group)
+        moments = _batch_moments(geometry, input)
+        mean, var, unbiased = sync.batch_statistics(moments, geometry.slab_size, process_group)
         if running_mean is not None and running_var is not None:
             move_(running_mean, mean, momentum)
             move_(running_var, unbiased, momentum)

@@ -244,7 +244,7 @@ def _register_statistics() -> None:
     )
 
     def forward(input: Tensor, process_group: GroupName) -> tuple[Tensor, Tensor, Tensor]:
-        return sync.batch_statistics(sync.batch_moments(input), process_group)
+        return sync.batch_statistics(sync.batch_moments(input), sync.count_of(input), process_group)
 
     def fake_forward(input: Tensor, process_group: GroupName) -> tuple[Tensor, Tensor, Tensor]:
         mean = input.new_empty(input.shape[1])

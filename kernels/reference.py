@@ -61,7 +61,7 @@ def batch_norm_forward(
                 mean, var, unbiased, scratch = cpu.batch_statistics(input)
             else:
                 moments = sync.batch_moments(input.to(statistics_dtype(input)))
-                mean, var, unbiased = sync.batch_statistics(moments, process_group)
+                mean, var, unbiased = sync.batch_statistics(moments, sync.count_of(input), process_group)
             if running_mean is not None and running_var is not None:
                 move_(running_mean, mean, momentum)
                 move_(running_var, unbiased, momentum)
