@@ -159,16 +159,20 @@ def test_gradients_that_are_not_needed(impl, group, device):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_one_collective_each_way(impl, group, device, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_one_collective_each_way(impl, compiled, group, device, monkeypatch):
     collectives = {name: mock.Mock(wraps=getattr(dist, name)) for name in ("all_gather_single", "all_reduce")}
     for name, collective in collectives.items():
         monkeypatch.setattr(dist, name, collective)
     module = layer(process_group=group, impl=impl).to(device)
+    if compiled:
+        torch._dynamo.reset()
+        module.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # which may compute again in the backward
     output = module(data()[0].to(device).requires_grad_())
     assert [collective.call_count for collective in collectives.values()] == [1, 0]
     output.sum().backward()
     assert [collective.call_count for collective in collectives.values()] == [1, 1]
-    module.eval()(output)
+    module.eval()(output.detach())
     assert [collective.call_count for collective in collectives.values()] == [1, 1]
 
 
