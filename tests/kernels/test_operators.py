@@ -14,7 +14,7 @@ OPTIONS = {
     "batch_norm": {"use_batch_stats": True, "process_group": None},
     "batch_norm in eval": {"use_batch_stats": False, "process_group": None},
     "group_norm": {"num_groups": 2},
-    "layer_norm": {"normalized_shape": (5,)},
+    "layer_norm": {"normalized_shape": (2, 5)},
     "layer_norm of three": {"normalized_shape": (4, 2, 5)},
 }
 LAYOUTS = {
