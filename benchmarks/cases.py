@@ -1,6 +1,8 @@
 """What the benchmarks run: the stock and the fused layers, and the shapes they run at."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU
 from mnistnorm.model import CNN, IMAGE_SIZE
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 NORMS = ("batch", "group", "layer")
 NUM_GROUPS = 2
@@ -69,18 +72,28 @@ class Case:
 
     def saved_bytes(self) -> int:
         """What autograd keeps for the backward beyond the layer's input, output and parameters."""
-        saved: list[Tensor] = []
+        output, saved = saved_storages(lambda: self.layer(self.input))
+        return bytes_beyond(saved, (self.input, output, *self.layer.parameters(), *self.layer.buffers()))
 
-        def pack(tensor: Tensor) -> Tensor:
-            saved.append(tensor)
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = self.layer(self.input)
-        kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
-        for tensor in (self.input, output, *self.layer.parameters(), *self.layer.buffers()):
-            kept.pop(tensor.untyped_storage().data_ptr(), None)
-        return sum(kept.values())
+def saved_storages(call: Callable[[], T]) -> tuple[T, list[torch.UntypedStorage]]:
+    """What `call` returns, and the storages of all that autograd keeps meanwhile for the backward."""
+    saved: list[torch.UntypedStorage] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return call(), saved
+
+
+def bytes_beyond(storages: Iterable[torch.UntypedStorage], tensors: Iterable[Tensor]) -> int:
+    """The bytes of `storages`, each counted once, but for those of `tensors`."""
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    for tensor in tensors:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 def check(contender: str, norm: str, shape: Shape, device: torch.device) -> None:

@@ -110,15 +110,17 @@ def fuse(
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.
         example_inputs: the arguments of one call, in order; sums that broadcast there are left alone.
-        process_group: take the statistics of all batch norms, also of those left alone, over its processes. Before
-            init_process_group, torch.distributed.group.WORLD is None, which asks for no synchronisation.
+        process_group: take the statistics of all batch norms, also of those left alone or fused before, over its
+            processes, all of which must call. Before init_process_group, torch.distributed.group.WORLD is None, which
+            asks for no synchronisation.
 
     Returns:
         A module of the same class, with the attribute `fusion_report`.
 
     Raises:
-        TypeError: `model` is not a module, or is a wrapped or compiled one; process_group is not a ProcessGroup.
-        ValueError: the model does not run on `example_inputs`.
+        TypeError: `model` is not a module, or is a wrapped or compiled one; process_group is not a ProcessGroup; a
+            subclass of a batch norm cannot be synchronised.
+        ValueError: the model does not run on `example_inputs`; the processes have batch norms of different channels.
         RuntimeError: the modules cannot be copied; process_group is given and torch.distributed not initialised.
     """
     _check_model(model)
@@ -406,6 +408,8 @@ def _fuse_norm(module: nn.Module, dropout_p: float, activation: Activation) -> N
 
 def _unfuse_norm(module: nn.Module) -> None:
     if not vars(module).pop("made_by_fuse", False):
+        if isinstance(module, _FUSED_BATCH_NORMS):
+            module.process_group = None
         _turn_into(module, _UNFUSED[type(module)])
         return
     _turn_into(module, _STOCK[type(module)])
@@ -414,6 +418,21 @@ def _unfuse_norm(module: nn.Module) -> None:
 
 
 def _synchronise(model: nn.Module, process_group: ProcessGroup) -> None:
+    channels = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (*_FUSED_BATCH_NORMS, *_BATCH_NORMS)):
+            if type(module) not in (*_FUSED_BATCH_NORMS, *_BATCH_NORMS):
+                raise TypeError(f"{path} cannot be synchronised: it is a {type(module).__name__}")
+            channels[path] = module.num_features
+    everywhere: list[Any] = [None] * process_group.size()
+    dist.all_gather_object(everywhere, channels, group=process_group)
+    for rank, theirs in enumerate(everywhere):
+        if theirs != channels:
+            differing = next(path for path in channels | theirs if channels.get(path) != theirs.get(path))
+            raise ValueError(
+                f"all processes must have the same batch norms: {differing} has {channels.get(differing)} channels "
+                f"here and {theirs.get(differing)} in process {rank} of the group"
+            )
     for module in model.modules():
         if type(module) in _BATCH_NORMS:
             _fuse_norm(module, 0.0, "identity")

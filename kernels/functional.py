@@ -48,8 +48,8 @@ def batch_norm_relu(
             whatever it was, NaN included. Under torch.compile, torch.export and torch.func the mask follows
             torch.manual_seed as well, but is not that of an eager call.
         activation: "relu" or "identity".
-        process_group: take the batch statistics over the batches of all its processes. torch.compile breaks its graph
-            there; torch.export and torch.func are refused.
+        process_group: take the batch statistics over the batches of all its processes, which must have as many
+            channels. One of the default device of its backend: gloo for CPUs, NCCL for GPUs. No second derivative.
         impl: "triton", "torch", or "auto" (Triton on a device it compiles for, PyTorch elsewhere).
 
     Returns:
@@ -82,10 +82,11 @@ def batch_norm_relu(
         raise TypeError("momentum must be a number, got None (which BatchNormReLU2d takes, for a cumulative average)")
     if process_group is not None and not isinstance(process_group, ProcessGroup):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
-    synchronised = training and process_group is not None
-    if training and not synchronised and channels > 0 and input.numel() == channels:
+    # Within, a group goes by its name: torch.compile puts that in a graph.
+    group_name = process_group.group_name if training and process_group is not None else None
+    if training and group_name is None and channels > 0 and input.numel() == channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
-    options = {"use_batch_stats": training, "process_group": process_group if synchronised else None}
+    options = {"use_batch_stats": training, "process_group": group_name}
     forward_options = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "eps": eps}
     return _run(
         "batch_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, forward_options
@@ -198,8 +199,7 @@ def _run(
     forward_options: dict[str, Any],
 ) -> Tensor:
     relu = activation == "relu"
-    synchronised = options.get("process_group") is not None
-    if traced.is_traced(input) and not (synchronised and torch.compiler.is_dynamo_compiling()):
+    if traced.is_traced(input):
         return traced.apply(
             norm, implementation, input, weight, bias, residual, dropout_p, relu, {**options, **forward_options}
         )

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import GroupName
 from triton.backends.compiler import GPUTarget
 
+from . import sync
 from .fused_norm import backward_kernel, forward_kernel, gradient_sums_kernel, statistics_kernel
 from .launch import Geometry, Kind, Plan, make_plan
+from .reference import move_, statistics_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -68,13 +70,21 @@ def batch_norm_forward(
     *,
     use_batch_stats: bool,
     momentum: float,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupName | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over (N, C, ...); returns (output, mean (C,), rstd (C,)) and updates the running statistics."""
-    _refuse(process_group)
     input, channels_last = as_dense(input, 1)
     geometry = _batch_geometry(input.shape, channels_last)
+    if process_group is not None:
+        moments = _batch_moments(geometry, input)
+        mean, var, unbiased = sync.batch_statistics(moments, geometry.slab_size, process_group)
+        if running_mean is not None and running_var is not None:
+            move_(running_mean, mean, momentum)
+            move_(running_var, unbiased, momentum)
+        if input.numel() == 0:
+            return torch.empty_like(input), mean, var
+        running_mean, running_var, use_batch_stats = mean, var, False
     dense = _contiguous(running_mean), _contiguous(running_var)
     results = _forward(
         geometry,
@@ -105,14 +115,14 @@ def batch_norm_backward(
     rstd: Tensor,
     *,
     use_batch_stats: bool,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupName | None = None,
     **options: Any,
 ) -> Gradients:
     """Gradients of `batch_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
-    _refuse(process_group)
     input, channels_last = as_dense(input, 1)
     geometry = _batch_geometry(input.shape, channels_last)
-    return _backward(geometry, use_batch_stats, grad_output, input, weight, bias, output, mean, rstd, **options)
+    tensors = grad_output, input, weight, bias, output, mean, rstd
+    return _backward(geometry, use_batch_stats, *tensors, process_group=process_group, **options)
 
 
 def group_norm_forward(
@@ -213,11 +223,6 @@ def _layer_geometry(shape: torch.Size, channels_last: bool, leading: int) -> Geo
     return Geometry(rows, 1, prod(shape[leading:]), elementwise_affine=True)
 
 
-def _refuse(process_group: ProcessGroup | None) -> None:
-    if process_group is not None:
-        raise NotImplementedError('batch norm over a process_group runs with impl="torch" only')
-
-
 def as_dense(input: Tensor, leading: int) -> tuple[Tensor, bool]:
     """The input, copied where it is neither contiguous nor channels last, and whether it is the latter."""
     if input.is_contiguous():
@@ -232,6 +237,20 @@ def _laid_out_like(input: Tensor, tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.stride() == input.stride() or (tensor.is_contiguous() and input.is_contiguous()):
         return tensor
     return torch.empty_like(input).copy_(tensor)
+
+
+def _batch_moments(geometry: Geometry, input: Tensor) -> Tensor:
+    """The moments of each channel as in sync.py, by the first launch of a split plan."""
+    target = current_target(input.device)
+    plan, sizes, _ = _prepare(geometry, input.element_size(), target, False, False, True, "split", False, False)
+    partials = input.new_empty((3, plan.splits, geometry.slabs), dtype=statistics_dtype(input))
+    run([_statistics_launch(plan, sizes, input, partials)], input.device)
+    return torch.stack(sync.merge_moments(partials))
+
+
+def _statistics_launch(plan: Plan, sizes: tuple[int, ...], input: Tensor, partials: Tensor) -> Launch:
+    grid = (plan.slab_blocks * plan.splits,)
+    return Launch(statistics_kernel, grid, (input, partials, *sizes, plan.splits), plan.constants)
 
 
 def _forward(
@@ -256,15 +275,14 @@ def _forward(
     chosen, sizes, constants = _prepare(
         geometry, input.element_size(), target, False, residual is not None, reduces, plan, dropout_p > 0, relu
     )
-    mean = input.new_empty(statistics_shape, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+    mean = input.new_empty(statistics_shape, dtype=statistics_dtype(input))
     rstd = torch.empty_like(mean)
     output = torch.empty_like(input)
     partials = None
     launches = []
     if chosen.reduction == "split":
         partials = mean.new_empty(3, chosen.splits, geometry.slabs)
-        grid = (chosen.slab_blocks * chosen.splits,)
-        launches.append(Launch(statistics_kernel, grid, (input, partials, *sizes, chosen.splits), chosen.constants))
+        launches.append(_statistics_launch(chosen, sizes, input, partials))
     arguments = (
         *(input, _contiguous(weight), _contiguous(bias), _laid_out_like(input, residual)),
         *(output, mean, rstd, running_mean, running_var, partials),
@@ -292,6 +310,7 @@ def _backward(
     has_residual: bool,
     needs: Sequence[bool],
     plan: Kind | None = None,
+    process_group: GroupName | None = None,
 ) -> Gradients:
     # With a residual the mask is read from the output; without, it is recomputed and the output not asked for.
     output = output if has_residual else None
@@ -299,6 +318,7 @@ def _backward(
     if not (needs_input or needs_weight or needs_bias or (needs_residual and relu)):
         return None, None, None, grad_output if needs_residual else None
     reduces = statistics_depend_on_input and needs_input
+    plan = plan if process_group is None else "split"
     target = current_target(input.device)
     chosen, sizes, constants = _prepare(
         geometry, input.element_size(), target, True, has_residual, reduces, plan, dropout_p > 0, relu
@@ -327,16 +347,23 @@ def _backward(
         *(_contiguous(weight), _contiguous(bias), mean, rstd),
     )
     launches = []
-    partials = None
+    partials, splits = None, chosen.splits
     if chosen.reduction == "split":
-        partials = mean.new_empty(2, chosen.splits, geometry.slabs)
+        partials = mean.new_empty(2, splits, geometry.slabs)
         grid = (chosen.slab_blocks * chosen.splits,)
         arguments: tuple[Any, ...] = (*tensors, partials, *sizes, chosen.splits, *_dropout(dropout_p), seed)
         without_reduction = {name: value for name, value in constants.items() if name != "REDUCTION"}
         launches.append(Launch(gradient_sums_kernel, grid, arguments, without_reduction))
+        if process_group is not None:
+            run(launches, input.device)
+            launches.clear()
+            # The parameters' gradients are this process's share; for dx, the kernel divides by the elements here.
+            buffers, sums = (None, None), partials.flip(0)
+            averages = sync.averages(partials.sum(1), geometry.slab_size, process_group)
+            partials, splits = averages * geometry.slab_size, 1
     arguments = (
         *(*tensors, grad_input, grad_residual, *buffers, partials),
-        *(*sizes, geometry.slab_size, chosen.row_programs, chosen.splits, *_dropout(dropout_p), seed),
+        *(*sizes, geometry.slab_size, chosen.row_programs, splits, *_dropout(dropout_p), seed),
     )
     launches.append(Launch(backward_kernel, (chosen.programs,), arguments, constants))
     run(launches, input.device)

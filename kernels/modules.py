@@ -1,8 +1,11 @@
 """The fused layers as modules: each takes the place of a torch.nn norm and of the dropout and ReLU behind it."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
@@ -44,6 +47,31 @@ class FusedLayer(nn.Module):
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}, activation={self.activation}, impl={self.impl}"
 
 
+class _CopiedGroup:
+    """Stands for a process group, of which there are no copies, where a module that has it is copied or pickled."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_CopiedGroup":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], "_CopiedGroup"], tuple[()]]:
+        if self.group is not None and self.group.group_desc != "default_pg":
+            raise TypeError("only the default process group can be pickled: set process_group to None first")
+        return _unpickled_group, ()
+
+
+def _unpickled_group() -> _CopiedGroup:
+    if not dist.is_initialized():
+        warnings.warn(
+            "a batch norm over the default process group was unpickled before torch.distributed.init_process_group: "
+            "its process_group is None",
+            stacklevel=2,
+        )
+    return _CopiedGroup(dist.group.WORLD)
+
+
 class _BatchNormReLU(FusedLayer, _NormBase):
     """The batch norms, which differ in the inputs that they take."""
 
@@ -71,6 +99,14 @@ class _BatchNormReLU(FusedLayer, _NormBase):
         )
         self.set_options(dropout_p, activation, impl)
         self.process_group = process_group
+
+    def __getstate__(self) -> dict[str, Any]:
+        group = self.process_group
+        return {**vars(self), "process_group": None if group is None else _CopiedGroup(group)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        group = state["process_group"]
+        super().__setstate__({**state, "process_group": group.group if isinstance(group, _CopiedGroup) else group})
 
     def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
         if input.dim() not in self.layouts:
@@ -117,7 +153,8 @@ class BatchNormReLU2d(_BatchNormReLU):
         eps, momentum, affine, track_running_stats, bias: as for nn.BatchNorm2d; momentum=None is a cumulative average.
         dropout_p: probability to zero an element, in training mode only.
         activation: "relu" or "identity".
-        process_group: take the batch statistics over all its processes.
+        process_group: take the batch statistics over all its processes, which must have as many channels. Copies of
+            the layer share it; pickled, the layer belongs to the default group of the process that loads it.
         impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
         device, dtype: of the parameters and buffers.
     """

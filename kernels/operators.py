@@ -2,6 +2,7 @@
 
     mnistnorm::batch_norm_relu, group_norm_relu and layer_norm_relu, and for each one called ..._backward
 
+And, for both implementations, the statistics over a process group: mnistnorm::synchronised_statistics.
 They mutate nothing: batch norm returns its statistics. Eager calls do not come here, those of `traced.py` do.
 """
 
@@ -12,6 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
+from torch.distributed.distributed_c10d import GroupName
+
+from . import sync
 
 
 class _Formula(NamedTuple):
@@ -105,19 +109,23 @@ def _register(norm: str, buffers: str, option: str) -> None:
             gradients[3] = grad_output
         return (*gradients, *nothing[4:])
 
-    library.impl(name, "default", _batch_norm_forward if buffers else _forward_of(norm))
-    library.impl(f"{name}_backward", "default", backward)
-    library.register_fake(name, _fake_forward)
-    library.register_fake(f"{name}_backward", _fake_backward)
-    for operator, formula in ((name, _Formula(setup_context, differentiate)), (f"{name}_backward", _ONLY_ONCE)):
-        _formulas[operator] = formula
-        library.register_autograd(operator, formula.backward, setup_context=formula.setup_context)
-        library.register_vmap(operator, _one_by_one(operator))
+    forward = _batch_norm_forward if buffers else _forward_of(norm)
+    _implement(name, forward, _fake_forward, _Formula(setup_context, differentiate))
+    _implement(f"{name}_backward", backward, _fake_backward, _ONLY_ONCE)
+
+
+def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any], formula: _Formula) -> None:
+    library.impl(name, "default", function)
+    library.register_fake(name, fake)
+    _formulas[name] = formula
+    library.register_autograd(name, formula.backward, setup_context=formula.setup_context)
+    library.register_vmap(name, _one_by_one(name))
 
 
 def _refuse(ctx: Any, *gradients: Any) -> Any:
     raise NotImplementedError(
-        'impl="triton" has no second derivative under torch.compile, torch.export and torch.func; impl="torch" has'
+        'under torch.compile, torch.export and torch.func, a second derivative is there only with impl="torch" and '
+        "without a process_group"
     )
 
 
@@ -226,6 +234,42 @@ def _leading(input: Tensor, normalized_shape: Sequence[int] | None) -> int:
     return 1 if normalized_shape is None else input.dim() - len(normalized_shape)
 
 
-_register("batch_norm", ", Tensor? running_mean, Tensor? running_var", "bool use_batch_stats")
+def _register_statistics() -> None:
+    """Defines the operator that gives mean, biased and unbiased variance over the processes of a group."""
+    name = "mnistnorm::synchronised_statistics"
+    library.define(name, "(Tensor input, *, str process_group) -> (Tensor mean, Tensor var, Tensor unbiased)")
+    library.define(
+        f"{name}_backward",
+        "(Tensor input, Tensor mean, Tensor grad_mean, Tensor grad_var, *, str process_group) -> Tensor[]",
+    )
+
+    def forward(input: Tensor, process_group: GroupName) -> tuple[Tensor, Tensor, Tensor]:
+        return sync.batch_statistics(sync.batch_moments(input), sync.count_of(input), process_group)
+
+    def fake_forward(input: Tensor, process_group: GroupName) -> tuple[Tensor, Tensor, Tensor]:
+        mean = input.new_empty(input.shape[1])
+        return mean, torch.empty_like(mean), torch.empty_like(mean)
+
+    def backward(*tensors: Any, process_group: GroupName) -> list[Tensor]:
+        return [sync.statistics_backward(*tensors, process_group=process_group)]
+
+    def fake_backward(input: Tensor, *tensors: Tensor, process_group: GroupName) -> list[Tensor]:
+        return [torch.empty_like(input)]
+
+    def setup_context(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        mean, _, unbiased = output
+        ctx.mark_non_differentiable(unbiased)
+        ctx.options = keyword_only_inputs
+        ctx.save_for_backward(*inputs, mean)
+
+    def differentiate(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call("synchronised_statistics_backward", (*ctx.saved_tensors, grad_mean, grad_var), ctx.options))
+
+    _implement(name, forward, fake_forward, _Formula(setup_context, differentiate))
+    _implement(f"{name}_backward", backward, fake_backward, _ONLY_ONCE)
+
+
+_register("batch_norm", ", Tensor? running_mean, Tensor? running_var", "bool use_batch_stats, str? process_group")
 _register("group_norm", "", "int num_groups")
 _register("layer_norm", "", "SymInt[] normalized_shape")
+_register_statistics()

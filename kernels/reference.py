@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import GroupName
 
 from . import cpu, sync
 
@@ -44,7 +44,7 @@ def batch_norm_forward(
     dropout_p: float,
     seed: int,
     relu: bool,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over (N, C, ...); returns (output, mean (C,), rstd (C,)) and updates the running statistics."""
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), dropout_p)
@@ -60,10 +60,11 @@ def batch_norm_forward(
             if process_group is None:
                 mean, var, unbiased, scratch = cpu.batch_statistics(input)
             else:
-                mean, var, unbiased = sync.batch_statistics(input.to(statistics_dtype(input)), process_group)
+                moments = sync.batch_moments(input.to(statistics_dtype(input)))
+                mean, var, unbiased = sync.batch_statistics(moments, sync.count_of(input), process_group)
             if running_mean is not None and running_var is not None:
-                running_mean.copy_(torch.lerp(running_mean.to(mean.dtype), mean, momentum))
-                running_var.copy_(torch.lerp(running_var.to(mean.dtype), unbiased, momentum))
+                move_(running_mean, mean, momentum)
+                move_(running_var, unbiased, momentum)
         else:
             assert running_mean is not None
             assert running_var is not None
@@ -95,7 +96,7 @@ def batch_norm_backward(
     relu: bool,
     has_residual: bool,
     needs: Sequence[bool],
-    process_group: ProcessGroup | None = None,
+    process_group: GroupName | None = None,
 ) -> Gradients:
     """Gradients of `batch_norm_forward` for input, weight, bias and residual; None where `needs` says so."""
     grad, grad_residual = _drop_add_relu_backward(
@@ -261,10 +262,15 @@ def batch_norm_normalize(
         raise NotImplementedError("batch_norm_relu has no second derivative with a process_group")
     if options["use_batch_stats"]:
         return _in_statistics_dtype(F.batch_norm, input, None, None, weight, bias, True, 0.0, options["eps"])
+    return normalize_channels(input, weight, bias, mean, rstd).to(input.dtype)
+
+
+def normalize_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Batch norm with given statistics, by operations that can be differentiated for these as well."""
     per_channel = (-1,) + (1,) * (input.dim() - 2)
     value = (input - mean.view(per_channel)) * rstd.view(per_channel)
     value = value if weight is None else value * weight.view(per_channel)
-    return (value if bias is None else value + bias.view(per_channel)).to(input.dtype)
+    return value if bias is None else value + bias.view(per_channel)
 
 
 def group_norm_normalize(
@@ -292,7 +298,7 @@ def batch_norm_compose(
     use_batch_stats: bool,
     momentum: float,
     eps: float,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupName | None = None,
     **rest: Any,
 ) -> Tensor | None:
     """`batch_norm_forward` by operations that autograd records, where that is the fastest and they can express it."""
@@ -405,6 +411,12 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def move_(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """Moves a running statistic by `momentum` towards the batch's."""
+    weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
+    running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
 
 
 def _as_statistics(input: Tensor, values: Tensor | None) -> Tensor | None:

@@ -1,34 +1,69 @@
-"""Batch statistics over the processes of a group: one collective forward, one backward."""
+"""Batch statistics over the processes of a group: one collective forward, one backward.
+
+A group goes by its name, which torch.compile can put in a graph. Moments, [3, channels], are the count, the mean and
+the sum of squared deviations of each channel.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 
 
-def batch_statistics(input: Tensor, process_group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased and unbiased variance of each channel over the batches of all processes, in the input's dtype.
+def count_of(input: Tensor) -> int:
+    """The elements of each channel here."""
+    return input.shape[0] * input.shape[2:].numel()
 
-    Each process sends (count, mean, M2) of its own batch; the merge is that of Chan, Golub & LeVeque (1979).
+
+def batch_moments(input: Tensor) -> Tensor:
+    """The moments of this process's batch, in the input's dtype."""
+    count = count_of(input)
+    if count == 0:
+        return input.new_zeros(3, input.shape[1])
+    reduced = [dim for dim in range(input.dim()) if dim != 1]
+    var, mean = torch.var_mean(input, reduced, correction=0)
+    return torch.stack([torch.full_like(mean, count), mean, var * count])
+
+
+def merge_moments(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three moments of the whole from those of its parts, [3, parts, channels] (Chan, Golub & LeVeque 1979)."""
+    counts, means, m2s = parts
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total.clamp(min=1)
+    return total, mean, (m2s + counts * (means - mean).square()).sum(0)
+
+
+def batch_statistics(moments: Tensor, count: int, process_group: GroupName) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased and unbiased variance of each channel over the batches of all processes; `count` is that here.
+
+    Raises:
+        ValueError: there is one value for each channel, or none, in all of them together.
     """
-    channels = input.shape[1]
-    local = input.new_zeros(2 * channels + 1)
-    count = input.shape[0] * input.shape[2:].numel()
-    if count > 0:
-        reduced = [dim for dim in range(input.dim()) if dim != 1]
-        var, mean = torch.var_mean(input, reduced, correction=0)
-        local = torch.cat([mean, var * count, local.new_tensor([count])])
-    gathered = local.new_empty(dist.get_world_size(process_group) * local.numel())
-    dist.all_gather_single(gathered, local, group=process_group)
-    gathered = gathered.view(-1, local.numel())
+    group = _resolve_process_group(process_group)
+    gathered = moments.new_empty(group.size() * len(moments), moments.shape[1])
+    dist.all_gather_single(gathered, moments, group=group)
+    total, mean, m2 = merge_moments(gathered.view(-1, *moments.shape).transpose(0, 1))
+    # Where there are several values here, a GPU is not waited for.
+    if count <= 1 and (total <= 1).any():
+        raise ValueError(f"Expected more than 1 value per channel over the process group, got {int(total[0])}")
+    return mean, m2 / total, m2 / (total - 1)
 
-    means, deviations, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
-    total = counts.sum()
-    if total <= 1:
-        raise ValueError(f"Expected more than 1 value per channel over the process group, got {int(total)}")
-    mean = (means * counts).sum(0) / total
-    squares = (deviations + counts * (means - mean).square()).sum(0)
-    return mean, squares / total, squares / (total - 1)
+
+def averages(sums: Tensor, count: int, process_group: GroupName) -> Tensor:
+    """`sums` over `count` elements here, summed over all processes and divided by the elements of all."""
+    message = torch.cat([sums.flatten(), sums.new_full((1,), count)])
+    dist.all_reduce(message, group=_resolve_process_group(process_group))
+    return message[:-1].view_as(sums) / message[-1]
+
+
+def statistics_backward(
+    input: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, *, process_group: GroupName
+) -> Tensor:
+    """The gradient of the input of `batch_statistics`, from this process's gradients of mean and biased variance."""
+    per_channel = (1, -1) + (1,) * (input.dim() - 2)
+    slope, offset = averages(torch.stack([2 * grad_var, grad_mean]), count_of(input), process_group)
+    return (input - mean.view(per_channel)).mul_(slope.view(per_channel)).add_(offset.view(per_channel))
 
 
 def add_statistics_gradient_(
@@ -39,20 +74,16 @@ def add_statistics_gradient_(
     rstd: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
-    process_group: ProcessGroup,
+    process_group: GroupName,
 ) -> None:
     """Adds to `grad_input` the share that flows through the mean and variance of the whole group's batch.
 
     `grad_weight` and `grad_bias` are this process's sums of g * xhat and of g, which autograd returns unreduced, as
     DistributedDataParallel expects.
     """
-    channels = input.shape[1]
-    count = grad_weight.new_tensor([input.shape[0] * input.shape[2:].numel()])
-    sums = torch.cat([grad_weight, grad_bias, count])
-    dist.all_reduce(sums, group=process_group)
-    mean_grad_xhat, mean_grad = sums[:channels] / sums[-1], sums[channels:-1] / sums[-1]
+    mean_grad_xhat, mean_grad = averages(torch.stack([grad_weight, grad_bias]), count_of(input), process_group)
     factor = rstd if weight is None else rstd * weight
-    per_channel = (1, channels) + (1,) * (input.dim() - 2)
+    per_channel = (1, -1) + (1,) * (input.dim() - 2)
     slope = -factor * rstd * mean_grad_xhat
     offset = -factor * mean_grad - slope * mean
     correction = torch.addcmul(offset.view(per_channel), input.to(slope.dtype), slope.view(per_channel))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.distributed.distributed_c10d import GroupName
 
 from . import operators, reference
 from .autograd import empty_output
@@ -46,9 +47,7 @@ def apply(
     options: dict[str, Any],
 ) -> Tensor:
     """The fused operation by operations that torch can trace, differentiate and transform; autocast changes none."""
-    if options.pop("process_group", None) is not None:
-        raise NotImplementedError("batch norm over a process_group cannot be exported or transformed by torch.func")
-    if input.numel() == 0:
+    if input.numel() == 0 and options.get("process_group") is None:
         return empty_output(input, weight, bias, residual)
     if implementation == "triton":
         return _call_operator(norm, input, weight, bias, residual, dropout_p, relu, **options)
@@ -103,8 +102,8 @@ def _call_operator(
         {"dropout_p": dropout_p, "relu": relu, **options},
     )
     if options.get("use_batch_stats") and running_mean is not None and running_var is not None:
-        _move(running_mean, mean, momentum)
-        _move(running_var, var[0], momentum)
+        reference.move_(running_mean, mean, momentum)
+        reference.move_(running_var, var[0], momentum)
     return output
 
 
@@ -118,7 +117,14 @@ def _batch_norm(
     use_batch_stats: bool,
     momentum: float | Tensor,
     eps: float,
+    process_group: GroupName | None,
 ) -> Tensor:
+    if process_group is not None:
+        mean, var, unbiased = operators.call("synchronised_statistics", (input,), {"process_group": process_group})
+        if running_mean is not None and running_var is not None:
+            reference.move_(running_mean, mean.detach(), momentum)
+            reference.move_(running_var, unbiased, momentum)
+        return reference.normalize_channels(input, weight, bias, mean, (var + eps).rsqrt())
     if running_mean is None or running_var is None:
         return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
     if not use_batch_stats:
@@ -127,15 +133,9 @@ def _batch_norm(
     # With a momentum of 1 the running statistics become those of this batch.
     mean, var = torch.zeros_like(running_mean, dtype=input.dtype), torch.zeros_like(running_var, dtype=input.dtype)
     output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
-    _move(running_mean, mean, momentum)
-    _move(running_var, var, momentum)
+    reference.move_(running_mean, mean, momentum)
+    reference.move_(running_var, var, momentum)
     return output
-
-
-def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """Moves a running statistic by `momentum` towards the batch's."""
-    weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
-    running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
 
 
 def _group_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float) -> Tensor:

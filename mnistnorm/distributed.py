@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError, one_line
 from .kernels import BatchNormReLU2d
-from .kernels.functional import choose_implementation
 
 if TYPE_CHECKING:
     from .training import Settings
@@ -122,8 +121,6 @@ def check(settings: "Settings") -> None:
             raise UserError(message, exit_code=2)
         if not settings.fused and device.type == "cpu":
             raise UserError("--sync-batch-norm on a CPU is for the fused layers: add --fused", exit_code=2)
-        if settings.fused and choose_implementation(settings.impl, device) == "triton":
-            raise UserError("--sync-batch-norm does not run in Triton: add --impl torch", exit_code=2)
 
 
 def from_main(function: Callable[[], T]) -> T:

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import compiled, traffic
+from benchmarks import compiled, models, traffic
 from benchmarks.chain import Chain
 from benchmarks.counting import Kernel, eager
+from mnistnorm import fuse
 
 PROGRAMS = [traffic.main, compiled.main]
 BASELINE = Path(compiled.__file__).with_name("compiled.json")
@@ -132,3 +134,40 @@ def test_compiled(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "registers -1 ->" in printed
     assert printed.count("WORSE: spills 0 bytes, -1 before") == 2
+
+
+def test_models(tmp_path, capsys) -> None:
+    document = tmp_path / "models.json"
+    flags = "--models resnet18 --batch-size 2 --image-size 40 --rounds 2 --dropout 0 0.1"
+    threads = torch.get_num_threads()
+    assert models.main([*flags.split(), "--threads", str(threads), "--json", str(document)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\nresnet18") == 2
+    plain, dropped = json.loads(document.read_text())["rows"]
+    for row in (plain, dropped):
+        assert (row["fused"], row["sums"], row["left"]) == (17, 8, 3)
+        assert {name: len(values) for name, values in row["milliseconds"].items()} == {"stock": 2, "fused": 2}
+    assert plain["saved_bytes"]["fused"] <= plain["saved_bytes"]["stock"]
+    assert dropped["saved_bytes"]["fused"] < 0.75 * dropped["saved_bytes"]["stock"]
+
+
+@pytest.mark.slow
+def test_dropout_before_each_relu_of_resnet50_costs_no_memory() -> None:
+    stock = models.stock_model("resnet50", 0.05)
+    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
+    saved = [models.Step(model, images, labels).saved_bytes() for model in (stock, fuse(stock))]
+    assert saved[1] <= 0.7 * saved[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--models", "alexnet"], "invalid choice: 'alexnet'"),
+        (["--image-size", "16"], "expected an integer from 32"),
+        (["--dropout", "1"], "expected a number from 0 to below 1, got '1'"),
+        (["--json", "/proc/nowhere/models.json"], "cannot be written"),
+    ],
+)
+def test_models_with_bad_input(flags, expected, capsys) -> None:
+    assert models.main(flags) == 2
+    assert expected in capsys.readouterr().err

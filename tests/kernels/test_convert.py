@@ -960,6 +960,27 @@ def test_compiles_whole(network):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.export's own
+def test_exports_whole_with_any_batch_size(training):
+    model = fuse(torchvision_model("resnet18")).train(training)
+    x = torch.randn(4, 3, 40, 40, dtype=torch.float64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    exported = program.module()
+    for size in (7, 1):
+        same_step(exported, model, torch.randn(size, 3, 40, 40, dtype=torch.float64))
+    assert not [node for node in program.graph.nodes if ".out" in str(node.target)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("ignore")  # torch.jit's own
+def test_is_traced_by_torch_jit(training):
+    model = fuse(torchvision_model("resnet18")).train(training)
+    traced = torch.jit.trace(copy.deepcopy(model), (torch.randn(4, 3, 40, 40, dtype=torch.float64),), check_trace=False)
+    traced.load_state_dict(model.state_dict())
+    same_step(traced, model, torch.randn(7, 3, 40, 40, dtype=torch.float64))
+
+
 def test_fusing_again_and_nothing_to_fuse():
     model = fuse(Sum())
     again = fuse(model)
@@ -1084,6 +1105,9 @@ def test_process_group_reaches_every_batch_norm(tmp_path):
         model = fuse(Sum(), process_group=group)
         assert model.norm1.process_group is group
         assert fuse(model).norm1.process_group is group
+        assert fuse(fuse(Sum()), process_group=group).norm2.process_group is group
+        with pytest.raises(TypeError, match="1 cannot be synchronised: it is a Subclass"):
+            fuse(sequence(Subclass(4)), process_group=group)
         alone = fuse(nn.BatchNorm2d(4), process_group=group)
         x = torch.randn(5, 4, 3, 3)
         torch.testing.assert_close(alone(x), nn.BatchNorm2d(4)(x))
@@ -1105,6 +1129,8 @@ def train_synchronised(rank: int, folder: Path) -> None:
     output = model(x[3 * rank :][:3])
     torch.save({"output": output.detach(), "buffers": dict(model.named_buffers())}, folder / f"{rank}.pt")
     assert type(unfuse(model).norm2) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match=rf"0 has {4 + rank} channels here and {5 - rank} in process {1 - rank}"):
+        fuse(nn.Sequential(nn.BatchNorm2d(4 + rank)), process_group=dist.group.WORLD)
     dist.destroy_process_group()
 
 

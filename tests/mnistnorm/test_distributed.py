@@ -196,7 +196,6 @@ def test_one_process_under_torchrun_is_one_without(quick: list[str], finished_ru
             "--sync-batch-norm is for batch norm: --norm group has nothing to synchronise",
         ),
         ([], "--sync-batch-norm on a CPU is for the fused layers: add --fused"),
-        (["--fused", "--impl", "triton"], "--sync-batch-norm does not run in Triton: add --impl torch"),
     ],
 )
 def test_what_cannot_be_synchronised_is_one_line(
