@@ -50,6 +50,8 @@ gpu: setup
 	(nvidia-smi || rocm-smi; $(RUN) -m torch.utils.collect_env) > gpu/machine.txt 2>&1
 	$(RUN) -m pytest tests/kernels -m 'not exhaustive' > gpu/tests.txt 2>&1 || { tail -n 20 gpu/tests.txt; exit 1; }
 	$(RUN) -m benchmarks.layers --device cuda --json gpu/layers.json > gpu/layers.txt
+	$(RUN) -m benchmarks.layers --device cuda --contenders all --shapes ladder --dropout 0 --dtypes float32 bfloat16 \
+		--json gpu/ladder.json --plot gpu/ladder.png > gpu/ladder.txt
 	$(RUN) -m benchmarks.traffic --gpu $(GPU) --json gpu/traffic.json --plot gpu/traffic.png > gpu/traffic.txt
 	$(RUN) -m benchmarks.compiled --target $(TARGET) --json gpu/compiled.json > gpu/compiled.txt
 	@echo 'now send the folder gpu/: see docs/gpu.md'
