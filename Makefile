@@ -6,7 +6,7 @@ ARGS ?=
 # A process for each core, of one thread: the tests are many and small. Those of a group share what they compile.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: setup train compare test test-slow test-exhaustive lint bench gpu clean
+.PHONY: setup train compare test test-slow test-exhaustive lint bench results gpu clean
 
 setup: $(VENV)/installed
 
@@ -40,6 +40,10 @@ lint: setup
 
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+# Measures what the README claims, an hour or two of a quiet machine; ARGS='--only layers host' does a part of it.
+results: setup
+	$(RUN) -m benchmarks.results $(ARGS)
 
 # Everything that a GPU can tell, into gpu/: docs/gpu.md says what to do with it.
 GPU ?= H100

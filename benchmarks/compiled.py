@@ -26,7 +26,7 @@ from .compilation import TARGETS, Compiled, compiler_processes
 from .counting import Phases, launch_traffic, total
 from .gpus import GPU, GPUS
 from .inductor import inductor
-from .machine import describe_machine
+from .machine import command_of, describe_machine
 from .traffic import CONTENDERS, add_chain_flags, chains, compare, count_fused
 
 # The lines of the kernels that move activations; what else they move are a few values of each slab or channel.
@@ -213,7 +213,7 @@ def compiled(argv: Sequence[str] | None) -> int:
         rows = print_kernels(pool, wanted, args)
         bounded = print_bounds(pool, fused_kernels) if args.bounds else []
     if args.json:
-        document = {"machine": machine, "kernels": rows, "bounds": bounded}
+        document = {"command": command_of("compiled", argv), "machine": machine, "kernels": rows, "bounds": bounded}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     if baseline is None:
         return 0

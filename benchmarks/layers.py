@@ -28,7 +28,7 @@ from .contenders import (
     prepare,
     unavailable,
 )
-from .machine import describe_machine
+from .machine import command_of, describe_machine
 from .timing import Clock, Spread, clock_of, copy_bandwidth, interleaved, ratio
 
 DEFAULT_SHAPES = ("network-128", "network-512", "32x64x56x56")
@@ -39,6 +39,9 @@ COLUMNS = "{:<19} {:<6} {:>7} {:<15} {:>11} {:>15} {:>18} {:>34} {:>10}"
 HEADER = COLUMNS.format(*("shapes", "norm", "dropout", "", "median", "quartiles", "x stock", "x best other", "saved"))
 GPU_COLUMNS = " {:>10} {:>8}"
 GPU_HEADER = GPU_COLUMNS.format("GB/s", "of copy")
+
+# How many times as fast as itself a contender is.
+EVEN = dict.fromkeys(Spread._fields, 1.0)
 
 # Of the contenders: Okabe and Ito's palette and two more, and a marker each.
 COLORS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#F0E442", "#999999", "#7F3C8D")
@@ -112,14 +115,13 @@ def measure(
     least = sum(sum(case.chain.minimum()[phase]) for case in cases["stock"] for phase in phases)
     figures: dict[str, dict[str, Any]] = {}
     for name, values in seconds.items():
+        others = [other for other in seconds if other != name]
         figures[name] = {
             "milliseconds": Spread.of([1000 * value for value in values])._asdict(),
-            "over_stock": ratio(seconds, "stock", name)._asdict(),
+            "times_as_fast_as": {other: ratio(seconds, other, name)._asdict() for other in others},
+            "best_other": min(others, key=medians.__getitem__, default=None),
             "saved_bytes": sum(case.saved_bytes() for case in cases[name]),
         }
-        if len(seconds) > 1:
-            best = min((other for other in seconds if other != name), key=medians.__getitem__)
-            figures[name] |= {"best_other": best, "over_best_other": ratio(seconds, best, name)._asdict()}
         if copy:
             bandwidth = least / medians[name]
             figures[name] |= {"gigabytes_per_second": bandwidth / 1e9, "of_copy": bandwidth / copy}
@@ -129,16 +131,17 @@ def measure(
 def lines(row: dict[str, Any]) -> Iterator[str]:
     """A line for each contender; "saved" is what the backward needs beyond input, residual, output and parameters."""
     for name, figures in row["contenders"].items():
-        best = ""
-        if "best_other" in figures:
-            best = "{median:.2f} ({lower:.2f}-{upper:.2f})".format(**figures["over_best_other"])
-            best = f"{best} {figures['best_other']}"
+        ratios = {
+            other: "{median:.2f} ({lower:.2f}-{upper:.2f})".format(**spread)
+            for other, spread in figures["times_as_fast_as"].items()
+        }
+        best = figures["best_other"]
         line = COLUMNS.format(
             *(row["shapes"], row["norm"], row["dropout"], name),
             "{median:.3f} ms".format(**figures["milliseconds"]),
             "{lower:.3f}-{upper:.3f}".format(**figures["milliseconds"]),
-            "{median:.2f} ({lower:.2f}-{upper:.2f})".format(**figures["over_stock"]),
-            best,
+            ratios.get("stock", ""),
+            f"{ratios[best]} {best}" if best else "",
             f"{figures['saved_bytes'] / 2**20:.2f} MB",
         )
         if "of_copy" in figures:
@@ -167,7 +170,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
         height, column = divmod(index, len(norms))
         of_panel = [row for row in rows if row["norm"] == norm and (section(row), row["dropout"]) == kind]
         panel = panels[height * (1 + on_gpu), column]
-        handles |= _draw(panel, of_panel, lambda figures: figures["over_stock"])
+        handles |= _draw(panel, of_panel, lambda figures: figures["times_as_fast_as"].get("stock", EVEN))
         panel.set_title(f"{norm} norm, dropout {kind[1]:g}" + (f"\n{kind[0]}" if several else ""), fontsize=10)
         if column == 0:
             panel.set_ylabel("times as fast as stock")
@@ -265,7 +268,7 @@ def layers(argv: Sequence[str] | None) -> int:
             print(*lines(row), sep="\n", flush=True)
             rows.append(row)
     if args.json:
-        document = {"machine": machine, "skipped": skipped, "rows": rows}
+        document = {"command": command_of("layers", argv), "machine": machine, "skipped": skipped, "rows": rows}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     if args.plot:
         write_atomically(args.plot, png(plot(rows)))

@@ -27,7 +27,7 @@ from .compilation import TARGETS, compiler_processes, interpreter_process
 from .counting import Phases, eager, fused, interpreted, launches, once, total
 from .gpus import GPUS
 from .inductor import inductor
-from .machine import describe_machine
+from .machine import command_of, describe_machine
 
 # Elements of an activation up to which the launches also run in the interpreter, to be counted one by one.
 INTERPRETED = 2**16
@@ -222,7 +222,7 @@ def traffic(argv: Sequence[str] | None) -> int:
             results.append((chain, contenders))
             documents.append(as_json(chain, contenders, chain in seen))
     if args.json:
-        document = {"machine": machine, "gpu": gpu.name, "chains": documents}
+        document = {"command": command_of("traffic", argv), "machine": machine, "gpu": gpu.name, "chains": documents}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     if args.plot:
         write_atomically(args.plot, png(bar_chart(results, gpu.name)))

@@ -28,7 +28,7 @@ from mnistnorm.run import build_trainer
 from mnistnorm.training import LEARNING_RATES, Settings, Trainer, log_probabilities, score
 
 from .cases import NORMS
-from .machine import describe_machine
+from .machine import command_of, describe_machine
 from .memory import peak_bytes
 from .timing import Spread, interleaved, ratio
 
@@ -252,7 +252,8 @@ def training(argv: Sequence[str] | None) -> int:
         rows.append({"norm": norm, "dropout": dropout, "loops": figures})
         print(*lines(rows[-1]), sep="\n", flush=True)
     if args.json:
-        write_atomically(args.json, json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        document = {"command": command_of("training", argv), "machine": machine, "rows": rows}
+        write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     return 0
 
 
