@@ -234,6 +234,7 @@ class Case:
         module: holds the parameters.
         layer: what is called.
         tensors: the input, the residual and the gradient of the output.
+        inputs: what the backward has gradients for: input, weight, bias and, where there is one, residual.
     """
 
     name: str
@@ -241,6 +242,7 @@ class Case:
     module: nn.Module
     layer: Callable[[Tensor, Tensor | None], Tensor]
     tensors: Tensors
+    inputs: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, name: str, chain: Chain, device: torch.device) -> "Case":
@@ -258,15 +260,15 @@ class Case:
             for parameter, mean in zip(module.parameters(), (1.0, 0.0), strict=True):  # weight and bias
                 nn.init.normal_(parameter, mean, 0.3)
         module.to(device, chain.dtype)
-        return cls(name, chain, module, _compiled(module) if contender.compiled else module, tensors)
+        residual = () if tensors.residual is None else (tensors.residual,)
+        inputs = (tensors.input, *module.parameters(), *residual)
+        return cls(name, chain, module, _compiled(module) if contender.compiled else module, tensors, inputs)
 
     def forward(self) -> Tensor:
         return self.layer(self.tensors.input, self.tensors.residual)
 
     def gradients(self, output: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        """Of input, weight, bias and, where there is one, residual."""
-        residual = () if self.tensors.residual is None else (self.tensors.residual,)
-        return torch.autograd.grad(output, (self.tensors.input, *self.module.parameters(), *residual), grad)
+        return torch.autograd.grad(output, self.inputs, grad)
 
     def seconds(self, passes: Passes, clock: Clock) -> float:
         """Time of one pass, or of both."""
@@ -289,10 +291,8 @@ class Case:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = self.forward()
         kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
-        alive = (self.tensors.input, self.tensors.residual, output, *self.module.parameters(), *self.module.buffers())
-        for tensor in alive:
-            if tensor is not None:
-                kept.pop(tensor.untyped_storage().data_ptr(), None)
+        for tensor in (*self.inputs, output, *self.module.buffers()):
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
         return sum(kept.values())
 
     def check(self) -> None:
@@ -306,27 +306,24 @@ class Case:
         """
         p, tolerance = self.chain.dropout, TOLERANCES[self.chain.dtype]
         output = self.forward()
-        input, residual = (
-            None if tensor is None else tensor.detach().double().requires_grad_()
-            for tensor in (self.tensors.input, self.tensors.residual)
-        )
-        weight, bias = (parameter.detach().double().requires_grad_() for parameter in self.module.parameters())
-        assert input is not None
+        inputs = tuple(tensor.detach().double().requires_grad_() for tensor in self.inputs)
+        input, weight, bias = inputs[:3]
+        residual = inputs[3] if self.chain.residual else None
         normalized = self.chain.normalized(Tensors(input, weight, bias, None, None, residual, self.tensors.grad))
         kept = normalized / (1 - p) if residual is None else normalized / (1 - p) + residual
         dropped = torch.zeros_like(kept) if residual is None else residual
-        settled, value = kept.abs() > tolerance, kept
+        close = tolerance * max(1.0, kept.abs().max().item())
+        settled, value = kept.abs() > close, kept
         if p:
             actual = output.detach().double()
             is_kept = (actual - kept.relu()).abs() <= (actual - dropped.relu()).abs()
             value = torch.where(is_kept, kept, dropped)
-            settled &= (kept.relu() - dropped.relu()).abs() > 2 * tolerance * kept.abs().max()
-            settled &= (dropped == 0) | (dropped.abs() > tolerance)
-            share, count = is_kept[settled].double().mean().item(), int(settled.sum())
-            if abs(share - (1 - p)) > 6 * (p * (1 - p) / count) ** 0.5:  # six standard deviations
-                raise WrongResultError(f"drops {1 - share:.2%} of the elements")
+            settled &= (kept.relu() - dropped.relu()).abs() > 2 * close
+            settled &= (dropped == 0) | (dropped.abs() > close)
+            count, drops = int(settled.sum()), int((settled & ~is_kept).sum())
+            if abs(drops - p * count) > 6 * (p * (1 - p) * count) ** 0.5:  # six standard deviations
+                raise WrongResultError(f"drops {drops} of {count} elements")
         expected = value.relu()
-        inputs = (input, weight, bias) if residual is None else (input, weight, bias, residual)
         grad = self.tensors.grad * settled
         gradients = torch.autograd.grad(expected, inputs, grad.double())
         names = ("output", *(f"gradient of the {name}" for name in ("input", "weight", "bias", "residual")))
@@ -352,8 +349,8 @@ def prepare(name: str, chain: Chain, device: torch.device) -> Case:
     """A case whose results were found right; torch's own are taken as they are, with a note.
 
     Raises:
-        UnavailableError: the contender has no such operation, or is a peer that fails or computes something else.
-        WrongResultError: one of ours does.
+        UnavailableError: the contender has no such operation, does not compile, or is a peer that fails or is wrong.
+        WrongResultError: one of ours computes something else.
     """
     contender = CONTENDERS[name]
     try:
@@ -368,7 +365,7 @@ def prepare(name: str, chain: Chain, device: torch.device) -> Case:
             raise
         print(f"note: {name} {error}: {chain.title}")
     except Exception as error:
-        if contender.package:
+        if contender.package or contender.compiled:
             raise UnavailableError(f"fails: {type(error).__name__}: {one_line(error)}") from error
         raise
     return case

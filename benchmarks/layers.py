@@ -181,6 +181,8 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
             panel.axhline(copy["gigabytes_per_second"] / copy["of_copy"], color="0.5", linestyle=":")
             if column == 0:
                 panel.set_ylabel("GB/s (dotted: a copy)")
+    for panel in panels.flat:
+        panel.set_ylim(bottom=0)
     for panel in panels[-1]:
         panel.set_xlabel("elements")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
@@ -198,7 +200,6 @@ def _draw(axes: Axes, rows: Sequence[dict[str, Any]], spread: Callable[[dict[str
             bars = [[v["median"] - v["lower"] for _, v in points], [v["upper"] - v["median"] for _, v in points]]
             handles[name] = axes.errorbar(x, y, bars, color=color, marker=marker, markersize=4, linewidth=1.2)
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return handles
