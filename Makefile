@@ -6,7 +6,7 @@ ARGS ?=
 # A process for each core, of one thread: the tests are many and small. Those of a group share what they compile.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: setup train compare test test-slow test-exhaustive lint bench gpu clean
+.PHONY: setup train compare test test-slow test-exhaustive lint bench results gpu clean
 
 setup: $(VENV)/installed
 
@@ -41,6 +41,10 @@ lint: setup
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
+# Measures what the README claims, an hour or two of a quiet machine; ARGS='--only layers host' does a part of it.
+results: setup
+	$(RUN) -m benchmarks.results $(ARGS)
+
 # Everything that a GPU can tell, into gpu/: docs/gpu.md says what to do with it.
 GPU ?= H100
 TARGET ?= sm_90
@@ -50,6 +54,8 @@ gpu: setup
 	(nvidia-smi || rocm-smi; $(RUN) -m torch.utils.collect_env) > gpu/machine.txt 2>&1
 	$(RUN) -m pytest tests/kernels -m 'not exhaustive' > gpu/tests.txt 2>&1 || { tail -n 20 gpu/tests.txt; exit 1; }
 	$(RUN) -m benchmarks.layers --device cuda --json gpu/layers.json > gpu/layers.txt
+	$(RUN) -m benchmarks.layers --device cuda --contenders all --shapes ladder --dropout 0 --dtypes float32 bfloat16 \
+		--json gpu/ladder.json --plot gpu/ladder.png > gpu/ladder.txt
 	$(RUN) -m benchmarks.traffic --gpu $(GPU) --json gpu/traffic.json --plot gpu/traffic.png > gpu/traffic.txt
 	$(RUN) -m benchmarks.compiled --target $(TARGET) --json gpu/compiled.json > gpu/compiled.txt
 	@echo 'now send the folder gpu/: see docs/gpu.md'

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mnistnorm.errors import UserError
 from mnistnorm.kernels import launchers
 from mnistnorm.kernels.launch import Kind
 
@@ -58,6 +59,27 @@ class Chain:
         return prod(self.shape) * self.dtype.itemsize
 
     @property
+    def title(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        parts = [f"{self.norm} norm" + (f" ({self.groups} groups)" if self.norm == "group" else "")]
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        parts += ["residual"] if self.residual else []
+        return f"{' + '.join((*parts, 'ReLU'))} of {list(self.shape)}, {str(self.dtype)[6:]}, {layout}"
+
+    def check(self) -> None:
+        """Refuses a shape that cannot be normalized.
+
+        Raises:
+            UserError: it does not divide into the groups, or has no statistics.
+        """
+        if self.norm == "group" and self.shape[1] % self.groups:
+            message = f"--groups {self.groups} does not divide the {self.shape[1]} channels of {self.shape}"
+            raise UserError(message, exit_code=2)
+        if self.norm == "batch" and prod(self.shape) == self.shape[1]:
+            message = f"batch norm of {self.shape} has one value for each channel: take a larger shape"
+            raise UserError(message, exit_code=2)
+
+    @property
     def normalized_shape(self) -> Shape:
         return self.shape[1:] if self.channels_last else self.shape[-1:]
 
@@ -95,19 +117,22 @@ class Chain:
             grad=activation(wanted=False),
         )
 
-    def stock(self, tensors: Tensors) -> Tensor:
-        """The forward as torch.nn's modules run it in training mode, without the count of batches."""
-        input, weight, bias, running_mean, running_var, residual, _ = tensors
+    def normalized(self, tensors: Tensors) -> Tensor:
+        """The norm alone, as torch.nn's modules run it in training mode, without the count of batches."""
+        input, weight, bias, running_mean, running_var, *_ = tensors
         if self.norm == "batch":
-            y = F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
-        elif self.norm == "group":
-            y = F.group_norm(input, self.groups, weight, bias)
-        else:
-            y = F.layer_norm(input, self.normalized_shape, weight, bias)
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
+        if self.norm == "group":
+            return F.group_norm(input, self.groups, weight, bias)
+        return F.layer_norm(input, self.normalized_shape, weight, bias)
+
+    def stock(self, tensors: Tensors) -> Tensor:
+        """The forward as torch.nn's modules run it."""
+        y = self.normalized(tensors)
         if self.dropout:
             y = F.dropout(y, self.dropout)
-        if residual is not None:
-            y = y + residual
+        if tensors.residual is not None:
+            y = y + tensors.residual
         return F.relu(y)
 
     def fused_forward(self, tensors: Tensors, plan: Kind | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,8 +26,8 @@ from .compilation import TARGETS, Compiled, compiler_processes
 from .counting import Phases, launch_traffic, total
 from .gpus import GPU, GPUS
 from .inductor import inductor
-from .machine import describe_machine
-from .traffic import CONTENDERS, add_chain_flags, chains, compare, count_fused, title
+from .machine import command_of, describe_machine
+from .traffic import CONTENDERS, add_chain_flags, chains, compare, count_fused
 
 # The lines of the kernels that move activations; what else they move are a few values of each slab or channel.
 ACTIVATION_LOADS = ("x = device.load(x_ptr", "load_gradient(", "device.load(residual_ptr")
@@ -107,7 +107,7 @@ def compile_chain(chain: Chain, target: str, plan: Any) -> list[dict[str, Any]]:
     # The last launch of a phase says how the phase reduces.
     reductions = {phase: launch.constants.get("REDUCTION") for phase, launch in zip(phases, collected, strict=True)}
     return [
-        {"target": target, "chain": title(chain), "plan": reductions[phase], "phase": phase} | figures(compiled, launch)
+        {"target": target, "chain": chain.title, "plan": reductions[phase], "phase": phase} | figures(compiled, launch)
         for phase, compiled, launch in zip(phases, captured.reports(), collected, strict=True)
     ]
 
@@ -213,7 +213,7 @@ def compiled(argv: Sequence[str] | None) -> int:
         rows = print_kernels(pool, wanted, args)
         bounded = print_bounds(pool, fused_kernels) if args.bounds else []
     if args.json:
-        document = {"machine": machine, "kernels": rows, "bounds": bounded}
+        document = {"command": command_of("compiled", argv), "machine": machine, "kernels": rows, "bounds": bounded}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     if baseline is None:
         return 0
@@ -230,7 +230,7 @@ def print_kernels(pool: ProcessPoolExecutor, wanted: list[Chain], args: argparse
     futures = [pool.submit(compile_chain, chain, target, args.plan) for chain, target in cases]
     for index, ((chain, _), future) in enumerate(zip(cases, futures, strict=True)):
         if index % len(args.target) == 0:
-            print(f"\n{title(chain)}\n{HEADER}")
+            print(f"\n{chain.title}\n{HEADER}")
         for row in future.result():
             rows.append(row)
             print(line(row), flush=True)
@@ -251,10 +251,10 @@ def print_bounds(pool: ProcessPoolExecutor, fused_kernels: dict[str, dict[Chain,
     for name, meaning in CONTENDERS.items():
         print(f"  {name:<19} {meaning}")
     for chain in wanted:
-        print(f"\n{title(chain)}\n{BOUND_COLUMNS.format('GPU', *CONTENDERS)}")
+        print(f"\n{chain.title}\n{BOUND_COLUMNS.format('GPU', *CONTENDERS)}")
         for gpu in gpus:
             microseconds = bounds(chain, gpu, fused_kernels[gpu.target][chain], futures[chain, gpu].result())
-            rows.append({"chain": title(chain), "gpu": gpu.name, "microseconds": microseconds})
+            rows.append({"chain": chain.title, "gpu": gpu.name, "microseconds": microseconds})
             print(bound_line(gpu.name, microseconds), flush=True)
     return rows
 

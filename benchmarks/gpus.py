@@ -27,11 +27,11 @@ class GPU:
 
 
 GPUS = (
-    GPU("T4", "sm_75", 40, 320e9, "NVIDIA T4 Tensor Core GPU datasheet (320+ GB/s)"),
-    GPU("A100", "sm_80", 108, 2039e9, "NVIDIA A100 Tensor Core GPU datasheet, 80GB SXM (2,039 GB/s)"),
-    GPU("L4", "sm_89", 58, 300e9, "NVIDIA L4 Tensor Core GPU datasheet (300 GB/s)"),
-    GPU("H100", "sm_90", 132, 3.35e12, "NVIDIA H100 Tensor Core GPU datasheet, SXM (3.35 TB/s)"),
-    GPU("H200", "sm_90", 132, 4.8e12, "NVIDIA H200 Tensor Core GPU datasheet (4.8 TB/s)"),
+    GPU("T4", "sm_75", 40, 320e9, "NVIDIA T4 product brief, memory specifications (up to 320 GB/s)"),
+    GPU("A100", "sm_80", 108, 2039e9, "NVIDIA A100 datasheet, 80 GB SXM (2,039 GB/s; 80 GB PCIe 1,935, 40 GB 1,555)"),
+    GPU("L4", "sm_89", 58, 300e9, "NVIDIA L4 datasheet (300 GB/s)"),
+    GPU("H100", "sm_90", 132, 3.35e12, "NVIDIA H100 datasheet, SXM (3.35 TB/s; PCIe 2 TB/s)"),
+    GPU("H200", "sm_90", 132, 4.8e12, "NVIDIA H200 datasheet (4.8 TB/s)"),
     GPU("B200", "sm_100", 148, 8e12, "NVIDIA DGX B200 datasheet, one of eight (64 TB/s)"),
     GPU("MI300X", "gfx942", 304, 5.3e12, "AMD Instinct MI300X data sheet (5.3 TB/s peak)"),
 )

@@ -25,7 +25,7 @@ from mnistnorm.cli import Parser, at_least, fraction, output_file, run_program
 from mnistnorm.kernels import launchers
 
 from .cases import NORMS, NUM_GROUPS
-from .machine import describe_machine
+from .machine import command_of, describe_machine
 from .timing import Spread, interleaved, ratio
 
 # One element per channel and sample; batch norm needs two samples.
@@ -156,7 +156,8 @@ def host(argv: Sequence[str] | None) -> int:
                     rows.append(row)
                     print(line(row), flush=True)
     if args.json:
-        write_atomically(args.json, json.dumps({"machine": machine, "method": METHOD, "rows": rows}, indent=1) + "\n")
+        document = {"command": command_of("host", argv), "machine": machine, "method": METHOD, "rows": rows}
+        write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     return 0
 
 

@@ -1,98 +1,279 @@
-"""python -m benchmarks.layers: norm + dropout + ReLU, forward + backward, fused against stock, side by side."""
+"""python -m benchmarks.layers: time of norm + dropout + residual + ReLU, fused, stock, compiled and by others."""
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import Any, get_args
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program
+from mnistnorm.plots import png
 
-from .cases import LAYERS, NORMS, Case, Shape, check, network_shapes
-from .machine import describe_machine
-from .timing import Spread, interleaved, ratio, timed
+from .cases import DTYPES, NORMS, NUM_GROUPS, Shape, shape_sets
+from .chain import Chain
+from .contenders import (
+    CONTENDERS,
+    NOT_INSTALLED,
+    Case,
+    Passes,
+    UnavailableError,
+    WrongResultError,
+    prepare,
+    unavailable,
+)
+from .machine import command_of, describe_machine
+from .timing import Clock, Spread, clock_of, copy_bandwidth, interleaved, ratio
 
-COLUMNS = "{:<19} {:<6} {:>7} {:>9} {:>9} {:>7} {:>13} {:>9} {:>9}"
-HEADER = COLUMNS.format("shapes", "norm", "dropout", "stock", "fused", "speedup", "quartiles", "saved by", "by fused")
+DEFAULT_SHAPES = ("network-128", "network-512", "32x64x56x56")
+LAYOUTS = ("contiguous", "channels_last")
+PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+
+COLUMNS = "{:<19} {:<6} {:>7} {:<15} {:>11} {:>15} {:>18} {:>34} {:>10}"
+HEADER = COLUMNS.format(*("shapes", "norm", "dropout", "", "median", "quartiles", "x stock", "x best other", "saved"))
+GPU_COLUMNS = " {:>10} {:>8}"
+GPU_HEADER = GPU_COLUMNS.format("GB/s", "of copy")
+
+# How many times as fast as itself a contender is.
+EVEN = dict.fromkeys(Spread._fields, 1.0)
+
+# Of the contenders: Okabe and Ito's palette and two more, and a marker each.
+COLORS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#F0E442", "#999999", "#7F3C8D")
+MARKERS = "os^vD<>pP*"
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("layers", "Time norm + dropout + ReLU, forward + backward, as torch.nn modules and fused.")
+    parser = Parser("layers", __doc__.partition(": ")[2])
     parser.prog = "python -m benchmarks.layers"
     add = parser.add_argument
+    what = "network-128, network-512 (the MNIST network's, together), ladder, or N x C x H x W"
+    default = [shape_sets(text) for text in DEFAULT_SHAPES]
+    help = f"{what} ({' '.join(DEFAULT_SHAPES)})"
+    add("--shapes", type=shape_sets, nargs="+", default=default, metavar="S", help=help)
     add("--norms", choices=NORMS, nargs="+", default=list(NORMS))
-    add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P")
-    add("--rounds", type=at_least(2), default=40, metavar="N", help="of each case, all layers in turn (%(default)s)")
+    add("--groups", type=at_least(1), default=NUM_GROUPS, metavar="N", help="of group norm (%(default)s)")
+    add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P", help="(0.05 0)")
+    add("--residual", action="store_true", help="add a residual before the ReLU")
+    add("--dtypes", choices=DTYPES, nargs="+", default=["float32"], help="of everything but statistics (float32)")
+    help = "layer norm of channels_last is over (C, H, W), not over W (contiguous)"
+    add("--layouts", choices=LAYOUTS, nargs="+", default=["contiguous"], help=help)
+    add("--passes", choices=get_args(Passes), nargs="+", default=["both"], help="(both)")
+    names = f"beside stock, which is always there: {', '.join(CONTENDERS)}; or all that can run"
+    add(
+        "--contenders",
+        choices=[*CONTENDERS, "all"],
+        nargs="+",
+        metavar="C",
+        help=f"{names} (fused; on a GPU compiled triton)",
+    )
+    add(
+        "--rounds", type=at_least(2), default=40, metavar="N", help="of each case, all contenders in turn (%(default)s)"
+    )
     add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
+    add("--plot", type=output_file, metavar="FILE", help="draw ratio, on a GPU GB/s too, against size: a PNG file")
     return parser
 
 
-def total(cases: Sequence[Case], device: torch.device) -> Callable[[], float]:
+def choose_contenders(asked: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The contenders that can run, and why others cannot: those that are installed, or were asked for by name."""
+    asked = asked or (["compiled", "triton"] if device.type == "cuda" else ["fused"])
+    names = list(dict.fromkeys(("stock", *(CONTENDERS if "all" in asked else asked))))
+    reasons = {name: reason for name in names if (reason := unavailable(name, device))}
+    quiet = {name for name, reason in reasons.items() if name not in asked and reason == NOT_INSTALLED}
+    return [name for name in names if name not in reasons], {n: r for n, r in reasons.items() if n not in quiet}
+
+
+def chains(args: argparse.Namespace, sizes: Sequence[Shape]) -> Iterator[list[Chain]]:
+    """What is timed together, for everything that the flags ask for but shapes and passes."""
+    for dtype, layout, norm, dropout in itertools.product(args.dtypes, args.layouts, args.norms, args.dropout):
+        options = (DTYPES[dtype], dropout, args.residual, layout == "channels_last", args.groups)
+        yield [Chain(norm, size, *options) for size in sizes]
+
+
+def total(cases: Sequence[Case], passes: Passes, clock: Clock) -> Callable[[], float]:
     """A run that takes every case once and returns the seconds of all."""
-    return lambda: sum(timed(case.forward_backward, device) for case in cases)
+    return lambda: sum(case.seconds(passes, clock) for case in cases)
 
 
-def measure(norm: str, shapes: Sequence[Shape], dropout: float, rounds: int, device: torch.device) -> dict[str, Any]:
-    """The figures of one row: every contender over all `shapes`."""
-    for shape in shapes:
-        check("fused", norm, shape, device)
-    cases = {name: [Case.of(name, norm, shape, dropout, device) for shape in shapes] for name in LAYERS}
-    seconds = interleaved({name: total(cases[name], device) for name in LAYERS}, rounds, f"{norm} {dropout}")
-    return {
-        "norm": norm,
-        "dropout": dropout,
-        "milliseconds": {name: [1000 * value for value in values] for name, values in seconds.items()},
-        "ratio": ratio(seconds, "stock", "fused")._asdict(),
-        "saved_bytes": {name: sum(case.saved_bytes() for case in cases[name]) for name in LAYERS},
-    }
+def measure(
+    cases: dict[str, list[Case]], passes: Passes, rounds: int, clock: Clock, copy: float | None
+) -> dict[str, dict[str, Any]]:
+    """The figures of each contender over all shapes of a set; `copy` is a GPU's bandwidth."""
+    runs = {name: total(each, passes, clock) for name, each in cases.items()}
+    first = cases["stock"][0].chain
+    seconds = interleaved(runs, rounds, f"{first.norm} {first.dropout}")
+    medians = {name: Spread.of(values).median for name, values in seconds.items()}
+    phases = PASSES[passes].split(" + ")
+    least = sum(sum(case.chain.minimum()[phase]) for case in cases["stock"] for phase in phases)
+    figures: dict[str, dict[str, Any]] = {}
+    for name, values in seconds.items():
+        others = [other for other in seconds if other != name]
+        figures[name] = {
+            "milliseconds": Spread.of([1000 * value for value in values])._asdict(),
+            "times_as_fast_as": {other: ratio(seconds, other, name)._asdict() for other in others},
+            "best_other": min(others, key=medians.__getitem__, default=None),
+            "saved_bytes": sum(case.saved_bytes() for case in cases[name]),
+        }
+        if copy:
+            bandwidth = least / medians[name]
+            figures[name] |= {"gigabytes_per_second": bandwidth / 1e9, "of_copy": bandwidth / copy}
+    return figures
 
 
-def line(label: str, row: dict[str, Any]) -> str:
-    """One row of the table; "saved" is what the backward needs beyond input, output and parameters."""
-    medians = {name: Spread.of(values).median for name, values in row["milliseconds"].items()}
-    lower, median, upper = row["ratio"].values()
-    saved = {name: f"{size / 2**20:.2f} MB" for name, size in row["saved_bytes"].items()}
-    return COLUMNS.format(
-        label,
-        row["norm"],
-        row["dropout"],
-        f"{medians['stock']:.2f} ms",
-        f"{medians['fused']:.2f} ms",
-        f"{median:.2f}",
-        f"{lower:.2f} to {upper:.2f}",
-        saved["stock"],
-        saved["fused"],
-    )
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    """A line for each contender; "saved" is what the backward needs beyond input, residual, output and parameters."""
+    for name, figures in row["contenders"].items():
+        ratios = {
+            other: "{median:.2f} ({lower:.2f}-{upper:.2f})".format(**spread)
+            for other, spread in figures["times_as_fast_as"].items()
+        }
+        best = figures["best_other"]
+        line = COLUMNS.format(
+            *(row["shapes"], row["norm"], row["dropout"], name),
+            "{median:.3f} ms".format(**figures["milliseconds"]),
+            "{lower:.3f}-{upper:.3f}".format(**figures["milliseconds"]),
+            ratios.get("stock", ""),
+            f"{ratios[best]} {best}" if best else "",
+            f"{figures['saved_bytes'] / 2**20:.2f} MB",
+        )
+        if "of_copy" in figures:
+            line += GPU_COLUMNS.format(f"{figures['gigabytes_per_second']:.0f}", f"{figures['of_copy']:.0%}")
+        yield line
+
+
+def section(row: dict[str, Any]) -> str:
+    """What a part of the table has in common."""
+    residual = ", residual" if row["residual"] else ""
+    return f"{row['dtype']}, {row['layout']}{residual}, {PASSES[row['passes']]}"
+
+
+def plot(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Ratios, and on a GPU the bandwidth, against elements: a column for each norm, a row for each kind of pass."""
+    on_gpu = "of_copy" in rows[0]["contenders"]["stock"]
+    norms = list(dict.fromkeys(row["norm"] for row in rows))
+    kinds = list(dict.fromkeys((section(row), row["dropout"]) for row in rows))
+    figure = Figure(figsize=(1.2 + 3.4 * len(norms), 1.1 + 2.6 * len(kinds) * (1 + on_gpu)), layout="constrained")
+    panels = figure.subplots(len(kinds) * (1 + on_gpu), len(norms), sharex=True, sharey="row", squeeze=False)
+    several = len({name for name, _ in kinds}) > 1
+    if not several:
+        figure.suptitle(kinds[0][0])
+    handles: dict[str, Any] = {}
+    for index, (kind, norm) in enumerate(itertools.product(kinds, norms)):
+        height, column = divmod(index, len(norms))
+        of_panel = [row for row in rows if row["norm"] == norm and (section(row), row["dropout"]) == kind]
+        panel = panels[height * (1 + on_gpu), column]
+        handles |= _draw(panel, of_panel, lambda figures: figures["times_as_fast_as"].get("stock", EVEN))
+        panel.set_title(f"{norm} norm, dropout {kind[1]:g}" + (f"\n{kind[0]}" if several else ""), fontsize=10)
+        if column == 0:
+            panel.set_ylabel("times as fast as stock")
+        if on_gpu:
+            panel = panels[height * 2 + 1, column]
+            _draw(panel, of_panel, lambda figures: dict.fromkeys(Spread._fields, figures["gigabytes_per_second"]))
+            copy = of_panel[0]["contenders"]["stock"]
+            panel.axhline(copy["gigabytes_per_second"] / copy["of_copy"], color="0.5", linestyle=":")
+            if column == 0:
+                panel.set_ylabel("GB/s (dotted: a copy)")
+    for panel in panels.flat:
+        panel.set_ylim(bottom=0)
+    for panel in panels[-1]:
+        panel.set_xlabel("elements")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def _draw(axes: Axes, rows: Sequence[dict[str, Any]], spread: Callable[[dict[str, Any]], dict[str, float]]) -> Any:
+    """A line for each contender with bars from quartile to quartile; returns the lines by name."""
+    rows = sorted(rows, key=elements)
+    handles = {}
+    for name, color, marker in zip(CONTENDERS, COLORS, MARKERS, strict=True):
+        points = [(elements(row), spread(row["contenders"][name])) for row in rows if name in row["contenders"]]
+        if points:
+            x, y = [point for point, _ in points], [values["median"] for _, values in points]
+            bars = [[v["median"] - v["lower"] for _, v in points], [v["upper"] - v["median"] for _, v in points]]
+            handles[name] = axes.errorbar(x, y, bars, color=color, marker=marker, markersize=4, linewidth=1.2)
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return handles
+
+
+def elements(row: dict[str, Any]) -> int:
+    return sum(prod(size) for size in row["sizes"])
+
+
+def prepare_all(
+    names: Sequence[str], together: Sequence[Chain], device: torch.device, skipped: dict[str, str]
+) -> tuple[dict[str, list[Case]], bool]:
+    """The cases of each contender that has the operation and computes it right, and whether one of ours does not.
+
+    Why a contender is left out is printed, and noted in `skipped`.
+    """
+    cases, wrong = {}, False
+    for name in names:
+        if together[0].norm in CONTENDERS[name].norms:
+            try:
+                cases[name] = [prepare(name, chain, device) for chain in together]
+            except (UnavailableError, WrongResultError) as error:
+                wrong |= isinstance(error, WrongResultError)
+                if skipped.get(name) != str(error):
+                    print(f"skipped: {name} {error}: {together[0].title}")
+                skipped[name] = str(error)
+    return cases, wrong
 
 
 def layers(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
     device = choose_device(args.device)
+    sets = {name: sizes for each in args.shapes for name, sizes in each.items()}
+    wanted = [(name, together) for name, sizes in sets.items() for together in chains(args, sizes)]
+    for _, together in wanted:
+        for chain in together:
+            chain.check()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    sets: dict[str, list[Shape]] = {
-        "network, batch 128": network_shapes(128),
-        "network, batch 512": network_shapes(512),
-        "32 x 64 x 56 x 56": [(32, 64, 56, 56)],
-    }
-    machine = describe_machine(device)
-    print(machine)
-    print(HEADER)
-    rows = []
-    for label, shapes in sets.items():
-        for norm in args.norms:
-            for dropout in args.dropout:
-                row = measure(norm, shapes, dropout, args.rounds, device)
-                rows.append({"shapes": label} | row)
-                print(line(label, row), flush=True)
+    names, skipped = choose_contenders(args.contenders, device)
+    machine, clock = describe_machine(device), clock_of(device)
+    copy = copy_bandwidth(device) if device.type == "cuda" else None
+    print(machine, *([f"a copy moves {copy / 1e9:.0f} GB/s"] if copy else []), sep="; ")
+    for name, reason in skipped.items():
+        print(f"skipped: {name} {reason}")
+    print(HEADER + (GPU_HEADER if copy else ""))
+    rows: list[dict[str, Any]] = []
+    exit_code = 0
+    for shapes, together in wanted:
+        cases, wrong = prepare_all(names, together, device, skipped)
+        exit_code |= wrong
+        for passes in args.passes:
+            first = together[0]
+            row = {
+                "shapes": shapes,
+                "sizes": [chain.shape for chain in together],
+                "norm": first.norm,
+                "dropout": first.dropout,
+                "residual": first.residual,
+                "dtype": str(first.dtype)[6:],
+                "layout": LAYOUTS[first.channels_last],
+                "passes": passes,
+                "contenders": measure(cases, passes, args.rounds, clock, copy),
+            }
+            if not rows or section(row) != section(rows[-1]):
+                print(f"{section(row)}:")
+            print(*lines(row), sep="\n", flush=True)
+            rows.append(row)
     if args.json:
-        write_atomically(args.json, json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    return 0
+        document = {"command": command_of("layers", argv), "machine": machine, "skipped": skipped, "rows": rows}
+        write_atomically(args.json, json.dumps(document, indent=1) + "\n")
+    if args.plot:
+        write_atomically(args.plot, png(plot(rows)))
+    return exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

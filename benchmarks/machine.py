@@ -1,18 +1,31 @@
-"""What a measurement ran on."""
+"""What a measurement ran on, and as what."""
 
 import datetime
 import platform
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 
-def describe_machine(device: torch.device) -> str:
-    """One line: date, processor or GPU, threads, versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    today = datetime.date.today().isoformat()
-    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
-    return f"{today}, {name}, {threads}torch {torch.__version__}, Python {platform.python_version()}"
+def describe_machine(device: torch.device | None, date: datetime.date | None = None) -> str:
+    """One line: date (today), processor or GPU, threads (not without a device), versions."""
+    name = torch.cuda.get_device_name(device) if device and device.type == "cuda" else _processor()
+    day = (date or datetime.date.today()).isoformat()
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count > 1)}, " if device and device.type == "cpu" else ""
+    return f"{day}, {name}, {threads}torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def command_of(program: str, argv: Sequence[str] | None) -> str:
+    """What was typed to run a program of this package, without the files that it writes to."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for flag in ("--json", "--plot"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{program}", *words])
 
 
 def _processor() -> str:

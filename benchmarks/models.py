@@ -18,9 +18,9 @@ from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program
 from mnistnorm.kernels import FusionReport
 
-from .cases import bytes_beyond, saved_storages
 from .machine import describe_machine
-from .timing import Spread, interleaved, ratio, timed
+from .memory import bytes_beyond, saved_storages
+from .timing import Spread, clock_of, interleaved, ratio
 
 MODELS = (
     *("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "vgg16_bn"),
@@ -109,14 +109,15 @@ def measure(name: str, dropout: float, args: argparse.Namespace, device: torch.d
     """The figures of one row."""
     models = {"stock": stock_model(name, dropout).to(device).train()}
     original = copy.deepcopy(models["stock"])
-    fuse_seconds = timed(lambda: models.update(fused=fuse(original)), device)
+    clock = clock_of(device)
+    fuse_seconds = clock(lambda: models.update(fused=fuse(original)))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=generator).to(device)
     labels = torch.randint(CLASSES, (args.batch_size,), generator=generator).to(device)
     steps = {contender: Step(model, images, labels) for contender, model in models.items()}
 
     def run(step: Step) -> Callable[[], float]:
-        return lambda: timed(step.run, device)
+        return lambda: clock(step.run)
 
     seconds = interleaved({key: run(step) for key, step in steps.items()}, args.rounds, f"{name} {dropout}")
     report = report_of(models["fused"])

@@ -1,34 +1,39 @@
-"""The layer cases through pytest-benchmark: `make bench`, or `pytest benchmarks --benchmark-only`."""
+"""What benchmarks.layers times, through pytest-benchmark: `make bench`, or `pytest benchmarks --benchmark-only`."""
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .cases import LAYERS, NORMS, Case, check, network_shapes
+from .cases import NORMS, shape_sets
+from .chain import Chain
+from .contenders import prepare
+from .layers import DEFAULT_SHAPES
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
-]
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
-@pytest.mark.parametrize("device_name", DEVICES)
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("contender", "device_name"),
+    [
+        ("stock", "cpu"),
+        ("fused", "cpu"),
+        *(pytest.param(name, "cuda", marks=GPU) for name in ("stock", "compiled", "fused", "triton")),
+    ],
+)
+@pytest.mark.parametrize("dropout", [0.05, 0.0])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("contender", LAYERS)
-def test_network_layers(
-    benchmark: BenchmarkFixture, contender: str, norm: str, dropout: float, device_name: str
+@pytest.mark.parametrize("shapes", DEFAULT_SHAPES)
+def test_layers(
+    benchmark: BenchmarkFixture, shapes: str, norm: str, dropout: float, contender: str, device_name: str
 ) -> None:
     device = torch.device(device_name)
-    shapes = network_shapes(128)
-    for shape in shapes:
-        check(contender, norm, shape, device)
-    cases = [Case.of(contender, norm, shape, dropout, device) for shape in shapes]
-    benchmark.group = f"{norm}, dropout {dropout}, {device}"
+    (sizes,) = shape_sets(shapes).values()
+    cases = [prepare(contender, Chain(norm, size, dropout=dropout, groups=2), device) for size in sizes]
+    benchmark.group = f"{shapes}, {norm}, dropout {dropout}, {device}"
 
     def step() -> None:
         for case in cases:
-            case.forward_backward()
+            case.gradients(case.forward(), case.tensors.grad)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -2,11 +2,20 @@
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import NamedTuple
 
 import torch
 from tqdm import trange
+
+# The seconds that a call takes.
+Clock = Callable[[Callable[[], object]], float]
+
+# Bytes written before a call is timed on a GPU: more than its caches hold.
+FLUSHED = 2**29
+
+# Bytes of the copy by which a GPU's bandwidth is measured.
+COPIED = 2**28
 
 
 class Spread(NamedTuple):
@@ -42,12 +51,42 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> Spread:
     return Spread.of([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that one call takes on `device`."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
+def clock_of(device: torch.device) -> Clock:
+    """What times a call on `device`: on a GPU from event to event, with nothing of the call's in the L2 cache."""
+    if device.type == "cuda":
+        return _gpu_clock(device)
+
+    def clock(call: Callable[[], object]) -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
+
+    return clock
+
+
+def _gpu_clock(device: torch.device) -> Clock:
+    flushed = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+
+    def clock(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
+            flushed.zero_()  # meanwhile the host is ahead with what follows
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    return clock
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a GPU reads and writes when it copies."""
+    clock = clock_of(device)
+    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPIED / median(clock(lambda: target.copy_(source)) for _ in range(20))

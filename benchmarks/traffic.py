@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,15 +21,13 @@ from mnistnorm.errors import UserError
 from mnistnorm.kernels.launch import Kind
 from mnistnorm.plots import COLORS, png
 
-from .cases import NORMS, Shape
+from .cases import DTYPES, NORMS, shape
 from .chain import Chain, default_groups
 from .compilation import TARGETS, compiler_processes, interpreter_process
 from .counting import Phases, eager, fused, interpreted, launches, once, total
 from .gpus import GPUS
 from .inductor import inductor
-from .machine import describe_machine
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+from .machine import command_of, describe_machine
 
 # Elements of an activation up to which the launches also run in the interpreter, to be counted one by one.
 INTERPRETED = 2**16
@@ -95,31 +92,19 @@ def add_chain_flags(parser: argparse.ArgumentParser, shapes: str = "64x256x56x56
     add("--channels-last", action="store_true", help="layer norm is then over (C, H, W), not over W")
 
 
-def shape(text: str) -> Shape:
-    """A flag's type: four positive sizes."""
-    sizes: Shape = ()
-    with suppress(ValueError):
-        sizes = tuple(int(size) for size in text.split("x"))
-    if len(sizes) != 4 or min(sizes) < 1 or prod(sizes) > 2**40:
-        raise argparse.ArgumentTypeError(f"expected four positive sizes such as 64x256x56x56, got {text!r}")
-    return sizes
-
-
 def chains(args: argparse.Namespace) -> list[Chain]:
     """What the flags ask for.
 
     Raises:
-        UserError: a shape does not divide into the groups, or has no statistics.
+        UserError: a shape cannot be normalized.
     """
     found = []
     for size in args.shape:
         groups = args.groups or default_groups(size[1])
-        if "group" in args.norms and size[1] % groups:
-            raise UserError(f"--groups {groups} does not divide the {size[1]} channels of {size}", exit_code=2)
-        if "batch" in args.norms and prod(size) == size[1]:
-            raise UserError(f"batch norm of {size} has one value for each channel: take a larger shape", exit_code=2)
         options = (DTYPES[args.dtype], args.dropout, args.residual, args.channels_last, groups)
         found += [Chain(norm, size, *options) for norm in args.norms]
+    for chain in found:
+        chain.check()
     return found
 
 
@@ -141,14 +126,6 @@ def compare(chain: Chain, fused_kernels: Phases, inductor_kernels: Phases) -> di
     eager_kernels = eager(chain)
     counted = (fused_kernels, once(inductor_kernels), inductor_kernels, once(eager_kernels), eager_kernels)
     return dict(zip(CONTENDERS, (minimum, *map(Counts.of, counted)), strict=True))
-
-
-def title(chain: Chain) -> str:
-    layout = "channels_last" if chain.channels_last else "contiguous"
-    parts = [f"{chain.norm} norm" + (f" ({chain.groups} groups)" if chain.norm == "group" else "")]
-    parts += [f"dropout {chain.dropout:g}"] if chain.dropout else []
-    parts += ["residual"] if chain.residual else []
-    return f"{' + '.join((*parts, 'ReLU'))} of {list(chain.shape)}, {str(chain.dtype)[6:]}, {layout}"
 
 
 def row(label: str, counts: Counts, chain: Chain, reference: Counts) -> str:
@@ -187,7 +164,7 @@ def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> F
         for place, both in enumerate(zip(reads, writes, strict=True)):
             panel.text(sum(both), place, f" {sum(both):.2f}", va="center")
         panel.invert_yaxis()
-        panel.set_title(title(chain), fontsize=10)
+        panel.set_title(chain.title, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     longest = max(c.moved / chain.activation_bytes for chain, contenders in results for c in contenders.values())
     panels[-1].set_xlim(0, 1.1 * longest)
@@ -231,7 +208,7 @@ def traffic(argv: Sequence[str] | None) -> int:
         for chain, future in zip(wanted, generated, strict=True):
             kernels = fused_kernels[chain]
             contenders = compare(chain, kernels, future.result())
-            print(f"\n{title(chain)}; one activation is {chain.activation_bytes / 1e6:.1f} MB\n{HEADER}")
+            print(f"\n{chain.title}; one activation is {chain.activation_bytes / 1e6:.1f} MB\n{HEADER}")
             for name, counts in contenders.items():
                 print(row(name, counts, chain, contenders["fused"]), flush=True)
             if args.tensors:
@@ -240,12 +217,12 @@ def traffic(argv: Sequence[str] | None) -> int:
                 if seen[chain].result() == launches(kernels):
                     print("the interpreter saw the fused launches make these accesses")
                 else:
-                    print_error(f"the interpreter counted other bytes than the formulas for {title(chain)}")
+                    print_error(f"the interpreter counted other bytes than the formulas for {chain.title}")
                     exit_code = 1
             results.append((chain, contenders))
             documents.append(as_json(chain, contenders, chain in seen))
     if args.json:
-        document = {"machine": machine, "gpu": gpu.name, "chains": documents}
+        document = {"command": command_of("traffic", argv), "machine": machine, "gpu": gpu.name, "chains": documents}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     if args.plot:
         write_atomically(args.plot, png(bar_chart(results, gpu.name)))

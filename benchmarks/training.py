@@ -1,7 +1,13 @@
-"""python -m benchmarks.training: images per second of a training step, against the loop that courses teach."""
+"""python -m benchmarks.training: speed and memory of the training, against the loop that courses teach.
+
+By default images per second of the training step and the memory that one takes; with --to-accuracy whole epochs until
+the test images are told apart well enough. All loops run in one process, in turn.
+"""
 
 import argparse
+import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -18,27 +25,45 @@ from mnistnorm.cli import Parser, at_least, fraction, output_file, run_program
 from mnistnorm.data import Augmentation, Dataset, load_dataset
 from mnistnorm.model import CNN
 from mnistnorm.run import build_trainer
-from mnistnorm.training import LEARNING_RATES, Settings
+from mnistnorm.training import LEARNING_RATES, Settings, Trainer, log_probabilities, score
 
 from .cases import NORMS
-from .machine import describe_machine
+from .machine import command_of, describe_machine
+from .memory import peak_bytes
 from .timing import Spread, interleaved, ratio
 
 T = TypeVar("T")
 
-COLUMNS = "{:<6} {:>7} {:>16} {:>16} {:>16} {:>19} {:>19}"
-HEADER = COLUMNS.format("norm", "dropout", "course-style", "stock", "fused", "fused/course", "fused/stock")
+ACCURACIES = (0.99, 0.994)
+LOOPS = {
+    "course": "DataLoader, PIL transforms per sample, stock modules, SGD of one rate",
+    "stock": "mnistnorm.train",
+    "fused": "mnistnorm.train --fused",
+    "stock-compiled": "mnistnorm.train --compile",
+    "fused-compiled": "mnistnorm.train --fused --compile",
+}
+
+COLUMNS = "{:<6} {:>7} {:<15} {:>10} {:>10} {:>19} {:>19} {:>10}"
+HEADER = COLUMNS.format("norm", "dropout", "loop", "images/s", "s/epoch", "x course", "x stock", "step's MB")
+ACCURACY_COLUMNS = "{:<6} {:>7} {:<15} {:>10}" + " {:>20}" * len(ACCURACIES) + " {:>18}"
+ACCURACY_HEADER = ACCURACY_COLUMNS.format(
+    "norm", "dropout", "loop", "s/epoch", *(f"to {accuracy:.1%}" for accuracy in ACCURACIES), "in the end"
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("training", "Images per second of the training step: the course-style loop, stock layers, fused.")
+    parser = Parser("training", "Speed and memory of the training: the course-style loop, stock layers, fused.")
     parser.prog = "python -m benchmarks.training"
     add = parser.add_argument
     add("--norms", choices=NORMS, nargs="+", default=list(NORMS))
-    add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P")
+    add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P", help="(0.05 0)")
+    add("--compile", action="store_true", help="stock and fused also under torch.compile")
     add("--batch-size", type=at_least(1), default=128, metavar="N", help="(%(default)s)")
     add("--steps", type=at_least(1), default=20, metavar="N", help="in each round, of each loop (%(default)s)")
     add("--rounds", type=at_least(2), default=12, metavar="N", help="all loops in turn (%(default)s)")
+    targets = " and ".join(f"{accuracy:.1%}" for accuracy in ACCURACIES)
+    add("--to-accuracy", action="store_true", help=f"instead, train until {targets} of the test images are right")
+    add("--epochs", type=at_least(1), default=5, metavar="N", help="of that training's schedule (%(default)s)")
     add("--workers", type=at_least(0), default=0, metavar="N", help="processes of the course-style loop (%(default)s)")
     add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
@@ -74,35 +99,42 @@ def endless(epoch: Iterable[T]) -> Iterator[T]:
         yield from epoch
 
 
-def course_style(dataset: Dataset, settings: Settings, steps: int, workers: int) -> Callable[[], float]:
+class CourseTrainer:
     """The loop of a course: DataLoader, stock modules, plain SGD step, loss and accuracy read at every step."""
-    model = CNN(settings.norm, dropout=settings.dropout)
-    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, nesterov=True)
-    loader: DataLoader[Any] = DataLoader(
-        CourseDataset(dataset), settings.batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-    )
-    batches = endless(loader)
 
-    def run() -> float:
-        start = time.perf_counter()
-        model.train()
-        for _ in range(steps):
-            images, labels = next(batches)
-            optimizer.zero_grad()
-            log_probs = model(images)
-            loss = F.nll_loss(log_probs, labels)
-            loss.backward()
-            optimizer.step()
-            loss.item()
-            log_probs.argmax(dim=1).eq(labels).sum().item()
-        return time.perf_counter() - start
+    def __init__(self, dataset: Dataset, settings: Settings, workers: int) -> None:
+        self.dataset, self.settings = dataset, settings
+        self.model: nn.Module = CNN(settings.norm, dropout=settings.dropout)
+        lr = LEARNING_RATES["sgd"][settings.norm]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9, nesterov=True)
+        self.batches: DataLoader[Any] = DataLoader(
+            CourseDataset(dataset),
+            settings.batch_size,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
 
-    return run
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad()
+        log_probs = self.model(images)
+        loss = F.nll_loss(log_probs, labels)
+        loss.backward()
+        self.optimizer.step()
+        loss.item()
+        log_probs.argmax(dim=1).eq(labels).sum().item()
 
 
-def ours(settings: Settings, steps: int) -> Callable[[], float]:
-    """The step of mnistnorm.train with the same network, batch, dropout, augmentation and optimizer."""
-    trainer = build_trainer(settings)
+def build(loop: str, dataset: Dataset, settings: Settings, workers: int) -> Trainer | CourseTrainer:
+    """One of LOOPS: the same network, batch, dropout and augmentation."""
+    if loop == "course":
+        return CourseTrainer(dataset, settings, workers)
+    fused, compiled = loop.startswith("fused"), loop.endswith("compiled")
+    return build_trainer(replace(settings, fused=fused, compile=compiled))
+
+
+def steps_of(trainer: Trainer | CourseTrainer, steps: int) -> Callable[[], float]:
+    """A run of so many steps, across the ends of epochs, that returns its seconds."""
     batches = endless(trainer.batches)
 
     def run() -> float:
@@ -115,43 +147,82 @@ def ours(settings: Settings, steps: int) -> Callable[[], float]:
     return run
 
 
-def measure(args: argparse.Namespace, dataset: Dataset, norm: str, dropout: float) -> dict[str, Any]:
-    """The figures of one row of the table."""
-    settings = Settings(
-        norm=norm,
-        dropout=dropout,
-        optimizer="sgd",
-        lr=LEARNING_RATES["sgd"][norm],
-        batch_size=args.batch_size,
-        epochs=1000,  # a schedule longer than any number of rounds
-        threads=args.threads,
-    )
-    runs = {
-        "course": course_style(dataset, settings, args.steps, args.workers),
-        "stock": ours(settings, args.steps),
-        "fused": ours(replace(settings, fused=True), args.steps),
-    }
-    seconds = interleaved(runs, args.rounds, f"{norm} {dropout}")
-    images = args.steps * args.batch_size
-    return {
-        "norm": norm,
-        "dropout": dropout,
-        "images_per_second": {name: [images / value for value in values] for name, values in seconds.items()},
-        "fused_over_course": ratio(seconds, "course", "fused")._asdict(),
-        "fused_over_stock": ratio(seconds, "stock", "fused")._asdict(),
-    }
+def epoch_of(trainer: Trainer | CourseTrainer) -> float:
+    """Trains for an epoch; returns its seconds."""
+    start = time.perf_counter()
+    trainer.model.train()
+    for batch in trainer.batches:
+        trainer.train_step(*batch)
+    return time.perf_counter() - start
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row of the table: medians in images per second, and ratios with their quartiles."""
-    speeds = [
-        f"{Spread.of(row['images_per_second'][name]).median:,.0f} images/s" for name in ("course", "stock", "fused")
-    ]
-    ratios = [
-        "{median:.2f} ({lower:.2f}-{upper:.2f})".format(**row[name])
-        for name in ("fused_over_course", "fused_over_stock")
-    ]
-    return COLUMNS.format(row["norm"], row["dropout"], *speeds, *ratios)
+def test_accuracy(trainer: Trainer | CourseTrainer) -> float:
+    test = trainer.dataset.test
+    log_probs = log_probabilities(trainer.model, test.images, trainer.dataset.normalization)
+    return score(log_probs, test.labels).accuracy
+
+
+def measure(trainers: dict[str, Trainer | CourseTrainer], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Speed of the step, and the memory of one once all have been run."""
+    runs = {loop: steps_of(trainer, steps) for loop, trainer in trainers.items()}
+    settings = trainers["stock"].settings
+    seconds = interleaved(runs, rounds, f"{settings.norm} {settings.dropout}")
+    images, epoch = steps * settings.batch_size, len(trainers["stock"].dataset.train)
+    figures = {}
+    for loop, values in seconds.items():
+        speed = Spread.of([images / value for value in values])
+        figures[loop] = {
+            "images_per_second": speed._asdict(),
+            "seconds_per_epoch": epoch / speed.median,
+            "over_course": ratio(seconds, "course", loop)._asdict(),
+            "over_stock": ratio(seconds, "stock", loop)._asdict(),
+            "step_bytes": peak_bytes(steps_of(trainers[loop], 1)),
+        }
+    return figures
+
+
+def train_to_accuracy(trainers: dict[str, Trainer | CourseTrainer], epochs: int) -> dict[str, dict[str, Any]]:
+    """Epochs of each loop in turn, until it reached the highest of ACCURACIES; its evaluation is not timed."""
+    seconds: dict[str, list[float]] = {loop: [] for loop in trainers}
+    accuracies: dict[str, list[float]] = {loop: [] for loop in trainers}
+    for _ in range(epochs):
+        for loop, trainer in trainers.items():
+            if max(accuracies[loop], default=0.0) < max(ACCURACIES):
+                seconds[loop].append(epoch_of(trainer))
+                accuracies[loop].append(test_accuracy(trainer))
+    figures = {}
+    for loop in trainers:
+        reached = {}
+        for wanted in ACCURACIES:
+            passed = next((i for i, found in enumerate(accuracies[loop], 1) if found >= wanted), None)
+            reached[str(wanted)] = passed and {"epochs": passed, "seconds": sum(seconds[loop][:passed])}
+        figures[loop] = {
+            "seconds_per_epoch": statistics.median(seconds[loop]),
+            "accuracies": accuracies[loop],
+            "reached": reached,
+        }
+    return figures
+
+
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    """A line for each loop."""
+    for loop, figures in row["loops"].items():
+        if "reached" in figures:
+            reached = (
+                f"{found['seconds']:.1f} s, {found['epochs']} epochs" if found else "not reached"
+                for found in figures["reached"].values()
+            )
+            last = f"{figures['accuracies'][-1]:.2%}, {len(figures['accuracies'])} epochs"
+            epoch = f"{figures['seconds_per_epoch']:.2f}"
+            yield ACCURACY_COLUMNS.format(row["norm"], row["dropout"], loop, epoch, *reached, last)
+        else:
+            ratios = (
+                "{median:.2f} ({lower:.2f}-{upper:.2f})".format(**figures[name])
+                for name in ("over_course", "over_stock")
+            )
+            speed = f"{figures['images_per_second']['median']:,.0f}"
+            epoch, memory = f"{figures['seconds_per_epoch']:.2f}", f"{figures['step_bytes'] / 2**20:.1f}"
+            yield COLUMNS.format(row["norm"], row["dropout"], loop, speed, epoch, *ratios, memory)
 
 
 def training(argv: Sequence[str] | None) -> int:
@@ -159,15 +230,30 @@ def training(argv: Sequence[str] | None) -> int:
     torch.set_num_threads(args.threads)
     dataset = load_dataset("mnist")
     machine = describe_machine(torch.device("cpu"))
-    print(machine)
-    print(HEADER)
+    loops = [loop for loop in LOOPS if args.compile or not loop.endswith("compiled")]
+    print(machine, *(f"  {loop:<15} {LOOPS[loop]}" for loop in loops), sep="\n")
+    print(ACCURACY_HEADER if args.to_accuracy else HEADER)
     rows = []
-    for norm in args.norms:
-        for dropout in args.dropout:
-            rows.append(measure(args, dataset, norm, dropout))
-            print(line(rows[-1]), flush=True)
+    for norm, dropout in itertools.product(args.norms, args.dropout):
+        optimizer = "muon" if args.to_accuracy else "sgd"
+        settings = Settings(
+            norm=norm,
+            dropout=dropout,
+            optimizer=optimizer,
+            lr=LEARNING_RATES[optimizer][norm],
+            batch_size=args.batch_size,
+            epochs=args.epochs if args.to_accuracy else 1000,  # a schedule longer than any number of rounds
+            threads=args.threads,
+        )
+        trainers = {loop: build(loop, dataset, settings, args.workers) for loop in loops}
+        figures = (
+            train_to_accuracy(trainers, args.epochs) if args.to_accuracy else measure(trainers, args.steps, args.rounds)
+        )
+        rows.append({"norm": norm, "dropout": dropout, "loops": figures})
+        print(*lines(rows[-1]), sep="\n", flush=True)
     if args.json:
-        write_atomically(args.json, json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        document = {"command": command_of("training", argv), "machine": machine, "rows": rows}
+        write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     return 0
 
 

@@ -1,0 +1,62 @@
+"""How much memory a call takes, and what it keeps of that for the backward."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+T = TypeVar("T")
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes that torch had allocated on a CPU at a time during a call, beyond what was there before.
+
+    Of the tensors, that is; a process also holds code, and memory that the allocator keeps for later.
+    """
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler logs there from C++, whatever is asked of it."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def saved_storages(call: Callable[[], T]) -> tuple[T, list[torch.UntypedStorage]]:
+    """What `call` returns, and the storages of all that autograd keeps meanwhile for the backward."""
+    saved: list[torch.UntypedStorage] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return call(), saved
+
+
+def bytes_beyond(storages: Iterable[torch.UntypedStorage], tensors: Iterable[Tensor]) -> int:
+    """The bytes of `storages`, each counted once, but for those of `tensors`."""
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    for tensor in tensors:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())

@@ -1,0 +1,404 @@
+"""python -m benchmarks.results: measures what the README claims, and writes the README's tables from it.
+
+What was measured is kept in docs/results/, from which the tables can be written again at any time.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import floor, log10
+from pathlib import Path
+from statistics import mean
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from mnistnorm.checkpoint import write_atomically
+from mnistnorm.cli import Parser, run_program
+from mnistnorm.errors import UserError
+
+from .machine import describe_machine
+from .timing import Spread
+
+ROOT = Path(__file__).parents[1]
+README, DOCS, RESULTS, RUNS = (ROOT / name for name in ("README.md", "docs", "docs/results", "runs/results"))
+
+Row = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """One of the README's tables.
+
+    Attributes:
+        command: what measures it.
+        rows: what is kept of the document that the command writes.
+        table: what the README says of the rows.
+        pictures: that the command draws, by what the README calls them.
+        output: the command's flags that name what it writes, for a folder.
+        document: where in the folder that is.
+    """
+
+    command: str
+    rows: Callable[[Any], list[Row]]
+    table: Callable[[list[Row]], str]
+    pictures: Mapping[str, str] = MappingProxyType({})
+    output: str = "--json {0}/results.json"
+    document: str = "results.json"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def spread(values: dict[str, float]) -> str:
+    return "{median:.2f} ({lower:.2f} to {upper:.2f})".format(**values)
+
+
+def span(low: float, high: float) -> str:
+    """Two figures, or one where they do not differ."""
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+
+
+def accuracy_rows(document: list[Row]) -> list[Row]:
+    return [{name: row[name] for name in ("norm", "parameters", "seeds", "accuracies")} for row in document]
+
+
+def accuracy_table(rows: list[Row]) -> str:
+    header = ("norm", "parameters", "test accuracy", "range", "seeds")
+    cells = (
+        (
+            *(row["norm"], f"{row['parameters']:,}", f"{mean(row['accuracies']):.2%}"),
+            *(f"{min(row['accuracies']):.2%} to {max(row['accuracies']):.2%}", len(row["seeds"])),
+        )
+        for row in rows
+    )
+    return markdown(header, cells)
+
+
+def layers_table(rows: list[Row]) -> str:
+    header = ("shapes", "norm", "dropout", "stock", "fused", "times as fast", "saved, stock", "saved, fused")
+    lines = []
+    for row in rows:
+        both = [row["contenders"][name] for name in ("stock", "fused")]
+        times = (f"{each['milliseconds']['median']:.1f} ms" for each in both)
+        saved = (f"{each['saved_bytes'] / 2**20:.1f} MB" for each in both)
+        ratio = spread(both[1]["times_as_fast_as"]["stock"])
+        lines.append((row["shapes"], row["norm"], f"{row['dropout']:g}", *times, ratio, *saved))
+    return markdown(header, lines)
+
+
+def ladder_table(rows: list[Row]) -> str:
+    norms = list(dict.fromkeys(row["norm"] for row in rows))
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        ratios = row["contenders"]["fused"]["times_as_fast_as"]
+        cells = lines.setdefault(row["shapes"], [])
+        cells += [f"{ratios['stock']['median']:.2f}", spread(ratios["compiled"])]
+    header = ("shapes", *(f"{norm}, {other}" for norm in norms for other in ("stock", "compiled")))
+    return markdown(header, ((shapes, *cells) for shapes, cells in lines.items()))
+
+
+def training_table(rows: list[Row]) -> str:
+    header = (
+        "norm",
+        "dropout",
+        "course-style",
+        "stock",
+        "fused",
+        "fused / course",
+        "fused / stock",
+        "memory of a step",
+    )
+    lines = []
+    for row in rows:
+        loops = row["loops"]
+        fused = loops["fused"]
+        speeds = (f"{loops[loop]['images_per_second']['median']:,.0f}" for loop in ("course", "stock", "fused"))
+        ratios = (f"{fused[name]['median']:.2f}" for name in ("over_course", "over_stock"))
+        memory = " / ".join(f"{loops[loop]['step_bytes'] / 2**20:.1f}" for loop in ("course", "stock", "fused"))
+        lines.append((row["norm"], f"{row['dropout']:g}", *speeds, *ratios, f"{memory} MB"))
+    return markdown(header, lines)
+
+
+def to_accuracy_table(rows: list[Row]) -> str:
+    reached = next(iter(rows[0]["loops"].values()))["reached"]
+    header = ("norm", "dropout", "loop", "seconds per epoch", *(f"to {float(accuracy):.1%}" for accuracy in reached))
+    lines = []
+    for row in rows:
+        for loop, figures in row["loops"].items():
+            cells = (
+                f"{found['seconds']:.0f} s ({found['epochs']} epochs)" if found else "not reached"
+                for found in figures["reached"].values()
+            )
+            lines.append((row["norm"], f"{row['dropout']:g}", loop, f"{figures['seconds_per_epoch']:.1f}", *cells))
+    return markdown(header, lines)
+
+
+def traffic_rows(document: Any) -> list[Row]:
+    return [
+        {name: each["chain"][name] for name in ("norm", "shape", "dtype", "dropout")}
+        | {
+            "gpu": document["gpu"],
+            "units": {
+                name: sum(map(sum, counts["bytes"].values())) / each["activation_bytes"]
+                for name, counts in each["contenders"].items()
+            },
+            "launches": {name: list(counts["launches"].values()) for name, counts in each["contenders"].items()},
+        }
+        for each in document["chains"]
+    ]
+
+
+def traffic_table(rows: list[Row]) -> str:
+    header = ("norm", "minimum", "fused", "Inductor", "eager", "launches: fused", "Inductor")
+    lines = []
+    for row in rows:
+        units = row["units"]
+        least = (f"{units['minimum']:.2f}", f"{units['fused']:.2f}")
+        others = (
+            span(units["inductor"], units["inductor, all loads"]),
+            span(units["eager"], units["eager, all kernels"]),
+        )
+        launches = (" + ".join(map(str, row["launches"][name])) for name in ("fused", "inductor"))
+        lines.append((row["norm"], *least, *others, *launches))
+    return markdown(header, lines)
+
+
+def compiled_rows(document: Any) -> list[Row]:
+    kept = ("target", "kernel", "registers", "spill_bytes", "occupancy", "load_bits", "store_bits")
+    chains = list(dict.fromkeys(row["chain"] for row in document["kernels"]))
+    return [
+        {
+            "chain": chain,
+            "kernels": [{name: row[name] for name in kept} for row in document["kernels"] if row["chain"] == chain],
+            "bounds": {row["gpu"]: row["microseconds"] for row in document["bounds"] if row["chain"] == chain},
+        }
+        for chain in chains
+    ]
+
+
+def compiled_table(rows: list[Row]) -> str:
+    gpu = next(iter(rows[0]["bounds"]))
+    header = (
+        *("chain", "launches", "registers", "spills", "narrowest access"),
+        *(f"bound on {gpu}", "Inductor's / ours", "eager's / ours"),
+    )
+    lines = []
+    for row in rows:
+        kernels, bounds = row["kernels"], row["bounds"][gpu]
+        narrowest = min(
+            kernel[name] for kernel in kernels for name in ("load_bits", "store_bits") if kernel[name] is not None
+        )
+        ratios = {name: microseconds / bounds["fused"] for name, microseconds in bounds.items()}
+        lines.append(
+            (
+                *(short(row["chain"]), len(kernels)),
+                *(max(kernel["registers"] for kernel in kernels), sum(kernel["spill_bytes"] for kernel in kernels)),
+                *(f"{narrowest} bits", f"{bounds['fused']:.1f} us"),
+                span(ratios["inductor"], ratios["inductor, all loads"]),
+                span(ratios["eager"], ratios["eager, all kernels"]),
+            )
+        )
+    return markdown(header, lines)
+
+
+def short(title: str) -> str:
+    """A chain's title without what all have in common."""
+    return title.partition("], ")[0].replace(" + ReLU of", "") + "]"
+
+
+def host_rows(document: Any) -> list[Row]:
+    return [
+        row | {"microseconds": {name: Spread.of(values)._asdict() for name, values in row["microseconds"].items()}}
+        for row in document["rows"]
+    ]
+
+
+def host_table(rows: list[Row]) -> str:
+    header = ("norm", "dropout", "pass", "stock", "fused", "times as fast")
+    lines = []
+    for row in rows:
+        times = (f"{row['microseconds'][name]['median']:.0f} us" for name in ("stock", "fused"))
+        lines.append((row["norm"], f"{row['dropout']:g}", row["pass"], *times, spread(row["ratio"])))
+    return markdown(header, lines)
+
+
+def all_rows(document: Any) -> list[Row]:
+    rows: list[Row] = document["rows"]
+    return rows
+
+
+LADDER = "--shapes network-128 network-512 ladder --contenders compiled fused --dropout 0.05"
+PARTS = {
+    "traffic": Part(
+        "python -m benchmarks.traffic",
+        traffic_rows,
+        traffic_table,
+        {"Memory traffic": "traffic.png"},
+        "--json {0}/results.json --plot {0}/traffic.png",
+    ),
+    "compiled": Part("python -m benchmarks.compiled --shape 64x256x56x56 128x8x26x26", compiled_rows, compiled_table),
+    "host": Part("python -m benchmarks.host", host_rows, host_table),
+    "layers": Part("python -m benchmarks.layers --rounds 60", all_rows, layers_table),
+    "ladder": Part(
+        f"python -m benchmarks.layers {LADDER}",
+        all_rows,
+        ladder_table,
+        {"Layers by size": "layers.png"},
+        "--json {0}/results.json --plot {0}/layers.png",
+    ),
+    "training": Part("python -m benchmarks.training --rounds 6", all_rows, training_table),
+    "to-accuracy": Part("python -m benchmarks.training --to-accuracy --dropout 0", all_rows, to_accuracy_table),
+    "accuracy": Part(
+        "python -m mnistnorm.compare --fused --seeds 0 1 2 3 4 --threads 1",
+        accuracy_rows,
+        accuracy_table,
+        {"Test accuracy by norm": "test-accuracy.png", "Misclassified images": "misclassified-group.png"},
+        "--overwrite --out {0}",
+        "comparison.json",
+    ),
+    "accuracy-5": Part(
+        "python -m mnistnorm.compare --fused --seeds 0 1 2 --epochs 5 --threads 1",
+        accuracy_rows,
+        accuracy_table,
+        output="--overwrite --out {0}",
+        document="comparison.json",
+    ),
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser("results", __doc__.partition(": ")[2].replace("\n", " "))
+    parser.prog = "python -m benchmarks.results"
+    add = parser.add_argument
+    add("--only", choices=PARTS, nargs="+", metavar="PART", help=f"measure no other part: {', '.join(PARTS)} (all)")
+    what = "instead of measuring, take what a part's command wrote to a file, and pictures that lie beside it"
+    add("--take", type=taken, nargs="+", default=[], metavar="PART=FILE", help=what)
+    add("--render", action="store_true", help="measure nothing, write the README from docs/results as it is")
+    add("--check", action="store_true", help="measure and write nothing, fail where the README says something else")
+    return parser
+
+
+def taken(text: str) -> tuple[str, Path]:
+    """A flag's type: a part and a file."""
+    name, _, file = text.partition("=")
+    if name not in PARTS or not Path(file).is_file():
+        raise argparse.ArgumentTypeError(
+            f"expected a part and a file that is there, such as layers=x.json, got {text!r}"
+        )
+    return name, Path(file)
+
+
+def run(name: str) -> Path:
+    """Runs the command of a part; returns the document that it wrote.
+
+    Raises:
+        UserError: it failed.
+    """
+    part, folder = PARTS[name], RUNS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    words = f"{part.command} {part.output.format(folder)}".split()
+    print(f"\n{part.command}", flush=True)
+    if subprocess.run([sys.executable, *words[1:]], cwd=ROOT).returncode:
+        raise UserError(f"{name} is left as it was, since its command failed: {part.command}")
+    return folder / part.document
+
+
+def keep(name: str, path: Path) -> None:
+    """Writes what the README needs of a document into docs/results, and its pictures into docs.
+
+    Raises:
+        UserError: the document is something else.
+    """
+    part = PARTS[name]
+    try:
+        document = json.loads(path.read_text())
+        rows = part.rows(document)
+        part.table(rows)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not what {part.command} writes") from error
+    said = document if isinstance(document, dict) else {}
+    date = datetime.date.fromtimestamp(path.stat().st_mtime)
+    kept = {
+        "command": said.get("command", part.command),
+        "machine": said.get("machine", describe_machine(None, date)),
+    }
+    lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
+    text = json.dumps(kept, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n'
+    RESULTS.mkdir(exist_ok=True)
+    write_atomically(RESULTS / f"{name}.json", text)
+    for picture in part.pictures.values():
+        if (path.parent / picture).exists():
+            shutil.copyfile(path.parent / picture, DOCS / picture)
+
+
+def rounded(value: Any) -> Any:
+    """The same with five significant digits of each float."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    if isinstance(value, float) and value:
+        return round(value, 4 - floor(log10(abs(value))))
+    return value
+
+
+def block(name: str) -> str:
+    """What the README says of a part.
+
+    Raises:
+        UserError: what is kept of it is damaged.
+    """
+    part, path = PARTS[name], RESULTS / f"{name}.json"
+    if not path.exists():
+        return f"`{part.command}`: not measured yet\n"
+    pictures = "".join(f"\n![{title}](docs/{file})\n" for title, file in part.pictures.items())
+    try:
+        kept = json.loads(path.read_text())
+        return f"`{kept['command']}`; {kept['machine']}\n\n{part.table(kept['rows'])}{pictures}"
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: measure it by python -m benchmarks.results --only {name}") from error
+
+
+def render(text: str) -> str:
+    """A README's text with the block of each part between its markers.
+
+    Raises:
+        UserError: a part has no markers, or what is kept of it is damaged.
+    """
+    for name in PARTS:
+        begin, end = f"<!-- results: {name} -->\n", f"<!-- end of results: {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        content = f"{begin}{block(name)}{end}"
+        text, count = pattern.subn(lambda match, content=content: content, text)  # type: ignore[misc]
+        if count != 1:
+            raise UserError(f"{README} has {count} places, not one, between {begin.strip()} and {end}")
+    return text
+
+
+def results(argv: Sequence[str] | None) -> int:
+    args = get_parser().parse_args(argv)
+    if not (args.check or args.render):
+        files = dict(args.take)
+        for name in PARTS if not (args.only or args.take) else (*files, *(args.only or ())):
+            keep(name, files.get(name) or run(name))
+    old = README.read_text()
+    new = render(old)
+    if not args.check:
+        write_atomically(README, new)
+    elif new != old:
+        raise UserError("README.md is not what docs/results gives: write it by python -m benchmarks.results --render")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(results, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

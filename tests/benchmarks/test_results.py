@@ -1,0 +1,152 @@
+"""The README's tables are what docs/results gives, and what docs/results holds is what the programs write."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import results
+from benchmarks.results import PARTS
+
+LAYERS = {
+    "command": "python -m benchmarks.layers --rounds 2",
+    "machine": "yesterday, an abacus",
+    "rows": [
+        {
+            "shapes": "1 x 2 x 3 x 4",
+            "norm": "batch",
+            "dropout": 0.05,
+            "contenders": {
+                name: {
+                    "milliseconds": {"lower": 1.0, "median": median, "upper": 3.0},
+                    "times_as_fast_as": {other: {"lower": 1.2345678, "median": 2.0, "upper": 3.0}},
+                    "saved_bytes": 2**20,
+                }
+                for name, other, median in (("stock", "fused", 4.0), ("fused", "stock", 2.0))
+            },
+        }
+    ],
+}
+LAYERS_ROW = "| 1 x 2 x 3 x 4 | batch | 0.05 | 4.0 ms | 2.0 ms | 2.00 (1.23 to 3.00) | 1.0 MB | 1.0 MB |"
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The README and docs/results, to be written to."""
+    shutil.copyfile(results.README, tmp_path / "README.md")
+    shutil.copytree(results.RESULTS, tmp_path / "docs" / "results")
+    for name, path in {"README": "README.md", "DOCS": "docs", "RESULTS": "docs/results", "RUNS": "runs"}.items():
+        monkeypatch.setattr(results, name, tmp_path / path)
+    return tmp_path
+
+
+def test_the_readme_is_what_the_results_give() -> None:
+    assert results.main(["--check"]) == 0, "run python -m benchmarks.results --render"
+
+
+def test_the_pictures_are_there() -> None:
+    for name, part in PARTS.items():
+        if (results.RESULTS / f"{name}.json").exists():
+            assert all((results.DOCS / picture).exists() for picture in part.pictures.values())
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_commands_are_understood(name: str, tmp_path: Path) -> None:
+    _, _, module, *flags = f"{PARTS[name].command} {PARTS[name].output.format(tmp_path)}".split()
+    importlib.import_module(module).get_parser().parse_args(flags)
+
+
+def test_what_is_taken_is_kept_and_shown(copy: Path) -> None:
+    file = copy / "measured.json"
+    file.write_text(json.dumps(LAYERS))
+    assert LAYERS_ROW not in results.README.read_text()
+    assert results.main(["--take", f"layers={file}"]) == 0
+    text = results.README.read_text()
+    assert f"`{LAYERS['command']}`; {LAYERS['machine']}\n" in text
+    assert LAYERS_ROW in text
+    kept = json.loads((results.RESULTS / "layers.json").read_text())
+    fused = kept["rows"][0]["contenders"]["fused"]
+    assert fused["times_as_fast_as"]["stock"]["lower"] == 1.2346
+    assert results.main(["--check"]) == 0
+
+
+def test_what_a_command_writes_is_kept_and_shown(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = copy / "program.py"
+    script.write_text(f"import sys, pathlib; pathlib.Path(sys.argv[1]).write_text({json.dumps(LAYERS)!r})")
+    part = PARTS["layers"]._replace(command=f"python {script}", output="{0}/results.json")
+    monkeypatch.setitem(PARTS, "layers", part)
+    assert results.main(["--only", "layers"]) == 0
+    assert LAYERS_ROW in results.README.read_text()
+
+
+def test_a_command_that_fails_changes_nothing(copy: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(PARTS, "host", PARTS["host"]._replace(command="python -m surely_not_there"))
+    before = results.README.read_text()
+    assert results.main(["--only", "host"]) == 1
+    assert "host is left as it was" in capsys.readouterr().err
+    assert results.README.read_text() == before
+
+
+def test_a_part_that_was_not_measured_says_so(copy: Path) -> None:
+    (results.RESULTS / "layers.json").unlink()
+    assert results.main(["--render"]) == 0
+    assert "`python -m benchmarks.layers --rounds 60`: not measured yet\n" in results.README.read_text()
+
+
+def test_drift_is_found(copy: Path, capsys) -> None:
+    text = results.README.read_text()
+    results.README.write_text(text.replace("| batch | 7,652 |", "| batch | 7,651 |"))
+    assert results.main(["--check"]) == 1
+    assert "README.md is not what docs/results gives" in capsys.readouterr().err
+    assert results.main(["--render"]) == 0
+    assert results.README.read_text() == text
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": 3}'])
+def test_other_documents_are_refused(content: str, copy: Path, capsys) -> None:
+    file = copy / "measured.json"
+    file.write_text(content)
+    before = (results.RESULTS / "layers.json").read_text()
+    assert results.main(["--take", f"layers={file}"]) == 1
+    assert f"{file} is not what python -m benchmarks.layers --rounds 60 writes" in capsys.readouterr().err
+    assert (results.RESULTS / "layers.json").read_text() == before
+
+
+def test_damaged_results_and_markers_are_named(copy: Path, capsys) -> None:
+    text = results.README.read_text()
+    results.README.write_text(text.replace("<!-- end of results: layers -->", ""))
+    assert results.main(["--check"]) == 1
+    assert "has 0 places, not one, between <!-- results: layers -->" in capsys.readouterr().err
+    (results.RESULTS / "layers.json").write_text("{")
+    assert results.main(["--check"]) == 1
+    assert "layers.json is damaged: measure it by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--only", "pencils"], ["--take", "layers"], ["--take", "layers=nowhere.json"]])
+def test_bad_input_is_one_line_and_exit_code_2(flags: list[str], capsys) -> None:
+    assert results.main(flags) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_host_times_become_spreads() -> None:
+    row = {"norm": "batch", "dropout": 0.0, "pass": "forward", "ratio": {"lower": 1.0, "median": 2.0, "upper": 3.0}}
+    (kept,) = results.host_rows({"rows": [row | {"microseconds": {"stock": [1.0, 2.0, 9.0], "fused": [1.0, 1.0]}}]})
+    assert kept["microseconds"]["stock"] == {"lower": 1.5, "median": 2.0, "upper": 5.5}
+    assert "| batch | 0 | forward | 2 us | 1 us | 2.00 (1.00 to 3.00) |" in results.host_table([kept])
+
+
+def test_tables_of_ladder_and_time_to_accuracy() -> None:
+    ratios = {"stock": {"lower": 1, "median": 2, "upper": 3}, "compiled": {"lower": 4, "median": 5, "upper": 6}}
+    rows = [
+        {"shapes": "1 x 2 x 3 x 4", "norm": norm, "contenders": {"fused": {"times_as_fast_as": ratios}}}
+        for norm in ("batch", "group")
+    ]
+    assert results.ladder_table(rows).endswith(
+        "| 1 x 2 x 3 x 4 | 2.00 | 5.00 (4.00 to 6.00) | 2.00 | 5.00 (4.00 to 6.00) |\n"
+    )
+    reached = {"0.99": {"epochs": 2, "seconds": 14.6}, "0.994": None}
+    loops = {"stock": {"seconds_per_epoch": 7.3, "reached": reached}}
+    table = results.to_accuracy_table([{"norm": "batch", "dropout": 0.0, "loops": loops}])
+    assert table.endswith("| batch | 0 | stock | 7.3 | 15 s (2 epochs) | not reached |\n")

@@ -1,0 +1,89 @@
+"""The benchmark of the training: its steps, its epochs, what it prints and writes."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import training
+from benchmarks.memory import peak_bytes
+from mnistnorm.data import Normalization, Split, TrainingBatches
+
+
+def stand_in(accuracies: list[float] | None = None) -> Any:
+    """A trainer of 6 images in batches of 2 that notes the labels of its steps."""
+    split = Split(torch.zeros(6, 1, 28, 28, dtype=torch.uint8), torch.arange(6))
+    seen: list[torch.Tensor] = []
+    return SimpleNamespace(
+        batches=TrainingBatches(split, 2, Normalization(0, 1)),
+        model=torch.nn.Identity(),
+        train_step=lambda images, labels: seen.append(labels),
+        seen=seen,
+        accuracies=iter(accuracies or []),
+    )
+
+
+def test_a_round_takes_all_its_steps() -> None:
+    trainer = stand_in()
+    run = training.steps_of(trainer, steps=5)
+    run()
+    run()
+    assert len(trainer.seen) == 10
+    for epoch in range(3):
+        assert torch.cat(trainer.seen[3 * epoch : 3 * epoch + 3]).sort().values.equal(torch.arange(6))
+
+
+def test_loops_train_in_turn_until_they_are_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "test_accuracy", lambda trainer: next(trainer.accuracies))
+    monkeypatch.setattr(training, "epoch_of", lambda trainer: (trainer.seen.append(0), 2.0)[1])
+    trainers = {"stock": stand_in([0.98, 0.991, 0.993]), "fused": stand_in([0.99, 0.994])}
+    figures = training.train_to_accuracy(trainers, epochs=3)
+    assert [len(trainer.seen) for trainer in trainers.values()] == [3, 2]
+    assert figures["stock"]["reached"] == {"0.99": {"epochs": 2, "seconds": 4.0}, "0.994": None}
+    assert figures["fused"]["reached"] == {
+        "0.99": {"epochs": 1, "seconds": 2.0},
+        "0.994": {"epochs": 2, "seconds": 4.0},
+    }
+    first, second = training.lines({"norm": "batch", "dropout": 0.0, "loops": figures})
+    assert "not reached" in first
+    assert "4.0 s, 2 epochs" in second
+
+
+def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "training.json"
+    flags = "--norms group --dropout 0.05 --steps 1 --rounds 2 --batch-size 8 --json"
+    assert training.main([*flags.split(), str(document)]) == 0
+    (row,) = json.loads(document.read_text())["rows"]
+    assert list(row["loops"]) == ["course", "stock", "fused"]
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in training.lines(row))
+    for figures in row["loops"].values():
+        speed = figures["images_per_second"]["median"]
+        assert figures["seconds_per_epoch"] == pytest.approx(60_000 / speed)
+    assert row["loops"]["fused"]["step_bytes"] < row["loops"]["stock"]["step_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--steps", "0"], "expected an integer from 1"), (["--json", "/proc/nowhere/x.json"], "cannot be written")],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, expected, capsys) -> None:
+    assert training.main(flags) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_peak_bytes(capfd: pytest.CaptureFixture[str]) -> None:
+    before = torch.ones(1000)
+
+    def call() -> None:
+        kept = before + 1
+        kept.exp().add_(1)
+        (kept + 1).sum()
+
+    assert 2 * 4000 <= peak_bytes(call) < 3 * 4000
+    assert capfd.readouterr().err == ""
