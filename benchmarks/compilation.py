@@ -364,6 +364,10 @@ def _report(
     )
 
 
+# Kind, width in bits, and the kernel's line.
+_CodeAccess = tuple[Literal["load", "store"], int, int]
+
+
 @dataclass(frozen=True)
 class _Code:
     """What the tools say of one kernel; AMD's also say how many warps its registers allow on a SIMD."""
@@ -374,7 +378,7 @@ class _Code:
     local_memory: int
     static_shared_memory: int
     instructions: int
-    accesses: tuple[tuple[Literal["load", "store"], int, int], ...]
+    accesses: tuple[_CodeAccess, ...]
     simd_warps: int = 0
     scalar_spills: int = 0
 
@@ -479,11 +483,12 @@ def _inspect_nvidia(compiled: list[CompiledKernel]) -> list[_Code]:
 
 
 def _inspect_amd(compiled: list[CompiledKernel]) -> list[_Code]:
-    return [_read_amd(kernel.asm["amdgcn"]) for kernel in compiled]
+    return [_read_amd(kernel.asm["amdgcn"], kernel.asm["llir"]) for kernel in compiled]
 
 
-def _read_amd(asm: str) -> _Code:
-    instructions, accesses, line = 0, [], 0
+def _read_amd(asm: str, llir: str) -> _Code:
+    instructions, line = 0, 0
+    accesses: list[_CodeAccess] = []
     for text in asm.partition(".Lfunc_end0:")[0].splitlines():
         if text.startswith("\t.loc") and (places := re.findall(r"[^\s:]+:(\d+):\d+", text)):
             line = int(places[-1])  # the innermost place comes first, the kernel's own last
@@ -499,10 +504,34 @@ def _read_amd(asm: str) -> _Code:
         local_memory=_number(r"\.private_segment_fixed_size:\s+(\d+)", asm),
         static_shared_memory=_number(r"\.group_segment_fixed_size:\s+(\d+)", asm),
         instructions=instructions,
-        accesses=tuple(accesses),
+        accesses=tuple(_restore_lines(accesses, llir)),
         simd_warps=_number(r"; Occupancy: (\d+)", asm),
         scalar_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", asm),
     )
+
+
+_LLVM_LOCATION = re.compile(r"^!(\d+) = (?:distinct )?!DILocation\(line: (\d+)(?:.* inlinedAt: !(\d+))?", re.MULTILINE)
+_LLVM_ACCESS = re.compile(r"@llvm\.amdgcn\.raw\.ptr\.buffer\.(load|store)\.(?:v(\d+))?[a-z]+(\d+)\(.* !dbg !(\d+)")
+
+
+def _restore_lines(accesses: list[_CodeAccess], llir: str) -> list[_CodeAccess]:
+    """Gives accesses the lines that they had before LLVM moved them to other blocks, where it gives them line 0."""
+    if all(line for _, _, line in accesses):
+        return accesses
+    locations = {number: (int(line), caller) for number, line, caller in _LLVM_LOCATION.findall(llir)}
+
+    def kernel_line(number: str) -> int:
+        line, caller = locations[number]
+        return kernel_line(caller) if caller else line
+
+    before = Counter(
+        (_kind(kind == "store"), int(length or 1) * int(bits), kernel_line(number))
+        for kind, length, bits, number in _LLVM_ACCESS.findall(llir)
+    )
+    missing = defaultdict(list)
+    for kind, bits, line in (before - Counter(accesses)).elements():
+        missing[kind, bits].append((kind, bits, line))
+    return [missing[access[:2]].pop(0) if access[2] == 0 and missing[access[:2]] else access for access in accesses]
 
 
 def _run(*command: str | os.PathLike[str]) -> str:

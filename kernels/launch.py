@@ -104,6 +104,7 @@ def make_plan(
     *,
     backward: bool,
     residual: bool = False,
+    dropout: bool = False,
     reduces: bool = True,
     kind: Kind | None = None,
 ) -> Plan:
@@ -115,6 +116,7 @@ def make_plan(
         target: what the kernels are compiled for.
         backward: whether for the backward.
         residual: whether there is one, which makes for one tensor more to load, and in the backward one to store.
+        dropout: whether there is any.
         reduces: whether sums over the slabs are needed; not so where the statistics are given.
         kind: how to take those sums; None chooses.
 
@@ -124,7 +126,11 @@ def make_plan(
     vector = gcd(geometry.channels if geometry.channels_last else geometry.positions, 16 // itemsize)
     # 64-bit values and arithmetic take more registers, and so do addresses where each element needs its own.
     registers = (4 if itemsize == 8 else 1) * ((4 if residual else 2) if vector == 1 else 1)
-    reduction, tile, cluster = _choose(geometry, itemsize, registers, _max_cluster(target), reduces, kind)
+    max_cluster = _max_cluster(target)
+    if backward and residual and dropout and not (geometry.per_channel or geometry.elementwise_affine):
+        # The sums over each channel would make the compiler lay out the tile twice, with no registers left for that.
+        max_cluster = 1
+    reduction, tile, cluster = _choose(geometry, itemsize, vector, registers, max_cluster, reduces, kind)
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
 
@@ -177,7 +183,13 @@ def next_power_of_2(value: int) -> int:
 
 
 def _choose(
-    geometry: Geometry, itemsize: int, registers: int, max_cluster: int, reduces: bool, kind: Kind | None
+    geometry: Geometry,
+    itemsize: int,
+    vector: int,
+    registers: int,
+    max_cluster: int,
+    reduces: bool,
+    kind: Kind | None,
 ) -> tuple[Reduction, Tile, int]:
     """How to reduce, the tile of a program or of a cluster of them, and the programs of that cluster."""
     # Weight, bias and their gradients take as much room again.
@@ -187,6 +199,9 @@ def _choose(
         tile = _resident_tile(geometry, itemsize, min(SMALL_TILE, capacity))
         # Sums over a cluster are of one slab: the compiler cannot spread those of several without narrowing the loads.
         limit = max_cluster if _slab_block(geometry, tile) == 1 else 1
+        if geometry.channels_last and vector > 1:
+            # It divides the channels first, and the loads of each program are as wide as its part of them.
+            limit = min(limit, tile[1] // vector)
         cluster = _cluster(geometry, tile, capacity, limit)
         if kind == "resident" or (kind is None and cluster <= limit):
             return "resident", tile, min(cluster, limit)

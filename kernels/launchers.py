@@ -403,7 +403,9 @@ def _prepare(
     dropout: bool,
     relu: bool,
 ) -> _Prepared:
-    plan = make_plan(geometry, itemsize, target, backward=backward, residual=residual, reduces=reduces, kind=kind)
+    plan = make_plan(
+        geometry, itemsize, target, backward=backward, residual=residual, dropout=dropout, reduces=reduces, kind=kind
+    )
     rows, channels, positions, groups = geometry[:4]
     vectors = channels // plan.constants["CHANNEL_VECTOR"], positions // plan.constants["POSITION_VECTOR"]
     constants = {
