@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch.utils._device import _device_constructors
 from triton._utils import _tuple_create
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -327,6 +328,7 @@ def _poisoned_empties() -> Iterator[None]:
 
         return empty
 
+    _device_constructors()  # remembers for good what torch.empty was when it was first called
     with contextlib.ExitStack() as stack:
         for name in ("empty", "empty_like", "empty_strided"):
             _set(stack, torch, name, poisoned(getattr(torch, name)))

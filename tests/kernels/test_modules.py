@@ -26,8 +26,8 @@ PAIRS = {
     "group no bias": (GroupNormReLU, nn.GroupNorm, (2, 4), {"bias": False}),
     "layer": (LayerNormReLU, nn.LayerNorm, (3,), {}),
     "layer of two": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"eps": 0.1}),
-    "layer plain": (LayerNormReLU, nn.LayerNorm, (3,), {"elementwise_affine": False}),
-    "layer no bias": (LayerNormReLU, nn.LayerNorm, (3,), {"bias": False}),
+    "layer plain": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"elementwise_affine": False}),
+    "layer no bias": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"bias": False}),
 }
 pairs = pytest.mark.parametrize(("fused", "stock", "arguments", "options"), PAIRS.values(), ids=PAIRS)
 

@@ -14,7 +14,7 @@ OPTIONS = {
     "batch_norm": {"use_batch_stats": True},
     "batch_norm in eval": {"use_batch_stats": False},
     "group_norm": {"num_groups": 2},
-    "layer_norm": {"normalized_shape": (5,)},
+    "layer_norm": {"normalized_shape": (2, 5)},
     "layer_norm of three": {"normalized_shape": (4, 2, 5)},
 }
 LAYOUTS = {
