@@ -111,6 +111,37 @@ def test_every_contender_computes_with_the_same_values() -> None:
     torch.testing.assert_close(stock.forward(), fused.forward())
 
 
+@pytest.mark.parametrize(
+    ("passes", "timed"), [("forward", ["forward"]), ("backward", ["backward"]), ("both", ["forward", "backward"])]
+)
+def test_only_the_passes_that_were_asked_for_are_timed(passes, timed, monkeypatch) -> None:
+    case = Case.of("fused", Chain("batch", SHAPE), CPU)
+    seen, forward, gradients = [], Case.forward, Case.gradients
+    monkeypatch.setattr(Case, "forward", lambda self: (seen.append("forward"), forward(self))[1])
+    monkeypatch.setattr(Case, "gradients", lambda *args: (seen.append("backward"), gradients(*args))[1])
+
+    def clock(call) -> float:
+        seen.clear()
+        call()
+        assert seen == timed
+        return 0.5
+
+    assert case.seconds(passes, clock) == 0.5
+
+
+def test_what_is_saved_is_counted_once_and_without_what_is_alive_anyway() -> None:
+    elements = torch.Size(SHAPE).numel()
+    saved = {
+        (name, dropout): Case.of(name, Chain("layer", SHAPE, dropout=dropout), CPU).saved_bytes()
+        for name in ("stock", "fused")
+        for dropout in (0.0, 0.5)
+    }
+    statistics = 2 * 4 * elements // SHAPE[-1]
+    assert saved["stock", 0.0] == saved["fused", 0.0] == statistics
+    assert saved["fused", 0.5] - statistics in (0, 2 * 4 * SHAPE[-1])  # weight and bias may be kept as scaled
+    assert saved["stock", 0.5] >= statistics + 4 * elements
+
+
 def test_one_of_ours_that_is_wrong_is_not_timed(monkeypatch, capsys) -> None:
     monkeypatch.setitem(
         CONTENDERS, "fused", contenders.Contender(lambda chain: contenders.stock(Chain("group", SHAPE)))
