@@ -238,7 +238,7 @@ def layer_norm_backward(
         else:
             per_row = (*mean.shape, *(1 for _ in normalized_shape))
             bias_like = _as_statistics(input, bias)
-            contended = cpu.has_contended_rows(input, normalized_shape)
+            own_sums = cpu.has_own_row_sums(input, normalized_shape)
             gradients = _aten.native_layer_norm_backward.default(
                 grad,
                 input,
@@ -247,10 +247,10 @@ def layer_norm_backward(
                 rstd.view(per_row),
                 scaled_weight,
                 bias_like,
-                [needs[0], needs[1] and not contended, needs[2] and not contended],
+                [needs[0], needs[1] and not own_sums, needs[2] and not own_sums],
             )
-            if contended:
-                gradients = (gradients[0], *cpu.row_sums(grad, input, mean, rstd, needs))
+            if own_sums:
+                gradients = (gradients[0], *cpu.row_sums(grad, input, mean, rstd, normalized_shape, needs))
     return (*_affine_gradients(gradients, (weight, bias), needs, dropout_p), grad_residual)
 
 
@@ -345,7 +345,7 @@ def layer_norm_compose(
     if (
         not _is_composable(input, (weight, bias), residual, **rest)
         or cpu.has_short_rows(input, normalized_shape)
-        or cpu.has_contended_rows(input, normalized_shape)
+        or cpu.has_own_row_sums(input, normalized_shape)
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, normalized_shape, rest["dropout_p"])

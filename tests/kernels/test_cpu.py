@@ -42,9 +42,29 @@ def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
         close(actual, each, offset)
 
 
+@pytest.mark.parametrize("affine_dtype", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalized_shape", [(5,), (26,), (3, 40), (300_000,)], ids=str)
+def test_layer_norm_sums_half_precision_in_float32(normalized_shape, dtype, affine_dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2 if normalized_shape == (300_000,) else 4000, *normalized_shape).to(dtype).requires_grad_()
+    affine_dtype = affine_dtype or dtype
+    weight, bias = ((torch.rand(normalized_shape) + shift).to(affine_dtype).requires_grad_() for shift in (0.5, 0.0))
+    inputs = [weight, bias]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    grad = (torch.randn_like(x) + 0.3).detach()
+    actual = gradients_of(layer_norm_relu(x, normalized_shape, *inputs, activation="identity"), inputs, grad)
+    exact = torch.nn.functional.layer_norm(x.detach().double(), normalized_shape, *exact_inputs)
+    for each, expected in zip(actual, gradients_of(exact, exact_inputs, grad.double()), strict=True):
+        assert each.dtype == affine_dtype
+        # One rounding to the parameter's dtype at the end; before it, float32's.
+        rtol = max(torch.finfo(affine_dtype).eps / 2, TOLERANCE)
+        torch.testing.assert_close(each.double(), expected, rtol=rtol, atol=TOLERANCE * expected.abs().max().item())
+
+
 def test_contended_rows_are_those_whose_sums_share_cache_lines(monkeypatch):
     def asked(length: int, dtype: torch.dtype = torch.float32) -> bool:
-        return cpu.has_contended_rows(torch.empty(cpu.SHORT_ROWS_ELEMENTS, length, dtype=dtype), (length,))
+        return cpu.has_own_row_sums(torch.empty(cpu.SHORT_ROWS_ELEMENTS, length, dtype=dtype), (length,))
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert [length for length in (9, 16, 24, 26, 32, 33) if asked(length)] == [9, 24, 26]
