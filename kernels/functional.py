@@ -49,7 +49,7 @@ def batch_norm_relu(
             torch.manual_seed as well, but is not that of an eager call.
         activation: "relu" or "identity".
         process_group: take the batch statistics over the batches of all its processes, which must have as many
-            channels. One of the default device of its backend: gloo for CPUs, NCCL for GPUs. No second derivative.
+            channels each; one may have no samples. There is no second derivative then.
         impl: "triton", "torch", or "auto" (Triton on a device it compiles for, PyTorch elsewhere).
 
     Returns:
