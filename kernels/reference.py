@@ -311,7 +311,7 @@ def batch_norm_compose(
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
     output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    return _complete(output, residual, **rest)
+    return _complete(output, _memory_format(input), residual, **rest)
 
 
 def group_norm_compose(
@@ -328,7 +328,8 @@ def group_norm_compose(
     if not _is_composable(input, (weight, bias), residual, **rest):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
-    return _complete(F.group_norm(input, num_groups, weight, bias, eps), residual, **rest)
+    output = F.group_norm(input, num_groups, weight, bias, eps)
+    return _complete(output, _memory_format(input), residual, **rest)
 
 
 def layer_norm_compose(
@@ -349,14 +350,24 @@ def layer_norm_compose(
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, normalized_shape, rest["dropout_p"])
-    return _complete(F.layer_norm(input, normalized_shape, weight, bias, eps), residual, **rest)
+    output = F.layer_norm(input, normalized_shape, weight, bias, eps)
+    return _complete(output, torch.contiguous_format, residual, **rest)
 
 
-def _complete(output: Tensor, residual: Tensor | None, *, dropout_p: float, seed: int, relu: bool) -> Tensor:
+def _complete(
+    output: Tensor,
+    memory_format: torch.memory_format,
+    residual: Tensor | None,
+    *,
+    dropout_p: float,
+    seed: int,
+    relu: bool,
+) -> Tensor:
     """Dropout (already scaled), residual and ReLU on a normalized tensor that autograd has recorded, in place."""
     if dropout_p > 0:
+        output = output.contiguous(memory_format=memory_format)
         # Not recorded: the gradient of the ReLU, the only thing behind it, is 0 where this leaves zeros.
-        _drop_(output.detach(), _memory_format(output), dropout_p, seed)
+        _drop_(output.detach(), memory_format, dropout_p, seed)
     if residual is not None:
         output.add_(residual)
     return output.relu_() if relu else output
@@ -471,8 +482,9 @@ def _drop_add_relu_(
     seed: int,
     relu: bool,
 ) -> Tensor:
-    """Dropout (already scaled), residual and ReLU on the normalized tensor, in place."""
+    """Dropout (already scaled), residual and ReLU on the normalized tensor, in place where it has `memory_format`."""
     if dropout_p > 0:
+        output = output.contiguous(memory_format=memory_format)
         _drop_(output, memory_format, dropout_p, seed)
     if residual is not None:
         output.add_(residual)
@@ -501,7 +513,8 @@ def _drop_add_relu_backward(
 def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float, seed: int) -> None:
     """Zeroes each element with probability `dropout_p`, right to within 2^-17; the same seed zeroes the same elements.
 
-    Each element, in the order of memory, has a uniform 16-bit word, and the lowest words drop.
+    Each element, in the order of memory, has a uniform 16-bit word, and the lowest words drop. Every way to a mask must
+    have brought the values into the same format; torch's results for inputs with gaps come in either one.
     """
     flat = (values if memory_format == torch.contiguous_format else values.movedim(1, -1)).view(-1)
     highest_dropped = round(dropout_p * 2**16) - 2**15 - 0.5
