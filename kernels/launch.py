@@ -126,11 +126,15 @@ def make_plan(
     vector = gcd(geometry.channels if geometry.channels_last else geometry.positions, 16 // itemsize)
     # 64-bit values and arithmetic take more registers, and so do addresses where each element needs its own.
     registers = (4 if itemsize == 8 else 1) * ((4 if residual else 2) if vector == 1 else 1)
-    max_cluster = _max_cluster(target)
-    if backward and residual and dropout and not (geometry.per_channel or geometry.elementwise_affine):
-        # The sums over each channel would make the compiler lay out the tile twice, with no registers left for that.
-        max_cluster = 1
-    reduction, tile, cluster = _choose(geometry, itemsize, vector, registers, max_cluster, reduces, kind)
+    # Sums over each channel beside those over the slab take registers, of which these leave none.
+    crowded = (
+        backward
+        and not (geometry.per_channel or geometry.elementwise_affine)
+        and (geometry.channels_last or vector == 1 or (residual and dropout))
+    )
+    reduction, tile, cluster = _choose(
+        geometry, itemsize, vector, registers, crowded, _max_cluster(target), reduces, kind
+    )
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
 
@@ -187,6 +191,7 @@ def _choose(
     itemsize: int,
     vector: int,
     registers: int,
+    crowded: bool,
     max_cluster: int,
     reduces: bool,
     kind: Kind | None,
@@ -203,6 +208,8 @@ def _choose(
             # It divides the channels first, and the loads of each program are as wide as its part of them.
             limit = min(limit, tile[1] // vector)
         cluster = _cluster(geometry, tile, capacity, limit)
+        if crowded and limit > 1:
+            cluster = _cluster(geometry, tile, capacity // 2, limit)
         if kind == "resident" or (kind is None and cluster <= limit):
             return "resident", tile, min(cluster, limit)
     tile = _split_tile(geometry, itemsize, SPLIT_TILE // values)
