@@ -172,3 +172,18 @@ def test_partials_are_few(geometry):
         readers = forward.programs // blocks(geometry, forward)[1]
         slab_bytes = geometry.slab_size * itemsize
         assert 3 * 4 * forward.splits * (readers + 1) <= 0.02 * 3 * slab_bytes
+
+
+def test_clusters_divide_whole_vectors_of_channels():
+    geometry = group(64, 64, 3136, 2, channels_last=True)
+    assert make_plan(geometry, 4, SM_90, backward=False).reduction == "split"
+    assert make_plan(group(64, 64, 3136, 2), 4, SM_90, backward=False).constants["num_ctas"] == 16
+    forced = make_plan(geometry, 4, SM_90, backward=False, kind="resident")
+    assert forced.constants["BLOCK_CHANNELS"] // forced.constants["num_ctas"] == forced.constants["CHANNEL_VECTOR"]
+
+
+def test_a_backward_short_of_registers_holds_less():
+    geometry = group(64, 64, 3136, 2)
+    for options in ({"residual": True}, {"dropout": True}, {"residual": True, "dropout": True}):
+        plan = make_plan(geometry, 4, SM_90, backward=True, **options)
+        assert plan.reduction == ("split" if len(options) == 2 else "resident")
