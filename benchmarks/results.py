@@ -233,7 +233,7 @@ def all_rows(document: Any) -> list[Row]:
     return rows
 
 
-LADDER = "--shapes network-128 network-512 ladder --contenders compiled fused --dropout 0.05"
+LADDER = "--shapes network-128 network-512 ladder --contenders compiled fused --dropout 0.05 --rounds 10"
 PARTS = {
     "traffic": Part(
         "python -m benchmarks.traffic",
@@ -253,7 +253,9 @@ PARTS = {
         "--json {0}/results.json --plot {0}/layers.png",
     ),
     "training": Part("python -m benchmarks.training --rounds 6", all_rows, training_table),
-    "to-accuracy": Part("python -m benchmarks.training --to-accuracy --dropout 0", all_rows, to_accuracy_table),
+    "to-accuracy": Part(
+        "python -m benchmarks.training --to-accuracy --norms group --dropout 0", all_rows, to_accuracy_table
+    ),
     "accuracy": Part(
         "python -m mnistnorm.compare --fused --seeds 0 1 2 3 4 --threads 1",
         accuracy_rows,
