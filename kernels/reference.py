@@ -311,7 +311,7 @@ def batch_norm_compose(
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
     output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    return _complete(output, _memory_format(input), residual, **rest)
+    return _drop_add_relu_(output, _memory_format(input), residual, **rest)
 
 
 def group_norm_compose(
@@ -329,7 +329,7 @@ def group_norm_compose(
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
     output = F.group_norm(input, num_groups, weight, bias, eps)
-    return _complete(output, _memory_format(input), residual, **rest)
+    return _drop_add_relu_(output, _memory_format(input), residual, **rest)
 
 
 def layer_norm_compose(
@@ -351,26 +351,7 @@ def layer_norm_compose(
         return None
     weight, bias = _scaled_affine(input, weight, bias, normalized_shape, rest["dropout_p"])
     output = F.layer_norm(input, normalized_shape, weight, bias, eps)
-    return _complete(output, torch.contiguous_format, residual, **rest)
-
-
-def _complete(
-    output: Tensor,
-    memory_format: torch.memory_format,
-    residual: Tensor | None,
-    *,
-    dropout_p: float,
-    seed: int,
-    relu: bool,
-) -> Tensor:
-    """Dropout (already scaled), residual and ReLU on a normalized tensor that autograd has recorded, in place."""
-    if dropout_p > 0:
-        output = output.contiguous(memory_format=memory_format)
-        # Not recorded: the gradient of the ReLU, the only thing behind it, is 0 where this leaves zeros.
-        _drop_(output.detach(), memory_format, dropout_p, seed)
-    if residual is not None:
-        output.add_(residual)
-    return output.relu_() if relu else output
+    return _drop_add_relu_(output, torch.contiguous_format, residual, **rest)
 
 
 def _is_composable(
@@ -485,7 +466,8 @@ def _drop_add_relu_(
     """Dropout (already scaled), residual and ReLU on the normalized tensor, in place where it has `memory_format`."""
     if dropout_p > 0:
         output = output.contiguous(memory_format=memory_format)
-        _drop_(output, memory_format, dropout_p, seed)
+        # Autograd, where it records the norm, does not see this: the gradient of the ReLU behind it is 0 at the zeros.
+        _drop_(output.detach(), memory_format, dropout_p, seed)
     if residual is not None:
         output.add_(residual)
     return output.relu_() if relu else output
