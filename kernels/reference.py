@@ -10,6 +10,7 @@ The 1 / (1 - p) of the dropout is folded into weight and bias, and with a ReLU a
 what the ReLU and what the dropout removed, so nothing but x, y, mean and rstd is kept for the backward.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -493,53 +494,64 @@ def _drop_add_relu_backward(
 
 
 def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float, seed: int) -> None:
-    """Zeroes each element with probability `dropout_p`, right to within 2^-17; the same seed zeroes the same elements.
+    """Zeroes each element with probability `dropout_p`; the same seed zeroes the same elements, in the order of memory.
 
-    Each element, in the order of memory, has a uniform 16-bit word, and the lowest words drop. Every way to a mask must
-    have brought the values into the same format; torch's results for inputs with gaps come in either one.
+    Every way to a mask must have brought the values into the same format; torch's results for inputs with gaps come in
+    either one.
     """
     flat = (values if memory_format == torch.contiguous_format else values.movedim(1, -1)).view(-1)
-    highest_dropped = round(dropout_p * 2**16) - 2**15 - 0.5
-    draw = _word_source(seed, values.device)
-    half = values.dtype in (torch.float16, torch.bfloat16)
+    if flat.device.type != "cpu":
+        generator = torch.Generator(flat.device).manual_seed(seed)
+        flat.masked_fill_(torch.rand(flat.shape, generator=generator, device=flat.device) < dropout_p, 0)
+        return
+    # A byte for each element, of which the lowest `count` drop, and a second chance for the rest of dropout_p: several
+    # times as fast as a Bernoulli draw per element.
+    count = int(dropout_p * 256)
+    second_chance = (dropout_p - count / 256) / (1 - count / 256) if count < 256 else 0.0
+    random = _seeded_random(seed)
     for part in flat.split(CHUNK):
-        words = draw(part.numel()).to(torch.float32 if half else values.dtype)
-        if half:
-            # A half-precision number cannot hold every word, but it can hold the word's side of the threshold.
-            words = words.sub_(highest_dropped).to(values.dtype)
+        # Every number from -129 to 127 is exact in half precision too.
+        words = torch.from_numpy(_bytes(random, part.numel())).to(values.dtype)
+        if second_chance > 0:
+            words.index_fill_(0, torch.from_numpy(_successes(random, second_chance, part.numel())), -129)
         # Keeps the values whose word is above the threshold and zeroes the others, in one pass.
-        _aten.threshold_backward.grad_input(part, words, 0 if half else highest_dropped, grad_input=part)
+        _aten.threshold_backward.grad_input(part, words, count - 129, grad_input=part)
 
 
-def _word_source(seed: int, device: torch.device) -> Callable[[int], Tensor]:
-    """A function that draws the next uniform int16 words."""
-    if device.type == "cpu":
-        # Four words from each 64-bit draw: several times as fast as a Bernoulli draw per element.
-        bits = _seeded_bits(seed)
-        return lambda count: torch.from_numpy(bits.random_raw(-(-count // 4)).view(np.int16))[:count]
-    generator = torch.Generator(device).manual_seed(seed)
-    return lambda count: torch.empty(count, dtype=torch.int16, device=device).random_(
-        -(2**15), 2**15, generator=generator
-    )
+def _bytes(random: np.random.Generator, count: int) -> Any:
+    """`count` uniform int8."""
+    return random.bit_generator.random_raw(-(-count // 8)).view(np.int8)[:count]
 
 
-class _Bits(threading.local):
-    """A generator of random bits for each thread, as making one takes much longer than seeding it."""
+def _successes(random: np.random.Generator, probability: float, trials: int) -> Any:
+    """The indices of the successes in independent trials, from the gaps between them."""
+    expected = trials * probability
+    found, last = [], -1
+    while last < trials:
+        found.append(last + random.geometric(probability, int(expected + math.sqrt(expected) + 1)).cumsum())
+        last = found[-1][-1]
+    indices = np.concatenate(found)
+    return indices[: indices.searchsorted(trials)]
+
+
+class _Random(threading.local):
+    """A generator of random numbers for each thread, as making one takes much longer than seeding it."""
 
     def __init__(self) -> None:
-        self.generator = np.random.SFC64(0)
+        self.generator = np.random.Generator(np.random.SFC64(0))
 
 
-_bits = _Bits()
+_random = _Random()
 
 
-def _seeded_bits(seed: int) -> np.random.SFC64:
+def _seeded_random(seed: int) -> np.random.Generator:
     """This thread's generator, seeded as its author does: the seed in all three words, a counter of 1, 12 rounds.
 
     Source: Doty-Humphrey, PractRand 0.94, RNGs/sfc.cpp.
     """
-    generator = _bits.generator
+    generator = _random.generator
     words = np.array((seed, seed, seed, 1), dtype=np.uint64)
-    generator.state = {"bit_generator": "SFC64", "state": {"state": words}, "has_uint32": 0, "uinteger": 0}
-    generator.random_raw(12, output=False)
+    state = {"bit_generator": "SFC64", "state": {"state": words}, "has_uint32": 0, "uinteger": 0}
+    generator.bit_generator.state = state
+    generator.bit_generator.random_raw(12, output=False)
     return generator

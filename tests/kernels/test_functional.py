@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -365,25 +366,56 @@ def test_dropout_forward_and_backward_share_a_mask(norm, dropout_p, dtype, activ
 
 @norms
 def test_dropout_keeps_at_the_right_rate(norm):
-    # The threshold is right to within 2^-17; the rest is chance: five standard deviations of a binomial.
+    # Five standard deviations of a binomial.
     for dropout_p in (0.001, 0.05, 0.5, 0.95):
         x = torch.randn(64, 8, 64, 64)
         output = norm.fused(
             x, torch.zeros(norm.affine_shape(x.shape)), torch.ones(norm.affine_shape(x.shape)), dropout_p=dropout_p
         )
         n = output.numel()
-        bound = 5 * (dropout_p * (1 - dropout_p) / n) ** 0.5 + 2**-17
+        bound = 5 * (dropout_p * (1 - dropout_p) / n) ** 0.5
         assert abs((output == 0).sum().item() / n - dropout_p) < bound
 
 
-def test_dropout_threshold_is_exact(monkeypatch):
-    # All 65,536 words once: the share that drops is p to within half a word.
-    words = torch.arange(-(2**15), 2**15).to(torch.int16)
-    monkeypatch.setattr(reference, "_word_source", lambda seed, device: lambda count: words)
-    for dropout_p in (0.05, 0.1, 1 / 3, 0.999):
-        values = torch.ones(2**16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_zeroes_the_lowest_bytes_and_the_second_chances(monkeypatch, dtype):
+    # All 256 bytes once, where the second chance takes the last of them.
+    every_byte = np.arange(-128, 128).astype(np.int8)
+    monkeypatch.setattr(reference, "_bytes", lambda random, count: every_byte)
+    for dropout_p in (0.0, 0.002, 0.05, 0.5, 1 / 3, 0.999, 1.0):
+        lowest = int(dropout_p * 256)
+        chances = []
+
+        def last(random, probability, trials, chances=chances):
+            chances.append(probability)
+            return np.array([trials - 1])
+
+        monkeypatch.setattr(reference, "_successes", last)
+        values = torch.ones(256, dtype=dtype)
         reference._drop_(values, torch.contiguous_format, dropout_p, 0)
-        assert abs((values == 0).sum().item() / 2**16 - dropout_p) <= 2**-17
+        assert values.eq(0).tolist() == [index < lowest or (index == 255 and chances != []) for index in range(256)]
+        share = lowest / 256
+        assert share + (1 - share) * sum(chances) == pytest.approx(dropout_p, abs=1e-15)
+
+
+def test_successes_are_independent_trials():
+    random = np.random.default_rng(0)
+    trials, rounds = 200, 20_000
+    for probability in (0.003, 0.4, 0.999):
+        times = np.zeros(trials)
+        followed = 0
+        for _ in range(rounds):
+            indices = reference._successes(random, probability, trials)
+            assert (np.diff(indices) > 0).all()
+            times[indices] += 1
+            followed += (np.diff(indices) == 1).sum()
+        # Each trial succeeds at the rate, and so does the one after a success: six standard deviations of a binomial.
+        deviation = (probability * (1 - probability) / rounds) ** 0.5
+        assert abs(times / rounds - probability).max() < 6 * deviation
+        pairs = rounds * (trials - 1)
+        expected = probability**2
+        assert abs(followed / pairs - expected) < 6 * (2 * expected * (1 - probability) / pairs) ** 0.5 + 1e-9
+    assert reference._successes(random, 1e-300, trials).tolist() == []
 
 
 @norms
