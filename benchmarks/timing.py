@@ -1,5 +1,6 @@
 """Timing of alternatives side by side in one process: interleaved rounds, medians, quartiles and per-round ratios."""
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping
 from statistics import median, quantiles
@@ -10,6 +11,9 @@ from tqdm import trange
 
 # The seconds that a call takes.
 Clock = Callable[[Callable[[], object]], float]
+
+# Of glibc's mallopt, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 # Bytes written before a call is timed on a GPU: more than its caches hold.
 FLUSHED = 2**29
@@ -35,6 +39,7 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, descriptio
 
     A machine whose speed drifts slows all of one round alike, so ratios are taken round by round.
     """
+    keep_freed_memory()
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -44,6 +49,17 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, descriptio
         for name in names[first:] + names[:first]:
             seconds[name].append(runs[name]())
     return seconds
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep for this process what is freed, so that no call is charged for the pages that another gave back.
+
+    Otherwise the page faults of a chain called alone, none of a chain's in a training loop, take as long as its work.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> Spread:

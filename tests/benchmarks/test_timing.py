@@ -1,0 +1,33 @@
+"""Timing side by side."""
+
+import ctypes
+import resource
+
+import pytest
+import torch
+
+from benchmarks.timing import interleaved, keep_freed_memory
+
+
+def test_every_round_runs_all_in_turning_order() -> None:
+    order = []
+
+    def run(name: str):
+        return lambda: float(order.append(name) or len(order))
+
+    seconds = interleaved({name: run(name) for name in "abc"}, 3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert seconds == {"a": [4.0, 9.0, 11.0], "b": [5.0, 7.0, 12.0], "c": [6.0, 8.0, 10.0]}
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_is_kept() -> None:
+    keep_freed_memory()
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    first = faults()
+    assert first == 0 or faults() < first / 10
