@@ -72,7 +72,7 @@ def batch_norm_forward(
             mean, var = (buffer.to(statistics_dtype(input), copy=True) for buffer in (running_mean, running_var))
         output = torch.empty_like(input, memory_format=_memory_format(input)) if scratch is None else scratch
         rstd = (var + eps).rsqrt()
-        if cpu.is_large_channels_last(input):
+        if cpu.has_columns(input):
             cpu.scale_and_shift(input, weight, bias, mean, rstd, output)
         elif input.numel() > 0:
             nothing = mean.new_empty(0)
@@ -110,7 +110,7 @@ def batch_norm_backward(
         through_statistics = use_batch_stats and not synchronised
         if input.numel() == 0:
             gradients = grad, torch.zeros_like(mean), torch.zeros_like(mean)
-        elif through_statistics and cpu.is_large_channels_last(input):
+        elif through_statistics and cpu.has_columns(input):
             gradients = cpu.batch_norm_backward(grad, input, scaled_weight, mean, rstd, needs[0])
         else:
             gradients = _aten.native_batch_norm_backward.default(
@@ -150,8 +150,7 @@ def group_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward over (N, C, ...); returns (output, mean (N, num_groups), rstd (N, num_groups))."""
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), dropout_p)
-    dense = input.contiguous(memory_format=_memory_format(input))
-    output, mean, rstd = torch.native_group_norm(dense, weight, bias, *_group_sizes(input), num_groups, eps)
+    output, mean, rstd = _native_group_norm(input, weight, bias, num_groups, eps)
     return _drop_add_relu_(output, _memory_format(input), residual, dropout_p, seed, relu), mean, rstd
 
 
@@ -278,7 +277,9 @@ def group_norm_normalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, options: Mapping[str, Any]
 ) -> Tensor:
     """Group norm and affine alone, of operations that torch can differentiate any number of times."""
-    return _in_statistics_dtype(F.group_norm, input, options["num_groups"], weight, bias, options["eps"])
+    return _in_statistics_dtype(
+        F.group_norm, input.contiguous(), options["num_groups"], weight, bias, options["eps"]
+    ).contiguous(memory_format=_memory_format(input))
 
 
 def layer_norm_normalize(
@@ -329,7 +330,7 @@ def group_norm_compose(
     if not _is_composable(input, (weight, bias), residual, **rest):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
-    output = F.group_norm(input, num_groups, weight, bias, eps)
+    output, _, _ = _native_group_norm(input, weight, bias, num_groups, eps)
     return _drop_add_relu_(output, _memory_format(input), residual, **rest)
 
 
@@ -387,6 +388,19 @@ def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *argume
 def widens(input: Tensor) -> bool:
     """Only torch's kernels for the CPU take half-precision inputs with float32 parameters in all three norms."""
     return input.device.type != "cpu" and input.dtype in (torch.float16, torch.bfloat16)
+
+
+def _native_group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.native_group_norm in the output's format, without the cancellation in torch's kernel for channels last."""
+    memory_format, sizes = _memory_format(input), _group_sizes(input)
+    dense = input.contiguous(memory_format=memory_format)
+    output, mean, rstd = torch.native_group_norm(dense, weight, bias, *sizes, num_groups, eps)
+    if memory_format != torch.contiguous_format and cpu.cancels(mean, rstd):
+        output, mean, rstd = torch.native_group_norm(input.contiguous(), weight, bias, *sizes, num_groups, eps)
+        output = output.contiguous(memory_format=memory_format)
+    return output, mean, rstd
 
 
 def _group_sizes(input: Tensor) -> tuple[int, int, int]:

@@ -77,13 +77,13 @@ def test_contended_rows_are_those_whose_sums_share_cache_lines(monkeypatch):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 @pytest.mark.parametrize(
-    "shape", [(16, 8, 26, 26), (64, 50, 5, 5), (3, 7, 29, 31), (1, 3, 90, 91), (5, 6, 7, 8, 11)], ids=str
+    "shape", [(16, 8, 26, 26), (64, 14, 5, 5), (3, 7, 29, 31), (1, 3, 90, 91), (5, 6, 7, 8, 11)], ids=str
 )
 def test_batch_norm_of_channels_last(shape, offset, affine):
     torch.manual_seed(shape[0])
     memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     x = (torch.randn(shape) + offset).contiguous(memory_format=memory_format)
-    assert cpu.is_large_channels_last(x)
+    assert cpu.has_columns(x)
     inputs = [x, *((torch.rand(shape[1]) + 0.5, torch.randn(shape[1])) if affine else ())]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -100,6 +100,15 @@ def test_batch_norm_of_channels_last(shape, offset, affine):
             close(actual, each, offset)
         for actual, each in zip(statistics, exact_statistics, strict=True):
             close(actual, each, offset)
+
+
+def test_columns_are_for_channels_whose_sums_share_cache_lines():
+    def asked(channels: int, dtype: torch.dtype = torch.float32) -> bool:
+        return cpu.has_columns(torch.empty(64, channels, 16, 16, dtype=dtype, memory_format=torch.channels_last))
+
+    assert [channels for channels in (1, 2, 8, 15, 16, 20, 24, 32, 33, 64) if asked(channels)] == [2, 8, 15, 20]
+    assert asked(12, torch.float64)
+    assert not asked(8, torch.float64)
 
 
 def test_batch_norm_of_channels_last_takes_only_the_gradients_asked_for():

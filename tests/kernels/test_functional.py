@@ -210,12 +210,22 @@ def test_identity_activation(norm):
 
 
 @norms
-@pytest.mark.parametrize("shape", [(4, 2, 9, 7), (64, 8, 7, 7), (64, 4, 26, 26)], ids=str)
-def test_a_large_mean_survives(norm, shape):
-    # float32 holds 1e4 +- 1 to 1e-3, and so exact is a centred sum; E[x^2] - E[x]^2 is off by units.
-    x = make(shape, offset=1e4)
-    output = norm.fused(x, None, None, activation="identity")
-    torch.testing.assert_close(output.double(), norm.stock(x.double(), None, None), atol=5e-3, rtol=0)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
+@pytest.mark.parametrize("shape", [(4, 2, 9, 7), (64, 8, 7, 7), (64, 4, 26, 26), (16, 64, 9, 7)], ids=str)
+def test_a_large_mean_survives(norm, shape, recorded, layout):
+    # float32 holds 1e4 +- 1 to 1e-3, and so exact is a centred sum; E[x^2] - E[x]^2 is off by units. Torch's batch norm
+    # of channels last adds one element after the other: some roundings more. A gradient has those of two means.
+    x = make(shape, layout=layout, offset=1e4).detach().requires_grad_(recorded)
+    exact = x.detach().double().contiguous().requires_grad_(recorded)
+    output, expected = norm.fused(x, None, None, activation="identity"), norm.stock(exact, None, None)
+    atol = 5e-3 if layout == "contiguous" else 1e-2
+    torch.testing.assert_close(output.double(), expected, atol=atol, rtol=0)
+    if recorded:
+        grad = torch.randn(shape)
+        (first,) = torch.autograd.grad(output, x, grad, create_graph=True)
+        (exact_first,) = torch.autograd.grad(expected, exact, grad.double(), create_graph=True)
+        torch.testing.assert_close(first.double(), exact_first, atol=4 * atol, rtol=0)
 
 
 @norms
