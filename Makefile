@@ -41,7 +41,7 @@ lint: setup
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
-# Measures what the README claims, an hour or two of a quiet machine; ARGS='--only layers host' does a part of it.
+# Measures what README.md and docs/results.md claim, an hour or two of a quiet machine; ARGS='--only layers host' does a part of it.
 results: setup
 	$(RUN) -m benchmarks.results $(ARGS)
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.results: measures what the README claims, and writes the README's tables from it.
+"""python -m benchmarks.results: measures what README.md and docs/results.md claim, and writes their tables from it.
 
 What was measured is kept in docs/results/, from which the tables can be written again at any time.
 """
@@ -6,6 +6,7 @@ What was measured is kept in docs/results/, from which the tables can be written
 import argparse
 import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,19 +26,21 @@ from .machine import describe_machine
 from .timing import Spread
 
 ROOT = Path(__file__).parents[1]
-README, DOCS, RESULTS, RUNS = (ROOT / name for name in ("README.md", "docs", "docs/results", "runs/results"))
+DOCS, RESULTS, RUNS = (ROOT / name for name in ("docs", "docs/results", "runs/results"))
+# Where the tables are, each in one place.
+PAGES = (ROOT / "README.md", DOCS / "results.md")
 
 Row = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """One of the README's tables.
+    """One of the tables.
 
     Attributes:
         command: what measures it.
         rows: what is kept of the document that the command writes.
-        table: what the README says of the rows.
-        pictures: that the command draws, by what the README calls them.
+        table: what a page says of the rows.
+        pictures: that the command draws, by what a page calls them.
         output: the command's flags that name what it writes, for a folder.
         document: where in the folder that is.
     """
@@ -228,6 +231,25 @@ def host_table(rows: list[Row]) -> str:
     return markdown(header, lines)
 
 
+def models_rows(document: Any) -> list[Row]:
+    return [
+        row | {"milliseconds": {name: Spread.of(values)._asdict() for name, values in row["milliseconds"].items()}}
+        for row in document["rows"]
+    ]
+
+
+def models_table(rows: list[Row]) -> str:
+    header = ("model", "dropout", "chains", "stock", "fused", "times as fast", "saved, stock", "saved, fused", "fuse()")
+    lines = []
+    for row in rows:
+        both = ("stock", "fused")
+        times = (f"{row['milliseconds'][name]['median']:.0f} ms" for name in both)
+        saved = (f"{row['saved_bytes'][name] / 2**20:.1f} MB" for name in both)
+        which = (row["model"], f"{row['dropout']:g}", row["fused"])
+        lines.append((*which, *times, spread(row["ratio"]), *saved, f"{row['fuse_seconds']:.2f} s"))
+    return markdown(header, lines)
+
+
 def all_rows(document: Any) -> list[Row]:
     rows: list[Row] = document["rows"]
     return rows
@@ -252,6 +274,7 @@ PARTS = {
         {"Layers by size": "layers.png"},
         "--json {0}/results.json --plot {0}/layers.png",
     ),
+    "models": Part("python -m benchmarks.models", models_rows, models_table),
     "training": Part("python -m benchmarks.training --rounds 6", all_rows, training_table),
     "to-accuracy": Part(
         "python -m benchmarks.training --to-accuracy --norms group --dropout 0", all_rows, to_accuracy_table
@@ -281,8 +304,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--only", choices=PARTS, nargs="+", metavar="PART", help=f"measure no other part: {', '.join(PARTS)} (all)")
     what = "instead of measuring, take what a part's command wrote to a file, and pictures that lie beside it"
     add("--take", type=taken, nargs="+", default=[], metavar="PART=FILE", help=what)
-    add("--render", action="store_true", help="measure nothing, write the README from docs/results as it is")
-    add("--check", action="store_true", help="measure and write nothing, fail where the README says something else")
+    add("--render", action="store_true", help="measure nothing, write the tables from docs/results as it is")
+    add("--check", action="store_true", help="measure and write nothing, fail where a table says something else")
     return parser
 
 
@@ -312,7 +335,7 @@ def run(name: str) -> Path:
 
 
 def keep(name: str, path: Path) -> None:
-    """Writes what the README needs of a document into docs/results, and its pictures into docs.
+    """Writes what the pages need of a document into docs/results, and its pictures into docs.
 
     Raises:
         UserError: the document is something else.
@@ -350,8 +373,8 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def block(name: str) -> str:
-    """What the README says of a part.
+def block(name: str, page: Path) -> str:
+    """What a page says of a part.
 
     Raises:
         UserError: what is kept of it is damaged.
@@ -359,7 +382,8 @@ def block(name: str) -> str:
     part, path = PARTS[name], RESULTS / f"{name}.json"
     if not path.exists():
         return f"`{part.command}`: not measured yet\n"
-    pictures = "".join(f"\n![{title}](docs/{file})\n" for title, file in part.pictures.items())
+    folder = os.path.relpath(DOCS, page.parent)
+    pictures = "".join(f"\n![{title}]({Path(folder, file)})\n" for title, file in part.pictures.items())
     try:
         kept = json.loads(path.read_text())
         return f"`{kept['command']}`; {kept['machine']}\n\n{part.table(kept['rows'])}{pictures}"
@@ -367,20 +391,25 @@ def block(name: str) -> str:
         raise UserError(f"{path} is damaged: measure it by python -m benchmarks.results --only {name}") from error
 
 
-def render(text: str) -> str:
-    """A README's text with the block of each part between its markers.
+def render(texts: Mapping[Path, str]) -> dict[Path, str]:
+    """The texts of the pages with the block of each part between its markers.
 
     Raises:
-        UserError: a part has no markers, or what is kept of it is damaged.
+        UserError: a part has no markers, or several, or what is kept of it is damaged.
     """
+    rendered = dict(texts)
     for name in PARTS:
         begin, end = f"<!-- results: {name} -->\n", f"<!-- end of results: {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        content = f"{begin}{block(name)}{end}"
-        text, count = pattern.subn(lambda match, content=content: content, text)  # type: ignore[misc]
-        if count != 1:
-            raise UserError(f"{README} has {count} places, not one, between {begin.strip()} and {end}")
-    return text
+        places = 0
+        for page, text in rendered.items():
+            content = f"{begin}{block(name, page)}{end}"
+            rendered[page], count = pattern.subn(lambda match, content=content: content, text)  # type: ignore[misc]
+            places += count
+        if places != 1:
+            names = " and ".join(page.name for page in texts)
+            raise UserError(f"{names} have {places} places, not one, between {begin.strip()} and {end}")
+    return rendered
 
 
 def results(argv: Sequence[str] | None) -> int:
@@ -389,12 +418,15 @@ def results(argv: Sequence[str] | None) -> int:
         files = dict(args.take)
         for name in PARTS if not (args.only or args.take) else (*files, *(args.only or ())):
             keep(name, files.get(name) or run(name))
-    old = README.read_text()
-    new = render(old)
-    if not args.check:
-        write_atomically(README, new)
-    elif new != old:
-        raise UserError("README.md is not what docs/results gives: write it by python -m benchmarks.results --render")
+    old = {page: page.read_text() for page in PAGES}
+    for page, text in render(old).items():
+        if text == old[page]:
+            continue
+        if args.check:
+            raise UserError(
+                f"{page.name} is not what docs/results gives: write it by python -m benchmarks.results --render"
+            )
+        write_atomically(page, text)
     return 0
 
 

@@ -1,7 +1,8 @@
-"""The README's tables are what docs/results gives, and what docs/results holds is what the programs write."""
+"""The pages' tables are what docs/results gives, and what docs/results holds is what the programs write."""
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -34,22 +35,31 @@ LAYERS_ROW = "| 1 x 2 x 3 x 4 | batch | 0.05 | 4.0 ms | 2.0 ms | 2.00 (1.23 to 3
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The README and docs/results, to be written to."""
-    shutil.copyfile(results.README, tmp_path / "README.md")
+    """The pages and docs/results, to be written to."""
     shutil.copytree(results.RESULTS, tmp_path / "docs" / "results")
-    for name, path in {"README": "README.md", "DOCS": "docs", "RESULTS": "docs/results", "RUNS": "runs"}.items():
+    pages = tuple(tmp_path / page.relative_to(results.ROOT) for page in results.PAGES)
+    for page, target in zip(results.PAGES, pages, strict=True):
+        shutil.copyfile(page, target)
+    monkeypatch.setattr(results, "PAGES", pages)
+    for name, path in {"DOCS": "docs", "RESULTS": "docs/results", "RUNS": "runs"}.items():
         monkeypatch.setattr(results, name, tmp_path / path)
     return tmp_path
 
 
-def test_the_readme_is_what_the_results_give() -> None:
+def readme() -> str:
+    return results.PAGES[0].read_text()
+
+
+def test_the_pages_are_what_the_results_give() -> None:
     assert results.main(["--check"]) == 0, "run python -m benchmarks.results --render"
 
 
-def test_the_pictures_are_there() -> None:
-    for name, part in PARTS.items():
-        if (results.RESULTS / f"{name}.json").exists():
-            assert all((results.DOCS / picture).exists() for picture in part.pictures.values())
+def test_the_pictures_and_pages_that_are_named_are_there() -> None:
+    for page in results.PAGES:
+        links = re.findall(r"\]\(([^):#]+)\)", page.read_text())
+        assert links
+        for link in links:
+            assert (page.parent / link).exists(), link
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -61,9 +71,9 @@ def test_the_commands_are_understood(name: str, tmp_path: Path) -> None:
 def test_what_is_taken_is_kept_and_shown(copy: Path) -> None:
     file = copy / "measured.json"
     file.write_text(json.dumps(LAYERS))
-    assert LAYERS_ROW not in results.README.read_text()
+    assert LAYERS_ROW not in readme()
     assert results.main(["--take", f"layers={file}"]) == 0
-    text = results.README.read_text()
+    text = readme()
     assert f"`{LAYERS['command']}`; {LAYERS['machine']}\n" in text
     assert LAYERS_ROW in text
     kept = json.loads((results.RESULTS / "layers.json").read_text())
@@ -78,30 +88,30 @@ def test_what_a_command_writes_is_kept_and_shown(copy: Path, monkeypatch: pytest
     part = PARTS["layers"]._replace(command=f"python {script}", output="{0}/results.json")
     monkeypatch.setitem(PARTS, "layers", part)
     assert results.main(["--only", "layers"]) == 0
-    assert LAYERS_ROW in results.README.read_text()
+    assert LAYERS_ROW in readme()
 
 
 def test_a_command_that_fails_changes_nothing(copy: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(PARTS, "host", PARTS["host"]._replace(command="python -m surely_not_there"))
-    before = results.README.read_text()
+    before = readme()
     assert results.main(["--only", "host"]) == 1
     assert "host is left as it was" in capsys.readouterr().err
-    assert results.README.read_text() == before
+    assert readme() == before
 
 
 def test_a_part_that_was_not_measured_says_so(copy: Path) -> None:
     (results.RESULTS / "layers.json").unlink()
     assert results.main(["--render"]) == 0
-    assert "`python -m benchmarks.layers --rounds 60`: not measured yet\n" in results.README.read_text()
+    assert "`python -m benchmarks.layers --rounds 60`: not measured yet\n" in readme()
 
 
 def test_drift_is_found(copy: Path, capsys) -> None:
-    text = results.README.read_text()
-    results.README.write_text(text.replace("| batch | 7,652 |", "| batch | 7,651 |"))
+    text = readme()
+    results.PAGES[0].write_text(text.replace("| batch | 7,652 |", "| batch | 7,651 |"))
     assert results.main(["--check"]) == 1
     assert "README.md is not what docs/results gives" in capsys.readouterr().err
     assert results.main(["--render"]) == 0
-    assert results.README.read_text() == text
+    assert readme() == text
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": 3}'])
@@ -115,10 +125,12 @@ def test_other_documents_are_refused(content: str, copy: Path, capsys) -> None:
 
 
 def test_damaged_results_and_markers_are_named(copy: Path, capsys) -> None:
-    text = results.README.read_text()
-    results.README.write_text(text.replace("<!-- end of results: layers -->", ""))
+    text = readme()
+    results.PAGES[0].write_text(text.replace("<!-- end of results: layers -->", ""))
     assert results.main(["--check"]) == 1
-    assert "has 0 places, not one, between <!-- results: layers -->" in capsys.readouterr().err
+    assert (
+        "README.md and results.md have 0 places, not one, between <!-- results: layers -->" in capsys.readouterr().err
+    )
     (results.RESULTS / "layers.json").write_text("{")
     assert results.main(["--check"]) == 1
     assert "layers.json is damaged: measure it by" in capsys.readouterr().err
@@ -135,6 +147,16 @@ def test_host_times_become_spreads() -> None:
     (kept,) = results.host_rows({"rows": [row | {"microseconds": {"stock": [1.0, 2.0, 9.0], "fused": [1.0, 1.0]}}]})
     assert kept["microseconds"]["stock"] == {"lower": 1.5, "median": 2.0, "upper": 5.5}
     assert "| batch | 0 | forward | 2 us | 1 us | 2.00 (1.00 to 3.00) |" in results.host_table([kept])
+
+
+def test_models_become_rows() -> None:
+    row = {"model": "resnet18", "dropout": 0.0, "fused": 17, "sums": 8, "left": 3, "fuse_seconds": 0.456}
+    row |= {"ratio": {"lower": 1.0, "median": 1.5, "upper": 2.0}, "saved_bytes": {"stock": 2**21, "fused": 2**20}}
+    (kept,) = results.models_rows({"rows": [row | {"milliseconds": {"stock": [10.0, 30.0], "fused": [5.0, 7.0]}}]})
+    assert kept["milliseconds"]["stock"] == {"lower": 15.0, "median": 20.0, "upper": 25.0}
+    assert results.models_table([kept]).endswith(
+        "| resnet18 | 0 | 17 | 20 ms | 6 ms | 1.50 (1.00 to 2.00) | 2.0 MB | 1.0 MB | 0.46 s |\n"
+    )
 
 
 def test_tables_of_ladder_and_time_to_accuracy() -> None:
