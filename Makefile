@@ -32,6 +32,7 @@ test-slow: setup
 
 test-exhaustive: setup
 	$(PYTEST) -m exhaustive $(ARGS)
+	$(if $(ARGS),,$(RUN) -m tests.kernels.test_compiled)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -1,14 +1,22 @@
-"""Machine code of the kernels for GPUs that are not there: it fits, does not spill, and moves 128 bits at a time."""
+"""Machine code of the kernels for GPUs that are not there: it fits, does not spill, and moves 128 bits at a time.
 
+The whole matrix takes ten minutes: `make test-exhaustive` goes through it and, by running this module, notes the
+sources with which it passed, and the default run fails where these have changed since.
+"""
+
+import hashlib
+import json
 from collections import defaultdict
 from functools import cache
 from itertools import product
 from math import gcd
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
+import triton
 
 from benchmarks import compilation
 from benchmarks.compiled import ACTIVATION_LOADS, ACTIVATION_STORES
@@ -29,6 +37,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What else makes for other code, in float32, which takes the most registers: a residual alone and no ReLU are parts of
 # "dropout-residual"; "eval" is batch norm with given statistics.
 VARIANTS = ("dropout", "dropout-residual", "eval")
+
+
+# What the machine code and the matrix hang on, and where it is noted that all of it passed.
+ROOT = Path(__file__).parents[2]
+SOURCES = (
+    *(f"kernels/{name}.py" for name in ("device", "fused_norm", "launch", "launchers")),
+    *("benchmarks/compilation.py", "benchmarks/compiled.py", "tests/kernels/test_compiled.py"),
+)
+PASSED = Path(__file__).with_name("compiled_matrix.json")
 
 
 class Case(NamedTuple):
@@ -205,3 +222,21 @@ def test_batch_size_does_not_recompile(processes, norm, target):
     case = Case(norm, NETWORK, torch.float32, False, target)
     first, *later = processes.submit(count_compilations, case, [128, 127, 100, 112]).result()
     assert later == [first] * 3
+
+
+def versions():
+    """Of Triton, and a digest of each source."""
+    digests = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in SOURCES}
+    return {"triton": triton.__version__, **digests}
+
+
+def test_the_whole_matrix_has_passed_with_these_sources():
+    passed, now = json.loads(PASSED.read_text()), versions()
+    if passed["triton"] != now["triton"]:
+        pytest.skip(f"the whole matrix has passed with Triton {passed['triton']}")
+    changed = [name for name in now if passed.get(name) != now[name]]
+    assert not changed, f"{', '.join(changed)} changed since the whole matrix passed: run make test-exhaustive"
+
+
+if __name__ == "__main__":
+    PASSED.write_text(json.dumps(versions(), indent=1) + "\n")
