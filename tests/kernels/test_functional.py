@@ -561,6 +561,19 @@ def test_every_way_to_a_dropout_mask_takes_an_input_with_gaps(norm):
     assert torch.equal(kept("relu"), kept("identity"))
 
 
+@norms
+def test_create_graph_finds_the_dropout_mask_of_an_input_with_gaps(norm):
+    x = make((4, 6, 9, 16), layout="channels_last").detach()[..., ::2].requires_grad_()
+    torch.manual_seed(7)
+    output = norm.fused(x, None, None, dropout_p=0.5, activation="identity")
+    grad = torch.randn_like(output)
+    first, again = (
+        torch.autograd.grad(output, x, grad, retain_graph=True, create_graph=create_graph)[0]
+        for create_graph in (False, True)
+    )
+    torch.testing.assert_close(first, again)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_shape_dtype_and_option(data):
