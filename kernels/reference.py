@@ -51,7 +51,7 @@ def batch_norm_forward(
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), dropout_p)
     if use_batch_stats and process_group is None and not cpu.has_batch_statistics(input):
         new_mean, new_var = _as_statistics(input, running_mean), _as_statistics(input, running_var)
-        output, mean, rstd = torch.native_batch_norm(input, weight, bias, new_mean, new_var, True, momentum, eps)
+        output, mean, rstd = _native_batch_norm(input, weight, bias, new_mean, new_var, momentum, eps)
         for buffer, updated in ((running_mean, new_mean), (running_var, new_var)):
             if buffer is not None and updated is not None and updated is not buffer:
                 buffer.copy_(updated)
@@ -261,8 +261,12 @@ def batch_norm_normalize(
     if options["process_group"] is not None:
         raise NotImplementedError("batch_norm_relu has no second derivative with a process_group")
     if options["use_batch_stats"]:
-        return _in_statistics_dtype(F.batch_norm, input, None, None, weight, bias, True, 0.0, options["eps"])
+        return _in_statistics_dtype(_batch_norm, input, weight, bias, options["eps"])
     return normalize_channels(input, weight, bias, mean, rstd).to(input.dtype)
+
+
+def _batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _native_batch_norm(input, weight, bias, None, None, 0.0, eps)[0]
 
 
 def normalize_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -312,7 +316,7 @@ def batch_norm_compose(
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
-    output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    output, _, _ = _native_batch_norm(input, weight, bias, running_mean, running_var, momentum, eps)
     return _drop_add_relu_(output, _memory_format(input), residual, **rest)
 
 
@@ -388,6 +392,31 @@ def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *argume
 def widens(input: Tensor) -> bool:
     """Only torch's kernels for the CPU take half-precision inputs with float32 parameters in all three norms."""
     return input.device.type != "cpu" and input.dtype in (torch.float16, torch.bfloat16)
+
+
+def _native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.native_batch_norm in training, without what its kernel for channels side by side loses of a large mean."""
+    arguments = (weight, bias, running_mean, running_var, True, momentum, eps)
+    if not cpu.adds_one_by_one(input):
+        return torch.native_batch_norm(input, *arguments)
+    running = [(buffer, buffer.clone()) for buffer in (running_mean, running_var) if buffer is not None]
+    output, mean, rstd = torch.native_batch_norm(input, *arguments)
+    if cpu.cancels(mean, rstd):
+        for buffer, before in running:
+            buffer.copy_(before)
+        channels = input.transpose(0, 1)
+        rows = channels.reshape(1, len(channels), -1)
+        output, mean, rstd = torch.native_batch_norm(rows, *arguments)
+        output = output.view(channels.shape).transpose(0, 1).contiguous(memory_format=_memory_format(input))
+    return output, mean, rstd
 
 
 def _native_group_norm(

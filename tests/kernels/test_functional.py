@@ -228,6 +228,28 @@ def test_a_large_mean_survives(norm, shape, recorded, layout):
         torch.testing.assert_close(first.double(), exact_first, atol=4 * atol, rtol=0)
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32, 26, 26), (20_000, 16, 1, 1), (60_000, 8)], ids=str)
+def test_a_large_mean_of_channels_side_by_side_survives(shape, dtype, recorded):
+    # Added up one after the other in float32, these means are off by 0.01 to 10.
+    x = make(shape, dtype, layout="channels_last", offset=1e4 if dtype == torch.float32 else 1e3)
+    x = x.detach().requires_grad_(recorded)
+    exact = x.detach().double().contiguous().requires_grad_(recorded)
+    running, exact_running = ([torch.ones(shape[1], dtype=d) for _ in range(2)] for d in (torch.float32, torch.float64))
+    output = batch_norm_relu(x, *running, training=True, activation="identity")
+    expected = F.batch_norm(exact, *exact_running, training=True)
+    torch.testing.assert_close(output.double(), expected, atol=2e-3, rtol=TOLERANCE[dtype])
+    for buffer, exact_buffer in zip(running, exact_running, strict=True):
+        torch.testing.assert_close(buffer.double(), exact_buffer, atol=0, rtol=1e-4)
+    if recorded:
+        grad = torch.randn(shape).to(dtype)
+        (wanted,) = torch.autograd.grad(expected, exact, grad.double())
+        for create_graph in (False, True):
+            (actual,) = torch.autograd.grad(output, x, grad, retain_graph=True, create_graph=create_graph)
+            torch.testing.assert_close(actual.double(), wanted, atol=2e-3, rtol=TOLERANCE[dtype])
+
+
 @norms
 @pytest.mark.parametrize("shape", [(512, 8, 7, 7), (64, 8, 26, 26)], ids=str)
 @pytest.mark.parametrize("value", [1.1, 1000.1, 3.3e5])
