@@ -105,6 +105,7 @@ def batch_norm_backward(
     )
     gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[:3]):
+        grad, input = (_standard(tensor, _memory_format(input)) for tensor in (grad, input))
         scaled_weight, _ = _scaled_affine(input, weight, None, (input.shape[1],), dropout_p)
         synchronised = process_group is not None
         through_statistics = use_batch_stats and not synchronised
@@ -266,7 +267,7 @@ def batch_norm_normalize(
 
 
 def _batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return _native_batch_norm(input, weight, bias, None, None, 0.0, eps)[0]
+    return _of_rows(F.batch_norm(_as_rows(input), None, None, weight, bias, True, 0.0, eps), input)
 
 
 def normalize_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -312,6 +313,7 @@ def batch_norm_compose(
         process_group is not None
         or not use_batch_stats
         or not _is_composable(input, (weight, bias, running_mean, running_var), residual, **rest)
+        or 1 in input.shape  # gradients have to be made standard
         or cpu.has_batch_statistics(input)
     ):
         return None
@@ -412,11 +414,18 @@ def _native_batch_norm(
     if cpu.cancels(mean, rstd):
         for buffer, before in running:
             buffer.copy_(before)
-        channels = input.transpose(0, 1)
-        rows = channels.reshape(1, len(channels), -1)
-        output, mean, rstd = torch.native_batch_norm(rows, *arguments)
-        output = output.view(channels.shape).transpose(0, 1).contiguous(memory_format=_memory_format(input))
+        output, mean, rstd = torch.native_batch_norm(_as_rows(input), *arguments)
+        output = _of_rows(output, input).contiguous(memory_format=_memory_format(input))
     return output, mean, rstd
+
+
+def _as_rows(input: Tensor) -> Tensor:
+    """Each channel as one row of a single sample, which torch's batch norm takes right whatever the strides were."""
+    return input.transpose(0, 1).reshape(1, input.shape[1], -1)
+
+
+def _of_rows(rows: Tensor, input: Tensor) -> Tensor:
+    return rows.view(input.transpose(0, 1).shape).transpose(0, 1)
 
 
 def _native_group_norm(
@@ -443,6 +452,18 @@ def _memory_format(input: Tensor) -> torch.memory_format:
             if input.dim() == dim and input.is_contiguous(memory_format=memory_format):
                 return memory_format
     return torch.contiguous_format
+
+
+def _standard(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The tensor in this format, with its strides in dimensions of length 1 too: torch's batch norm goes by them."""
+    tensor = tensor.contiguous(memory_format=memory_format)
+    dims = range(tensor.dim())
+    step = 1
+    for dim in reversed(dims if memory_format == torch.contiguous_format else (0, *dims[2:], 1)):
+        if tensor.stride(dim) != step:
+            return tensor.clone(memory_format=memory_format)
+        step *= tensor.shape[dim]
+    return tensor
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:

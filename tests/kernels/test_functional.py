@@ -1,5 +1,6 @@
 """The public functions against torch.nn's own operations composed in float64."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
@@ -176,6 +177,26 @@ def test_layouts_of_input_and_gradient(norm, layout, dtype, grad_layout):
     grad = torch.randn(shape).to(dtype)
     grad = grad[:1, :, :1].expand(shape) if grad_layout == "expanded" else LAYOUTS[grad_layout](grad)
     compare(fused_of(norm), stock_of(norm), inputs, dtype, grad)
+
+
+@norms
+@pytest.mark.parametrize("shape", [(1, 4, 5, 2), (3, 4, 1, 5), (2, 4, 3, 1)], ids=str)
+def test_any_order_in_memory_around_dimensions_of_length_one(norm, shape):
+    def in_order(tensor, order):
+        return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+
+    x, grad = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    exact = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(norm.stock(exact, None, None), exact, grad)
+    orders = list(itertools.permutations(range(4)))
+    for order, grad_order in itertools.product(orders, orders[::5]):
+        laid_out = in_order(x, order).requires_grad_()
+        output = norm.fused(laid_out, None, None, activation="identity")
+        for create_graph in (False, True):
+            (actual,) = torch.autograd.grad(
+                output, laid_out, in_order(grad, grad_order), retain_graph=True, create_graph=create_graph
+            )
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["batch", "group"])
