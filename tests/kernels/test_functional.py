@@ -326,6 +326,23 @@ def test_saves_nothing_but_input_output_and_statistics(norm):
     assert other == statistics[name] + scaled[name]
 
 
+@norms
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_triton_saves_the_output_only_behind_a_residual(norm, with_residual, device):
+    shape = (2, 4, 3, 5)
+    x, parameters = make(shape).detach().to(device).requires_grad_(), affine(norm.affine_shape(shape), torch.float32)
+    parameters = [tensor.detach().to(device).requires_grad_() for tensor in parameters]
+    residual = torch.randn(shape, device=device) if with_residual else None
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        output = norm.fused(x, *parameters, residual=residual, dropout_p=0.3, impl="triton")
+    pointers = [tensor.data_ptr() for tensor in saved]
+    assert (output.data_ptr() in pointers) == with_residual
+    # Beside these, mean and rstd.
+    assert len(set(pointers) - {tensor.data_ptr() for tensor in (x, *parameters, output)}) == 2
+    assert sum(tensor.shape == shape for tensor in saved) == 1 + with_residual
+
+
 # ---- batch norm's running statistics and eval mode
 
 
