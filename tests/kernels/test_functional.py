@@ -774,6 +774,7 @@ def nothing_launched(request, monkeypatch):
         (lambda: group_norm_relu(torch.ones(4), 2), RuntimeError, "at least 2 dimensions"),
         (lambda: group_norm_relu(X, 3), RuntimeError, "num_groups=3"),
         (lambda: group_norm_relu(X, 0), RuntimeError, "num_groups=0"),
+        (lambda: group_norm_relu(X, 2.0), TypeError, "num_groups must be an int, got 2.0"),
         (lambda: group_norm_relu(X, 2, torch.ones(2)), RuntimeError, "weight must have shape"),
         (lambda: layer_norm_relu(X, 3), TypeError, "tuple of ints"),
         (lambda: layer_norm_relu(X, ()), RuntimeError, "at least one dimension"),
