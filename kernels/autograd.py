@@ -135,9 +135,12 @@ def _view(tensor: Any) -> Any:
 
 def _dropout_factor(ctx: Any, input: Tensor) -> Tensor:
     """0 where forward dropped and 1 / (1 - p) where it kept: the operation itself with weight 0 and bias 1."""
+    # In the input's own strides, whose gaps zeros_like would close.
+    last = sum((length - 1) * stride for length, stride in zip(input.shape, input.stride(), strict=True))
+    zeros = input.new_zeros(last + 1).as_strided(input.shape, input.stride())
     weight = input.new_zeros(ctx.options.get("normalized_shape", input.shape[1:2]))
     options = {**ctx.options, **ctx.forward_options, "relu": False}
     if options.get("use_batch_stats"):
         options |= {"running_mean": None, "running_var": None}
     with torch.no_grad():
-        return ctx.operation.forward(torch.zeros_like(input), weight, torch.ones_like(weight), None, **options)[0]
+        return ctx.operation.forward(zeros, weight, torch.ones_like(weight), None, **options)[0]

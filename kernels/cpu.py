@@ -154,8 +154,25 @@ def batch_norm_backward(
     return grad_input, mean_grad_xhat * count, mean_grad * count
 
 
+def adds_one_by_one(input: Tensor) -> bool:
+    """Whether the channels lie side by side: torch then adds up each one element after the other, in float32."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype != torch.float64
+        and (
+            input.shape[2:].numel() == 1
+            if input.is_contiguous()
+            else input.dim() in (4, 5) and input.movedim(1, -1).is_contiguous()
+        )
+    )
+
+
 def cancels(mean: Tensor, rstd: Tensor) -> bool:
-    """Whether statistics taken as E[x^2] - E[x]^2, as torch's group norm does on a CPU for channels last, are wrong."""
+    """Whether a mean is so large that sums in float32 lose the deviation from it.
+
+    That is of E[x^2] - E[x]^2, as torch's group norm takes it on a CPU for channels last, or of sums that
+    `adds_one_by_one` tells of.
+    """
     return mean.device.type == "cpu" and not (mean.detach() * rstd.detach()).abs().max().item() <= BEARABLE_MEAN
 
 

@@ -35,7 +35,7 @@ def parameter_index(place, sizes, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE:
     row, channel, position = place
     _, channels, positions, groups = sizes
     if ELEMENTWISE_AFFINE:
-        return channel * positions + position, (channel < channels) & (position < positions)
+        return tl.cast(channel, tl.int64) * positions + position, (channel < channels) & (position < positions)
     elif PER_CHANNEL:
         return channel, channel < channels
     else:

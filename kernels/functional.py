@@ -127,6 +127,8 @@ def group_norm_relu(
     if input.dim() < 2:
         raise RuntimeError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
     channels = input.shape[1]
+    if not hasattr(num_groups, "__index__"):
+        raise TypeError(f"num_groups must be an int, got {num_groups!r}")
     if num_groups <= 0 or channels % num_groups != 0:
         raise RuntimeError(
             f"num_groups must be positive and divide the channels, got num_groups={num_groups} for input of shape "

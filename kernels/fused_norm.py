@@ -505,7 +505,7 @@ def backward_kernel(
         partial = row_program * position_blocks + position_block
     elif ELEMENTWISE_AFFINE:
         partial = row_program
-        parameters = sizes[1] * sizes[2]
+        parameters = tl.cast(sizes[1], tl.int64) * sizes[2]
     else:
         partial = first_place[0] // groups * position_blocks + position_block
     parameter += tl.cast(partial, tl.int64) * parameters

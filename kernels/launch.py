@@ -123,7 +123,9 @@ def make_plan(
     Raises:
         ValueError: the slab is too large for the resident plan that was asked for.
     """
-    vector = gcd(geometry.channels if geometry.channels_last else geometry.positions, 16 // itemsize)
+    length = geometry.channels if geometry.channels_last else geometry.positions
+    # The kernels multiply the vectors of a length again, in 32 bits unless their number takes more.
+    vector = gcd(length, 16 // itemsize) if length < 2**31 else 1
     # 64-bit values and arithmetic take more registers, and so do addresses where each element needs its own.
     registers = (4 if itemsize == 8 else 1) * ((4 if residual else 2) if vector == 1 else 1)
     # Sums over each channel beside those over the slab take registers, of which these leave none.

@@ -51,7 +51,7 @@ def batch_norm_forward(
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), dropout_p)
     if use_batch_stats and process_group is None and not cpu.has_batch_statistics(input):
         new_mean, new_var = _as_statistics(input, running_mean), _as_statistics(input, running_var)
-        output, mean, rstd = torch.native_batch_norm(input, weight, bias, new_mean, new_var, True, momentum, eps)
+        output, mean, rstd = _native_batch_norm(input, weight, bias, new_mean, new_var, momentum, eps)
         for buffer, updated in ((running_mean, new_mean), (running_var, new_var)):
             if buffer is not None and updated is not None and updated is not buffer:
                 buffer.copy_(updated)
@@ -105,6 +105,7 @@ def batch_norm_backward(
     )
     gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[:3]):
+        grad, input = (_standard(tensor, _memory_format(input)) for tensor in (grad, input))
         scaled_weight, _ = _scaled_affine(input, weight, None, (input.shape[1],), dropout_p)
         synchronised = process_group is not None
         through_statistics = use_batch_stats and not synchronised
@@ -261,8 +262,12 @@ def batch_norm_normalize(
     if options["process_group"] is not None:
         raise NotImplementedError("batch_norm_relu has no second derivative with a process_group")
     if options["use_batch_stats"]:
-        return _in_statistics_dtype(F.batch_norm, input, None, None, weight, bias, True, 0.0, options["eps"])
+        return _in_statistics_dtype(_batch_norm, input, weight, bias, options["eps"])
     return normalize_channels(input, weight, bias, mean, rstd).to(input.dtype)
+
+
+def _batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _of_rows(F.batch_norm(_as_rows(input), None, None, weight, bias, True, 0.0, eps), input)
 
 
 def normalize_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -308,11 +313,12 @@ def batch_norm_compose(
         process_group is not None
         or not use_batch_stats
         or not _is_composable(input, (weight, bias, running_mean, running_var), residual, **rest)
+        or 1 in input.shape  # gradients have to be made standard
         or cpu.has_batch_statistics(input)
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
-    output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    output, _, _ = _native_batch_norm(input, weight, bias, running_mean, running_var, momentum, eps)
     return _drop_add_relu_(output, _memory_format(input), residual, **rest)
 
 
@@ -390,6 +396,38 @@ def widens(input: Tensor) -> bool:
     return input.device.type != "cpu" and input.dtype in (torch.float16, torch.bfloat16)
 
 
+def _native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.native_batch_norm in training, without what its kernel for channels side by side loses of a large mean."""
+    arguments = (weight, bias, running_mean, running_var, True, momentum, eps)
+    if not cpu.adds_one_by_one(input):
+        return torch.native_batch_norm(input, *arguments)
+    running = [(buffer, buffer.clone()) for buffer in (running_mean, running_var) if buffer is not None]
+    output, mean, rstd = torch.native_batch_norm(input, *arguments)
+    if cpu.cancels(mean, rstd):
+        for buffer, before in running:
+            buffer.copy_(before)
+        output, mean, rstd = torch.native_batch_norm(_as_rows(input), *arguments)
+        output = _of_rows(output, input).contiguous(memory_format=_memory_format(input))
+    return output, mean, rstd
+
+
+def _as_rows(input: Tensor) -> Tensor:
+    """Each channel as one row of a single sample, which torch's batch norm takes right whatever the strides were."""
+    return input.transpose(0, 1).reshape(1, input.shape[1], -1)
+
+
+def _of_rows(rows: Tensor, input: Tensor) -> Tensor:
+    return rows.view(input.transpose(0, 1).shape).transpose(0, 1)
+
+
 def _native_group_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -414,6 +452,18 @@ def _memory_format(input: Tensor) -> torch.memory_format:
             if input.dim() == dim and input.is_contiguous(memory_format=memory_format):
                 return memory_format
     return torch.contiguous_format
+
+
+def _standard(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The tensor in this format, with its strides in dimensions of length 1 too: torch's batch norm goes by them."""
+    tensor = tensor.contiguous(memory_format=memory_format)
+    dims = range(tensor.dim())
+    step = 1
+    for dim in reversed(dims if memory_format == torch.contiguous_format else (0, *dims[2:], 1)):
+        if tensor.stride(dim) != step:
+            return tensor.clone(memory_format=memory_format)
+        step *= tensor.shape[dim]
+    return tensor
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:

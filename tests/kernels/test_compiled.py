@@ -139,11 +139,11 @@ def compile_cases(target, cases):
     return {case: reports[start:end] for case, start, end in zip(cases, [0, *ends], ends, strict=False)}
 
 
-def count_compilations(case, batch_sizes):
+def count_compilations(case, batch_sizes, plan):
     counts = []
     with compilation.capture(case.target) as captured:
         for samples in batch_sizes:
-            launch(case, samples, plan="split")
+            launch(case, samples, plan)
             counts.append(captured.compilations)
     return counts
 
@@ -217,10 +217,10 @@ def test_fits_without_spills_and_moves_wide(reports, case):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_batch_size_does_not_recompile(processes, norm, target):
+@pytest.mark.parametrize(("target", "plan"), [("sm_90", "resident"), ("sm_90", "split"), ("gfx942", "split")])
+def test_batch_size_does_not_recompile(processes, norm, target, plan):
     case = Case(norm, NETWORK, torch.float32, False, target)
-    first, *later = processes.submit(count_compilations, case, [128, 127, 100, 112]).result()
+    first, *later = processes.submit(count_compilations, case, [128, 127, 100, 112], plan).result()
     assert later == [first] * 3
 
 

@@ -1,5 +1,6 @@
 """The public functions against torch.nn's own operations composed in float64."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
@@ -178,6 +179,26 @@ def test_layouts_of_input_and_gradient(norm, layout, dtype, grad_layout):
     compare(fused_of(norm), stock_of(norm), inputs, dtype, grad)
 
 
+@norms
+@pytest.mark.parametrize("shape", [(1, 4, 5, 2), (3, 4, 1, 5), (2, 4, 3, 1)], ids=str)
+def test_any_order_in_memory_around_dimensions_of_length_one(norm, shape):
+    def in_order(tensor, order):
+        return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+
+    x, grad = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    exact = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(norm.stock(exact, None, None), exact, grad)
+    orders = list(itertools.permutations(range(4)))
+    for order, grad_order in itertools.product(orders, orders[::5]):
+        laid_out = in_order(x, order).requires_grad_()
+        output = norm.fused(laid_out, None, None, activation="identity")
+        for create_graph in (False, True):
+            (actual,) = torch.autograd.grad(
+                output, laid_out, in_order(grad, grad_order), retain_graph=True, create_graph=create_graph
+            )
+            torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("name", ["batch", "group"])
 @pytest.mark.parametrize(
     ("shape", "memory_format"), [((2, 4, 3, 5), torch.channels_last), ((2, 4, 3, 2, 5), torch.channels_last_3d)]
@@ -226,6 +247,28 @@ def test_a_large_mean_survives(norm, shape, recorded, layout):
         (first,) = torch.autograd.grad(output, x, grad, create_graph=True)
         (exact_first,) = torch.autograd.grad(expected, exact, grad.double(), create_graph=True)
         torch.testing.assert_close(first.double(), exact_first, atol=4 * atol, rtol=0)
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32, 26, 26), (20_000, 16, 1, 1), (60_000, 8)], ids=str)
+def test_a_large_mean_of_channels_side_by_side_survives(shape, dtype, recorded):
+    # Added up one after the other in float32, these means are off by 0.01 to 10.
+    x = make(shape, dtype, layout="channels_last", offset=1e4 if dtype == torch.float32 else 1e3)
+    x = x.detach().requires_grad_(recorded)
+    exact = x.detach().double().contiguous().requires_grad_(recorded)
+    running, exact_running = ([torch.ones(shape[1], dtype=d) for _ in range(2)] for d in (torch.float32, torch.float64))
+    output = batch_norm_relu(x, *running, training=True, activation="identity")
+    expected = F.batch_norm(exact, *exact_running, training=True)
+    torch.testing.assert_close(output.double(), expected, atol=2e-3, rtol=TOLERANCE[dtype])
+    for buffer, exact_buffer in zip(running, exact_running, strict=True):
+        torch.testing.assert_close(buffer.double(), exact_buffer, atol=0, rtol=1e-4)
+    if recorded:
+        grad = torch.randn(shape).to(dtype)
+        (wanted,) = torch.autograd.grad(expected, exact, grad.double())
+        for create_graph in (False, True):
+            (actual,) = torch.autograd.grad(output, x, grad, retain_graph=True, create_graph=create_graph)
+            torch.testing.assert_close(actual.double(), wanted, atol=2e-3, rtol=TOLERANCE[dtype])
 
 
 @norms
@@ -281,6 +324,23 @@ def test_saves_nothing_but_input_output_and_statistics(norm):
     scaled = {"batch": 8, "group": 8, "layer": 2 * 12, "layer3": 0}
     name = next(name for name, n in NORMS.items() if n is norm)
     assert other == statistics[name] + scaled[name]
+
+
+@norms
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_triton_saves_the_output_only_behind_a_residual(norm, with_residual, device):
+    shape = (2, 4, 3, 5)
+    x, parameters = make(shape).detach().to(device).requires_grad_(), affine(norm.affine_shape(shape), torch.float32)
+    parameters = [tensor.detach().to(device).requires_grad_() for tensor in parameters]
+    residual = torch.randn(shape, device=device) if with_residual else None
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        output = norm.fused(x, *parameters, residual=residual, dropout_p=0.3, impl="triton")
+    pointers = [tensor.data_ptr() for tensor in saved]
+    assert (output.data_ptr() in pointers) == with_residual
+    # Beside these, mean and rstd.
+    assert len(set(pointers) - {tensor.data_ptr() for tensor in (x, *parameters, output)}) == 2
+    assert sum(tensor.shape == shape for tensor in saved) == 1 + with_residual
 
 
 # ---- batch norm's running statistics and eval mode
@@ -561,6 +621,19 @@ def test_every_way_to_a_dropout_mask_takes_an_input_with_gaps(norm):
     assert torch.equal(kept("relu"), kept("identity"))
 
 
+@norms
+def test_create_graph_finds_the_dropout_mask_of_an_input_with_gaps(norm):
+    x = make((4, 6, 9, 16), layout="channels_last").detach()[..., ::2].requires_grad_()
+    torch.manual_seed(7)
+    output = norm.fused(x, None, None, dropout_p=0.5, activation="identity")
+    grad = torch.randn_like(output)
+    first, again = (
+        torch.autograd.grad(output, x, grad, retain_graph=True, create_graph=create_graph)[0]
+        for create_graph in (False, True)
+    )
+    torch.testing.assert_close(first, again)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_shape_dtype_and_option(data):
@@ -701,6 +774,7 @@ def nothing_launched(request, monkeypatch):
         (lambda: group_norm_relu(torch.ones(4), 2), RuntimeError, "at least 2 dimensions"),
         (lambda: group_norm_relu(X, 3), RuntimeError, "num_groups=3"),
         (lambda: group_norm_relu(X, 0), RuntimeError, "num_groups=0"),
+        (lambda: group_norm_relu(X, 2.0), TypeError, "num_groups must be an int, got 2.0"),
         (lambda: group_norm_relu(X, 2, torch.ones(2)), RuntimeError, "weight must have shape"),
         (lambda: layer_norm_relu(X, 3), TypeError, "tuple of ints"),
         (lambda: layer_norm_relu(X, ()), RuntimeError, "at least one dimension"),

@@ -141,6 +141,12 @@ def test_vectors_divide_the_length(positions, itemsize, vector):
     assert plan.constants["CHANNEL_VECTOR"] == 1
 
 
+def test_lengths_beyond_32_bits_are_counted_one_by_one():
+    for length, vector in ((2**31 - 8, 8), (2**31, 1), (2**33, 1)):
+        plan = make_plan(layer(2, length), 2, SM_80, backward=False)
+        assert plan.constants["POSITION_VECTOR"] == vector
+
+
 def test_vectors_run_along_the_channels_in_channels_last():
     plan = make_plan(batch_channels_last(4, 24, 169), 2, SM_80, backward=False)
     assert plan.constants["CHANNEL_VECTOR"] == 8

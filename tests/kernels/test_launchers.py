@@ -441,3 +441,16 @@ def test_addresses_beyond_32_bits(device):
         offset_kernel[(1,)](offset, row, channel, position_block, *sizes, CHANNELS_LAST=True)
         sample, group = divmod(row, groups)
         assert torch.equal(offset, (sample * positions + position) * channels * groups + group * channels + channel)
+
+
+@triton.jit
+def parameter_kernel(index_ptr, channel, channels, positions):
+    place = fused_norm.tile_at(0, channel, 0, 1, 1, BLOCK)
+    index, _ = device_functions.parameter_index(place, (1, channels, positions, 1), False, True)
+    tl.store(index_ptr + tl.arange(0, BLOCK)[None, None, :], index)
+
+
+def test_parameters_beyond_32_bits(device):
+    index = torch.zeros(64, dtype=torch.int64, device=device)
+    parameter_kernel[(1,)](index, 70_000, 70_001, 50_000)
+    assert torch.equal(index, 70_000 * 50_000 + torch.arange(64, device=device))
