@@ -114,7 +114,7 @@ def find_chains(model: nn.Module, example_inputs: tuple[Any, ...] | None = None)
 
 def _find_in_module(root: str, example_inputs: tuple[Any, ...] | None, findings: Findings) -> None:
     module = findings.model.get_submodule(root)
-    if isinstance(module, (NORMS, Rewritten, torch.jit.ScriptModule)):
+    if isinstance(module, (NORMS, Rewritten)):
         return
     opaque: dict[str, str] = {}
     if type(module).forward is not nn.Module.forward:  # not a mere container such as nn.ModuleList

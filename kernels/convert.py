@@ -181,9 +181,10 @@ def unfuse(model: nn.Module) -> nn.Module:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    compiled = hasattr(model, "_orig_mod") or any(module._compiled_call_impl for module in model.modules())
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
-    if compiled or isinstance(model, wrappers):
+    compiled = hasattr(model, "_orig_mod") or any(
+        isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl for module in model.modules()
+    )
+    if compiled or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError(f"model must be given before it is wrapped or compiled, got {type(model).__name__}")
 
 

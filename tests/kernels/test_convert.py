@@ -1097,8 +1097,9 @@ def test_not_a_module():
             function(torch.compile(Sum()))
         with pytest.raises(TypeError, match="before it is wrapped or compiled, got RecursiveScriptModule"):
             function(torch.jit.script(nn.ReLU()))
-        with pytest.raises(TypeError, match="before it is wrapped or compiled, got Sequential"):
-            function(compiled_inside)
+        for inside in (compiled_inside, nn.Sequential(torch.jit.script(nn.ReLU()))):
+            with pytest.raises(TypeError, match="before it is wrapped or compiled, got Sequential"):
+                function(inside)
 
 
 def test_a_model_that_cannot_be_copied_is_not_changed():
