@@ -616,6 +616,14 @@ class StatisticsBetween(Chains):
         return F.relu(y + x * self.norm1.running_mean.view(-1, 1, 1))
 
 
+class ChangesData(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.norm1(x)
+        x.data = 2 * x
+        return F.relu(y + x)
+
+
 class CalledBetween(Chains):
     def forward(self, x):
         x = self.conv1(x)
@@ -675,6 +683,7 @@ LEFT = [
     (SumScaled, "further arguments"),
     (WriteBetween, "may change a tensor in place"),
     (StatisticsBetween, "its running statistics are used"),
+    (ChangesData, "changes an attribute of a value"),
     (CalledBetween, "called again before the sum"),
     (AlwaysDropout, "^the dropout behind it does not follow the mode"),
     (BranchOnMode, "cannot be rewritten: symbolically traced variables"),
