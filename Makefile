@@ -59,6 +59,7 @@ gpu: setup
 		--json gpu/ladder.json --plot gpu/ladder.png > gpu/ladder.txt
 	$(RUN) -m benchmarks.traffic --gpu $(GPU) --json gpu/traffic.json --plot gpu/traffic.png > gpu/traffic.txt
 	$(RUN) -m benchmarks.compiled --target $(TARGET) --json gpu/compiled.json > gpu/compiled.txt
+	$(RUN) -m benchmarks.models --device cuda --json gpu/models.json > gpu/models.txt
 	@echo 'now send the folder gpu/: see docs/gpu.md'
 
 clean:

@@ -61,7 +61,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=at_least(1), default=128, metavar="N", help="(%(default)s)")
     add("--steps", type=at_least(1), default=20, metavar="N", help="in each round, of each loop (%(default)s)")
     add("--rounds", type=at_least(2), default=12, metavar="N", help="all loops in turn (%(default)s)")
-    targets = " and ".join(f"{accuracy:.1%}" for accuracy in ACCURACIES)
+    targets = " and ".join(f"{accuracy:.1%}%" for accuracy in ACCURACIES)
     add("--to-accuracy", action="store_true", help=f"instead, train until {targets} of the test images are right")
     add("--epochs", type=at_least(1), default=5, metavar="N", help="of that training's schedule (%(default)s)")
     add("--workers", type=at_least(0), default=0, metavar="N", help="processes of the course-style loop (%(default)s)")

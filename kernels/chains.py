@@ -114,7 +114,7 @@ def find_chains(model: nn.Module, example_inputs: tuple[Any, ...] | None = None)
 
 def _find_in_module(root: str, example_inputs: tuple[Any, ...] | None, findings: Findings) -> None:
     module = findings.model.get_submodule(root)
-    if isinstance(module, (NORMS, Rewritten, torch.jit.ScriptModule)):
+    if isinstance(module, (NORMS, Rewritten)):
         return
     opaque: dict[str, str] = {}
     if type(module).forward is not nn.Module.forward:  # not a mere container such as nn.ModuleList
@@ -198,7 +198,7 @@ def match_chains(
 ) -> Iterator[Match | Refusal]:
     """For each call of a norm in `graph`, its chain, or why it has none. No two chains share a node.
 
-    With `known`, looks at those norms alone, which are known to have no write in place between norm and sum.
+    With `known`, looks at those norms alone, which are known to have nothing between norm and sum that would notice.
     """
     norms = [node for node in graph.nodes if node.op == "call_module" and isinstance(modules[node.target], NORMS)]
     matches: dict[fx.Node, Match] = {}
@@ -240,6 +240,8 @@ def _match(norm: fx.Node, modules: dict[str, nn.Module], may_write: bool) -> Mat
         _check_sum(sum_node, node)
         if may_write and any(_may_write(other, modules) for other in _between(norm, sum_node) if other is not dropout):
             raise _NoChain("something between it and the sum behind it may change a tensor in place")
+        if may_write:
+            _check_statistics(norm, sum_node, modules)
         node, user = sum_node, _only_user(sum_node, modules)
     is_function = user.op != "call_module" and user.target in _RELUS
     if not (is_function or _is_module(user, modules, nn.ReLU)):
@@ -252,6 +254,15 @@ def _match(norm: fx.Node, modules: dict[str, nn.Module], may_write: bool) -> Mat
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
     while (first := first.next) is not last:
         yield first
+
+
+def _check_statistics(norm: fx.Node, sum_node: fx.Node, modules: dict[str, nn.Module]) -> None:
+    """The norm is to be called where the sum is: nothing before may see or move its running statistics."""
+    buffers = {f"{norm.target}.{name}" for name, _ in modules[str(norm.target)].named_buffers()}
+    if any(node.op == "get_attr" and node.target in buffers for node in norm.graph.nodes):
+        raise _NoChain("its running statistics are used where it is called")
+    if buffers and any(node.target == norm.target for node in _between(norm, sum_node)):
+        raise _NoChain("it is called again before the sum behind it")
 
 
 def _check_fusible(norm: fx.Node, modules: dict[str, nn.Module]) -> None:

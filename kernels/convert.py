@@ -9,6 +9,7 @@ All paths, parameters, buffers, hooks and attributes stay where they are.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -180,7 +181,9 @@ def unfuse(model: nn.Module) -> nn.Module:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    compiled = hasattr(model, "_orig_mod") or any(module._compiled_call_impl for module in model.modules())
+    compiled = hasattr(model, "_orig_mod") or any(
+        isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl for module in model.modules()
+    )
     if compiled or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError(f"model must be given before it is wrapped or compiled, got {type(model).__name__}")
 

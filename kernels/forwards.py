@@ -151,6 +151,11 @@ class _Proxy(fx.Proxy):
             raise Untraceable("it asks for the type of a value")
         return Tensor
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):  # such as data: no trace would show it
+            raise Untraceable("it changes an attribute of a value")
+        super().__setattr__(name, value)
+
 
 def _record_in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})

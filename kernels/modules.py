@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
 
+from . import sync, traced
 from .functional import Activation, Impl, batch_norm_relu, check_fused_options, group_norm_relu, layer_norm_relu
 
 
@@ -72,6 +74,10 @@ def _unpickled_group() -> _CopiedGroup:
     return _CopiedGroup(dist.group.WORLD)
 
 
+# The layers whose channels were compared, and the name of the group: not a part of them, to be copied or pickled.
+_checked: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
 class _BatchNormReLU(FusedLayer, _NormBase):
     """The batch norms, which differ in the inputs that they take."""
 
@@ -116,6 +122,10 @@ class _BatchNormReLU(FusedLayer, _NormBase):
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if counter is not None and self.momentum is None:
             momentum = 1.0 / (counter + 1).double()
+        group = self.process_group if self.training else None
+        if isinstance(group, ProcessGroup) and not traced.is_traced(input) and _checked.get(self) != group.group_name:
+            sync.check_channels(input, group)
+            _checked[self] = group.group_name
         # nn's rules: in training the running statistics are updated if tracked, in eval used if there.
         has_statistics = self.running_mean is not None and (not self.training or self.track_running_stats)
         output = batch_norm_relu(
@@ -127,7 +137,7 @@ class _BatchNormReLU(FusedLayer, _NormBase):
             self.training or self.running_mean is None,
             momentum,
             self.eps,
-            process_group=self.process_group if self.training else None,
+            process_group=group,
             **options,
         )
         if counter is not None:
@@ -153,8 +163,9 @@ class BatchNormReLU2d(_BatchNormReLU):
         eps, momentum, affine, track_running_stats, bias: as for nn.BatchNorm2d; momentum=None is a cumulative average.
         dropout_p: probability to zero an element, in training mode only.
         activation: "relu" or "identity".
-        process_group: take the batch statistics over all its processes, which must have as many channels. Copies of
-            the layer share it; pickled, the layer belongs to the default group of the process that loads it.
+        process_group: take the batch statistics over all its processes, which must have as many channels: the first
+            call that is not compiled compares them. Copies of the layer share it; pickled, the layer belongs to the
+            default group of the process that loads it.
         impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
         device, dtype: of the parameters and buffers.
     """

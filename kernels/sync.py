@@ -8,7 +8,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName
+
+
+def check_channels(input: Tensor, process_group: ProcessGroup) -> None:
+    """One collective, before the first of a layer: where messages differ in size, backends abort, hang or go on.
+
+    Raises:
+        ValueError: in all processes, if the inputs differ in channels.
+    """
+    channels = input.shape[1]
+    here = torch.tensor([channels], device=input.device)
+    everywhere = here.new_empty(process_group.size())
+    dist.all_gather_single(everywhere, here, group=process_group)
+    for rank, theirs in enumerate(everywhere.tolist()):
+        if theirs != channels:
+            raise ValueError(
+                "a batch norm must have as many channels in all processes of its process_group, got "
+                f"{channels} here and {theirs} in process {rank} of the group"
+            )
 
 
 def count_of(input: Tensor) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compiled, models, traffic
+from benchmarks import compiled, host, layers, models, results, traffic, training
 from benchmarks.chain import Chain
 from benchmarks.counting import Kernel, eager
 from mnistnorm import fuse
@@ -34,6 +34,13 @@ def test_bad_input_is_one_line_and_exit_code_2(program, flags, expected, capsys)
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [layers, training, models, traffic, compiled, host, results])
+def test_help(program, capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    assert f"usage: python -m {program.__name__} " in capsys.readouterr().out
 
 
 def test_unknown_targets(capsys) -> None:

@@ -609,6 +609,28 @@ class Optional(Chains):
         return F.relu(x if mask is None else x * mask)
 
 
+class StatisticsBetween(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.norm1(x)
+        return F.relu(y + x * self.norm1.running_mean.view(-1, 1, 1))
+
+
+class ChangesData(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.norm1(x)
+        x.data = 2 * x
+        return F.relu(y + x)
+
+
+class CalledBetween(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.norm1(x)
+        return F.relu(F.relu(self.norm1(2 * x + 1) + x) + y)
+
+
 def draw_from_numpy():
     return np.random.random()  # noqa: NPY002 - the generator that a forward may draw from
 
@@ -660,6 +682,9 @@ LEFT = [
     (SumWithItself, "does not add a tensor"),
     (SumScaled, "further arguments"),
     (WriteBetween, "may change a tensor in place"),
+    (StatisticsBetween, "its running statistics are used"),
+    (ChangesData, "changes an attribute of a value"),
+    (CalledBetween, "called again before the sum"),
     (AlwaysDropout, "^the dropout behind it does not follow the mode"),
     (BranchOnMode, "cannot be rewritten: symbolically traced variables"),
     (NoGrad, "another grad mode"),
@@ -1068,6 +1093,7 @@ def test_runs_on_triton(network, device):
 # Bad input
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.jit's own
 def test_not_a_module():
     compiled_inside = nn.Sequential(Sum())
     compiled_inside[0].compile()
@@ -1078,8 +1104,11 @@ def test_not_a_module():
             function(nn.DataParallel(Sum()))
         with pytest.raises(TypeError, match="before it is wrapped or compiled, got OptimizedModule"):
             function(torch.compile(Sum()))
-        with pytest.raises(TypeError, match="before it is wrapped or compiled, got Sequential"):
-            function(compiled_inside)
+        with pytest.raises(TypeError, match="before it is wrapped or compiled, got RecursiveScriptModule"):
+            function(torch.jit.script(nn.ReLU()))
+        for inside in (compiled_inside, nn.Sequential(torch.jit.script(nn.ReLU()))):
+            with pytest.raises(TypeError, match="before it is wrapped or compiled, got Sequential"):
+                function(inside)
 
 
 def test_a_model_that_cannot_be_copied_is_not_changed():

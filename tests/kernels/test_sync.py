@@ -97,6 +97,21 @@ def test_two_processes_are_one(compiled, tmp_path, run_two_processes):
             assert part["num_batches_tracked"] == 1
 
 
+def call_with_other_channels(rank: int, folder: Path) -> None:
+    group = join(rank, 2, folder)
+    for impl in ("torch", "triton"):
+        module = BatchNormReLU2d(4 + rank, process_group=group, impl=impl)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"got {4 + rank} here and {5 - rank} in process {1 - rank}"):
+                module(torch.randn(3, 4 + rank, 2, 2))
+        assert module.num_batches_tracked == 0
+    dist.destroy_process_group()
+
+
+def test_processes_with_other_channels_are_told_so(tmp_path, run_two_processes):
+    run_two_processes(call_with_other_channels, tmp_path)
+
+
 # A group of one process synchronises by the same code.
 
 
@@ -161,10 +176,11 @@ def test_gradients_that_are_not_needed(impl, group, device):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_one_collective_each_way(impl, compiled, group, device, monkeypatch):
+    module = layer(process_group=group, impl=impl).to(device)
+    module(data()[0].to(device))  # compares the channels, once
     collectives = {name: mock.Mock(wraps=getattr(dist, name)) for name in ("all_gather_single", "all_reduce")}
     for name, collective in collectives.items():
         monkeypatch.setattr(dist, name, collective)
-    module = layer(process_group=group, impl=impl).to(device)
     if compiled:
         torch._dynamo.reset()
         module.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # which may compute again in the backward
