@@ -29,5 +29,5 @@ def test_freed_memory_is_kept() -> None:
         torch.zeros(2**24)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    first = faults()
-    assert first == 0 or faults() < first / 10
+    # 2^14 pages, more than glibc ever keeps by itself; a chunk may have to be found or made once or twice.
+    assert min(faults() for _ in range(8)) < 2**10
