@@ -1,6 +1,6 @@
 """Machine code of the kernels for GPUs that are not there: it fits, does not spill, and moves 128 bits at a time.
 
-The whole matrix takes ten minutes: `make test-exhaustive` goes through it and, by running this module, notes the
+The whole matrix takes long: `make test-exhaustive` goes through it and, by running this module, notes the
 sources with which it passed, and the default run fails where these have changed since.
 """
 
