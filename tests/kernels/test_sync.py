@@ -108,6 +108,7 @@ def call_with_other_channels(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_with_other_channels_are_told_so(tmp_path, run_two_processes):
     run_two_processes(call_with_other_channels, tmp_path)
 
