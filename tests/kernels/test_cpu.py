@@ -120,6 +120,13 @@ def test_batch_norm_of_channels_last_takes_only_the_gradients_asked_for():
         assert [tensor.grad is not None for tensor in inputs] == [i == asked for i in range(3)]
 
 
+def test_several_threads_take_batch_statistics_of_larger_tensors_alone(monkeypatch):
+    shapes = [(128, 8, 26, 26), (128, 50, 9, 9), (32, 64, 56, 56), (512, 50, 9, 10)]
+    for threads, taken in ((1, [True, True, True, True]), (2, [False, False, True, False])):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert [cpu.has_batch_statistics(torch.empty(shape)) for shape in shapes] == taken
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [12, 60])
 def test_batch_statistics_of_a_small_deviation_around_a_large_mean(size, memory_format):

@@ -36,6 +36,7 @@ DTYPES = tuple(TOLERANCE)
 def fast_paths(monkeypatch):
     """Lets the fast ways begin at tensors small enough for tests; the smaller ones take torch's kernel."""
     monkeypatch.setattr(cpu, "BATCH_STATISTICS_ELEMENTS", 2**14)
+    monkeypatch.setattr(cpu, "ONE_THREAD_ELEMENTS", 2**14)
     monkeypatch.setattr(cpu, "CHANNELS_LAST_ELEMENTS", 2**8)
 
 
