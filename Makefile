@@ -31,14 +31,15 @@ test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
 
 test-exhaustive: setup
-	$(PYTEST) -m exhaustive $(ARGS)
-	$(if $(ARGS),,$(RUN) -m tests.kernels.test_compiled)
+	$(PYTEST) -m exhaustive --junit-xml=.pytest_cache/exhaustive.xml $(ARGS)
+	$(RUN) -m tests.kernels.test_compiled .pytest_cache/exhaustive.xml
 
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# make bench ARGS="--layers='--shapes ladder --dtypes bfloat16'" takes the flags of benchmarks.layers.
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
@@ -60,6 +61,8 @@ gpu: setup
 	$(RUN) -m benchmarks.traffic --gpu $(GPU) --json gpu/traffic.json --plot gpu/traffic.png > gpu/traffic.txt
 	$(RUN) -m benchmarks.compiled --target $(TARGET) --json gpu/compiled.json > gpu/compiled.txt
 	$(RUN) -m benchmarks.models --device cuda --json gpu/models.json > gpu/models.txt
+	$(RUN) -m benchmarks.training --device cuda --compile --json gpu/training.json > gpu/training.txt
+	$(RUN) -m benchmarks.host --json gpu/host.json > gpu/host.txt
 	@echo 'now send the folder gpu/: see docs/gpu.md'
 
 clean:

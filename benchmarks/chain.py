@@ -59,12 +59,19 @@ class Chain:
         return prod(self.shape) * self.dtype.itemsize
 
     @property
-    def title(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
+    def operations(self) -> str:
         parts = [f"{self.norm} norm" + (f" ({self.groups} groups)" if self.norm == "group" else "")]
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         parts += ["residual"] if self.residual else []
-        return f"{' + '.join((*parts, 'ReLU'))} of {list(self.shape)}, {str(self.dtype)[6:]}, {layout}"
+        return " + ".join((*parts, "ReLU"))
+
+    @property
+    def format(self) -> str:
+        return f"{str(self.dtype)[6:]}, {'channels_last' if self.channels_last else 'contiguous'}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.operations} of {list(self.shape)}, {self.format}"
 
     def check(self) -> None:
         """Refuses a shape that cannot be normalized.

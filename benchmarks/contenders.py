@@ -16,7 +16,6 @@ from mnistnorm.kernels.functional import Impl
 from .cases import NORMS
 from .chain import Chain, Tensors
 from .memory import bytes_beyond, saved_storages
-from .timing import Clock
 
 Passes = Literal["forward", "backward", "both"]
 
@@ -271,15 +270,15 @@ class Case:
     def gradients(self, output: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, self.inputs, grad)
 
-    def seconds(self, passes: Passes, clock: Clock) -> float:
-        """Time of one pass, or of both."""
+    def call(self, passes: Passes) -> Callable[[], object]:
+        """One pass, or both, with all that comes before it done."""
         grad = self.tensors.grad
         if passes == "forward":
-            return clock(self.forward)
+            return self.forward
         if passes == "backward":
             output = self.forward()
-            return clock(lambda: self.gradients(output, grad))
-        return clock(lambda: self.gradients(self.forward(), grad))
+            return lambda: self.gradients(output, grad)
+        return lambda: self.gradients(self.forward(), grad)
 
     def saved_bytes(self) -> int:
         """What autograd keeps for the backward beyond the layer's input, residual, output and parameters."""

@@ -82,12 +82,17 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def asked_contenders(asked: Sequence[str] | None, device: torch.device) -> list[str]:
+    """What a value of the flag means on a device: stock before all others."""
+    asked = asked or (["compiled", "triton"] if device.type == "cuda" else ["fused"])
+    return list(dict.fromkeys(("stock", *(CONTENDERS if "all" in asked else asked))))
+
+
 def choose_contenders(asked: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
     """The contenders that can run, and why others cannot: those that are installed, or were asked for by name."""
-    asked = asked or (["compiled", "triton"] if device.type == "cuda" else ["fused"])
-    names = list(dict.fromkeys(("stock", *(CONTENDERS if "all" in asked else asked))))
+    names = asked_contenders(asked, device)
     reasons = {name: reason for name in names if (reason := unavailable(name, device))}
-    quiet = {name for name, reason in reasons.items() if name not in asked and reason == NOT_INSTALLED}
+    quiet = {name for name, reason in reasons.items() if name not in (asked or ()) and reason == NOT_INSTALLED}
     return [name for name in names if name not in reasons], {n: r for n, r in reasons.items() if n not in quiet}
 
 
@@ -98,9 +103,23 @@ def chains(args: argparse.Namespace, sizes: Sequence[Shape]) -> Iterator[list[Ch
         yield [Chain(norm, size, *options) for size in sizes]
 
 
+def wanted_sets(args: argparse.Namespace) -> list[tuple[str, list[Chain]]]:
+    """What is timed: sets of chains, and what the shapes of each are called.
+
+    Raises:
+        UserError: one of the chains cannot be.
+    """
+    shapes = {name: sizes for each in args.shapes for name, sizes in each.items()}
+    wanted = [(name, together) for name, sizes in shapes.items() for together in chains(args, sizes)]
+    for _, together in wanted:
+        for chain in together:
+            chain.check()
+    return wanted
+
+
 def total(cases: Sequence[Case], passes: Passes, clock: Clock) -> Callable[[], float]:
     """A run that takes every case once and returns the seconds of all."""
-    return lambda: sum(case.seconds(passes, clock) for case in cases)
+    return lambda: sum(clock(case.call(passes)) for case in cases)
 
 
 def measure(
@@ -232,11 +251,7 @@ def prepare_all(
 def layers(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
     device = choose_device(args.device)
-    sets = {name: sizes for each in args.shapes for name, sizes in each.items()}
-    wanted = [(name, together) for name, sizes in sets.items() for together in chains(args, sizes)]
-    for _, together in wanted:
-        for chain in together:
-            chain.check()
+    wanted = wanted_sets(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     names, skipped = choose_contenders(args.contenders, device)

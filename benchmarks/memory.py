@@ -12,11 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 T = TypeVar("T")
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes that torch had allocated on a CPU at a time during a call, beyond what was there before.
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch had allocated on `device` at a time during a call, beyond what was there before.
 
     Of the tensors, that is; a process also holds code, and memory that the allocator keeps for later.
     """
+    if device.type != "cpu":
+        before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        call()
+        return torch.accelerator.max_memory_allocated(device) - before
     with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None

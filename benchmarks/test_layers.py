@@ -1,40 +1,67 @@
 """What benchmarks.layers times, through pytest-benchmark: `make bench`, or `pytest benchmarks --benchmark-only`."""
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .cases import NORMS, shape_sets
 from .chain import Chain
-from .contenders import prepare
-from .layers import DEFAULT_SHAPES
+from .conftest import ARGUMENTS, WANTED
+from .contenders import CONTENDERS, Passes, UnavailableError, prepare, unavailable
+from .layers import PASSES, asked_contenders
+from .timing import keep_freed_memory, synchronize
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize(("group", "chains", "passes", "name", "device"), list(parameters(metafunc.config)))
 
 
-@pytest.mark.parametrize(
-    ("contender", "device_name"),
-    [
-        ("stock", "cpu"),
-        ("fused", "cpu"),
-        *(pytest.param(name, "cuda", marks=GPU) for name in ("stock", "compiled", "fused", "triton")),
-    ],
-)
-@pytest.mark.parametrize("dropout", [0.05, 0.0])
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shapes", DEFAULT_SHAPES)
+def parameters(config: pytest.Config) -> Iterator[Any]:
+    """What the flag --layers asks for; on a GPU too, for which the cases are skipped where there is none."""
+    args = config.stash[ARGUMENTS]
+    devices = [torch.device(args.device)]
+    if devices[0].type != "cuda":
+        devices.append(torch.device("cuda"))
+    for device in devices:
+        for name in asked_contenders(args.contenders, device):
+            reason = unavailable(name, device)
+            if device.type == "cuda" and not torch.cuda.is_available():
+                reason = "there is no CUDA device"
+            marks = [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else []
+            for shapes, chains in config.stash[WANTED]:
+                if chains[0].norm in CONTENDERS[name].norms:
+                    for passes in args.passes:
+                        group = f"{shapes}: {chains[0].operations}, {chains[0].format}, {PASSES[passes]}, {device}"
+                        arguments = (group, chains, passes, name, device)
+                        yield pytest.param(*arguments, marks=marks, id=f"{group}, {name}")
+
+
 def test_layers(
-    benchmark: BenchmarkFixture, shapes: str, norm: str, dropout: float, contender: str, device_name: str
+    benchmark: BenchmarkFixture,
+    request: pytest.FixtureRequest,
+    group: str,
+    chains: Sequence[Chain],
+    passes: Passes,
+    name: str,
+    device: torch.device,
 ) -> None:
-    device = torch.device(device_name)
-    (sizes,) = shape_sets(shapes).values()
-    cases = [prepare(contender, Chain(norm, size, dropout=dropout, groups=2), device) for size in sizes]
-    benchmark.group = f"{shapes}, {norm}, dropout {dropout}, {device}"
+    keep_freed_memory()
+    try:
+        cases = [prepare(name, chain, device) for chain in chains]
+    except UnavailableError as error:
+        pytest.skip(f"{name} {error}")
+    benchmark.group = group
 
-    def step() -> None:
-        for case in cases:
-            case.gradients(case.forward(), case.tensors.grad)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def set_up() -> tuple[tuple[list[Callable[[], object]]], dict[str, Any]]:
+        calls = [case.call(passes) for case in cases]
+        synchronize(device)
+        return (calls,), {}
 
-    benchmark(step)
+    def run(calls: list[Callable[[], object]]) -> None:
+        for call in calls:
+            call()
+        synchronize(device)
+
+    benchmark.pedantic(run, setup=set_up, rounds=request.config.stash[ARGUMENTS].rounds, warmup_rounds=1)

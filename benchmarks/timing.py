@@ -69,19 +69,26 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> Spread:
 
 def clock_of(device: torch.device) -> Clock:
     """What times a call on `device`: on a GPU from event to event, with nothing of the call's in the L2 cache."""
-    if device.type == "cuda":
-        return _gpu_clock(device)
+    return _gpu_clock(device) if device.type == "cuda" else wall_clock_of(device)
+
+
+def wall_clock_of(device: torch.device) -> Clock:
+    """What times a call and all that it has `device` do."""
 
     def clock(call: Callable[[], object]) -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     return clock
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until `device` has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _gpu_clock(device: torch.device) -> Clock:

@@ -9,7 +9,6 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, fraction, output_file, run_program
+from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program
 from mnistnorm.data import Augmentation, Dataset, load_dataset
 from mnistnorm.model import CNN
 from mnistnorm.run import build_trainer
@@ -30,7 +29,7 @@ from mnistnorm.training import LEARNING_RATES, Settings, Trainer, log_probabilit
 from .cases import NORMS
 from .machine import command_of, describe_machine
 from .memory import peak_bytes
-from .timing import Spread, interleaved, ratio
+from .timing import Spread, interleaved, ratio, wall_clock_of
 
 T = TypeVar("T")
 
@@ -66,6 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--epochs", type=at_least(1), default=5, metavar="N", help="of that training's schedule (%(default)s)")
     add("--workers", type=at_least(0), default=0, metavar="N", help="processes of the course-style loop (%(default)s)")
     add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     return parser
 
@@ -104,7 +104,8 @@ class CourseTrainer:
 
     def __init__(self, dataset: Dataset, settings: Settings, workers: int) -> None:
         self.dataset, self.settings = dataset, settings
-        self.model: nn.Module = CNN(settings.norm, dropout=settings.dropout)
+        self.device = torch.device(settings.device)
+        self.model: nn.Module = CNN(settings.norm, dropout=settings.dropout).to(self.device)
         lr = LEARNING_RATES["sgd"][settings.norm]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9, nesterov=True)
         self.batches: DataLoader[Any] = DataLoader(
@@ -116,6 +117,7 @@ class CourseTrainer:
         )
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
+        images, labels = images.to(self.device), labels.to(self.device)
         self.optimizer.zero_grad()
         log_probs = self.model(images)
         loss = F.nll_loss(log_probs, labels)
@@ -135,29 +137,29 @@ def build(loop: str, dataset: Dataset, settings: Settings, workers: int) -> Trai
 
 def steps_of(trainer: Trainer | CourseTrainer, steps: int) -> Callable[[], float]:
     """A run of so many steps, across the ends of epochs, that returns its seconds."""
-    batches = endless(trainer.batches)
+    batches, clock = endless(trainer.batches), wall_clock_of(trainer.device)
 
-    def run() -> float:
-        start = time.perf_counter()
+    def run() -> None:
         trainer.model.train()
         for _ in range(steps):
             trainer.train_step(*next(batches))
-        return time.perf_counter() - start
 
-    return run
+    return lambda: clock(run)
 
 
 def epoch_of(trainer: Trainer | CourseTrainer) -> float:
     """Trains for an epoch; returns its seconds."""
-    start = time.perf_counter()
-    trainer.model.train()
-    for batch in trainer.batches:
-        trainer.train_step(*batch)
-    return time.perf_counter() - start
+
+    def run() -> None:
+        trainer.model.train()
+        for batch in trainer.batches:
+            trainer.train_step(*batch)
+
+    return wall_clock_of(trainer.device)(run)
 
 
 def test_accuracy(trainer: Trainer | CourseTrainer) -> float:
-    test = trainer.dataset.test
+    test = trainer.dataset.test.to(trainer.device)
     log_probs = log_probabilities(trainer.model, test.images, trainer.dataset.normalization)
     return score(log_probs, test.labels).accuracy
 
@@ -176,7 +178,7 @@ def measure(trainers: dict[str, Trainer | CourseTrainer], steps: int, rounds: in
             "seconds_per_epoch": epoch / speed.median,
             "over_course": ratio(seconds, "course", loop)._asdict(),
             "over_stock": ratio(seconds, "stock", loop)._asdict(),
-            "step_bytes": peak_bytes(steps_of(trainers[loop], 1)),
+            "step_bytes": peak_bytes(steps_of(trainers[loop], 1), trainers[loop].device),
         }
     return figures
 
@@ -227,9 +229,10 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
 
 def training(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
+    device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     dataset = load_dataset("mnist")
-    machine = describe_machine(torch.device("cpu"))
+    machine = describe_machine(device)
     loops = [loop for loop in LOOPS if args.compile or not loop.endswith("compiled")]
     print(machine, *(f"  {loop:<15} {LOOPS[loop]}" for loop in loops), sep="\n")
     print(ACCURACY_HEADER if args.to_accuracy else HEADER)
@@ -244,6 +247,7 @@ def training(argv: Sequence[str] | None) -> int:
             batch_size=args.batch_size,
             epochs=args.epochs if args.to_accuracy else 1000,  # a schedule longer than any number of rounds
             threads=args.threads,
+            device=str(device),
         )
         trainers = {loop: build(loop, dataset, settings, args.workers) for loop in loops}
         figures = (

@@ -1,6 +1,7 @@
 """The benchmark of layers: what it refuses, skips, checks, prints, writes and draws."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ from benchmarks import contenders, layers
 from benchmarks.chain import Chain
 from benchmarks.contenders import CONTENDERS, Case, UnavailableError, WrongResultError, prepare
 
+ROOT = Path(layers.__file__).parents[1]
 CPU = torch.device("cpu")
 SHAPE = (5, 6, 7, 3)
 FLAGS = ["--shapes", "5x6x7x3", "4x8x13x7", "--rounds", "2"]
@@ -126,7 +128,7 @@ def test_only_the_passes_that_were_asked_for_are_timed(passes, timed, monkeypatc
         assert seen == timed
         return 0.5
 
-    assert case.seconds(passes, clock) == 0.5
+    assert layers.total([case, case], passes, clock)() == 1.0
 
 
 def test_what_is_saved_is_counted_once_and_without_what_is_alive_anyway() -> None:
@@ -294,3 +296,40 @@ def test_of_a_gpu_the_bandwidth_is_shown_and_drawn() -> None:
     assert line.endswith(f"{figures['of_copy']:.0%}")
     _, bandwidths = layers.plot([row]).axes
     assert bandwidths.get_ylabel() == "GB/s (dotted: a copy)"
+
+
+class TestPytestBenchmark:
+    """`pytest benchmarks` times what the flag --layers asks for."""
+
+    def run(self, flags: str, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-rs", f"--layers={flags}", *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    def test_times_the_cases_of_the_flags(self, tmp_path: Path) -> None:
+        what = "--shapes 2x4x5x5 4x4x3x3 --norms layer --dropout 0 --passes backward"
+        document = tmp_path / "benchmark.json"
+        result = self.run(f"{what} --rounds 3 --contenders fused triton", "--benchmark-json", str(document))
+        assert result.returncode == 0, result.stdout
+        assert "triton: has kernels for GPUs only" in result.stdout
+        timed = json.loads(document.read_text())["benchmarks"]
+        found = [(case["group"], case["params"]["name"], case["stats"]["rounds"]) for case in timed]
+        assert [each for each in found if each[0].endswith("cpu")] == [
+            (f"{shapes}: layer norm + ReLU, float32, contiguous, backward, cpu", name, 3)
+            for name in ("stock", "fused")
+            for shapes in ("2 x 4 x 5 x 5", "4 x 4 x 3 x 3")
+        ]
+
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            ("--shapes 3", "expected four positive sizes"),
+            ("--shapes 2x4x5x5 --groups 3", "--groups 3 does not divide the 4 channels"),
+            ("--json x.json", "take --benchmark-json"),
+            ("'", "No closing quotation"),
+        ],
+    )
+    def test_bad_flags_are_one_line(self, flags: str, expected: str) -> None:
+        result = self.run(flags)
+        assert result.returncode == 4
+        assert expected in result.stderr
+        assert result.stderr.strip().count("\n") == 0

@@ -20,6 +20,7 @@ def stand_in(accuracies: list[float] | None = None) -> Any:
     return SimpleNamespace(
         batches=TrainingBatches(split, 2, Normalization(0, 1)),
         model=torch.nn.Identity(),
+        device=torch.device("cpu"),
         train_step=lambda images, labels: seen.append(labels),
         seen=seen,
         accuracies=iter(accuracies or []),
@@ -85,5 +86,5 @@ def test_peak_bytes(capfd: pytest.CaptureFixture[str]) -> None:
         kept.exp().add_(1)
         (kept + 1).sum()
 
-    assert 2 * 4000 <= peak_bytes(call) < 3 * 4000
+    assert 2 * 4000 <= peak_bytes(call, torch.device("cpu")) < 3 * 4000
     assert capfd.readouterr().err == ""

@@ -236,12 +236,13 @@ def test_identity_activation(norm):
 @pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
 @pytest.mark.parametrize("shape", [(4, 2, 9, 7), (64, 8, 7, 7), (64, 4, 26, 26), (16, 64, 9, 7)], ids=str)
 def test_a_large_mean_survives(norm, shape, recorded, layout):
-    # float32 holds 1e4 +- 1 to 1e-3, and so exact is a centred sum; E[x^2] - E[x]^2 is off by units. Torch's batch norm
-    # of channels last adds one element after the other: some roundings more. A gradient has those of two means.
+    # float32 holds 1e4 +- 1 to 1e-3, and so exact is a centred sum; E[x^2] - E[x]^2 is off by units. The deviation is
+    # 2, but a row of 7 may have a quarter of it, by which torch's rounding of the mean is divided. A gradient has the
+    # roundings of two means.
     x = make(shape, layout=layout, offset=1e4).detach().requires_grad_(recorded)
     exact = x.detach().double().contiguous().requires_grad_(recorded)
     output, expected = norm.fused(x, None, None, activation="identity"), norm.stock(exact, None, None)
-    atol = 5e-3 if layout == "contiguous" else 1e-2
+    atol = 1e-2 if norm is NORMS["layer"] and layout == "channels_last" else 5e-3
     torch.testing.assert_close(output.double(), expected, atol=atol, rtol=0)
     if recorded:
         grad = torch.randn(shape)
@@ -641,7 +642,7 @@ def test_any_shape_dtype_and_option(data):
     check_drawn(data, "torch", "cpu")
 
 
-@pytest.mark.parametrize("max_examples", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("max_examples", [12, pytest.param(40, marks=pytest.mark.slow)])
 def test_any_shape_dtype_and_option_in_triton(max_examples, device):
     @settings(max_examples=max_examples, deadline=None)
     @given(data=st.data())
