@@ -303,6 +303,7 @@ def test_of_a_gpu_the_bandwidth_is_shown_and_drawn() -> None:
 class TestPytestBenchmark:
     """`pytest benchmarks` times what the flag --layers asks for."""
 
+    @pytest.mark.slow
     def test_times_the_cases_of_the_flags(self, tmp_path: Path) -> None:
         document = tmp_path / "benchmark.json"
         what = "--shapes 2x4x5x5 4x4x3x3 --norms layer --dropout 0 --passes backward --rounds 3"
