@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -202,22 +203,31 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
                 panel.set_ylabel("GB/s (dotted: a copy)")
     for panel in panels.flat:
         panel.set_ylim(bottom=0)
+    together = any(len(row["sizes"]) > 1 for row in rows)
     for panel in panels[-1]:
-        panel.set_xlabel("elements")
+        panel.set_xlabel("elements (hollow: of several shapes, together)" if together else "elements")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def _draw(axes: Axes, rows: Sequence[dict[str, Any]], spread: Callable[[dict[str, Any]], dict[str, float]]) -> Any:
-    """A line for each contender with bars from quartile to quartile; returns the lines by name."""
-    rows = sorted(rows, key=elements)
+    """A line for each contender with bars from quartile to quartile; returns what stands for each in a legend.
+
+    Shapes that are timed together are points off the line.
+    """
     handles = {}
     for name, color, marker in zip(CONTENDERS, COLORS, MARKERS, strict=True):
-        points = [(elements(row), spread(row["contenders"][name])) for row in rows if name in row["contenders"]]
-        if points:
-            x, y = [point for point, _ in points], [values["median"] for _, values in points]
-            bars = [[v["median"] - v["lower"] for _, v in points], [v["upper"] - v["median"] for _, v in points]]
-            handles[name] = axes.errorbar(x, y, bars, color=color, marker=marker, markersize=4, linewidth=1.2)
+        for several in (True, False):
+            points = sorted(
+                (elements(row), *spread(row["contenders"][name]).values())
+                for row in rows
+                if name in row["contenders"] and (len(row["sizes"]) > 1) == several
+            )
+            if points:
+                x, lower, median, upper = np.array(points).T
+                style = {"linestyle": "none", "markerfacecolor": "white"} if several else {"linewidth": 1.2}
+                bars = (median - lower, upper - median)
+                handles[name] = axes.errorbar(x, median, bars, color=color, marker=marker, markersize=4, **style)
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

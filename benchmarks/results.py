@@ -107,23 +107,14 @@ def ladder_table(rows: list[Row]) -> str:
 
 
 def training_table(rows: list[Row]) -> str:
-    header = (
-        "norm",
-        "dropout",
-        "course-style",
-        "stock",
-        "fused",
-        "fused / course",
-        "fused / stock",
-        "memory of a step",
-    )
+    loops = [loop.replace("-", ", ") for loop in rows[0]["loops"]]
+    header = ("norm", "dropout", *loops, "fused / course", "fused / stock", "memory of a step")
     lines = []
     for row in rows:
-        loops = row["loops"]
-        fused = loops["fused"]
-        speeds = (f"{loops[loop]['images_per_second']['median']:,.0f}" for loop in ("course", "stock", "fused"))
-        ratios = (f"{fused[name]['median']:.2f}" for name in ("over_course", "over_stock"))
-        memory = " / ".join(f"{loops[loop]['step_bytes'] / 2**20:.1f}" for loop in ("course", "stock", "fused"))
+        figures = row["loops"].values()
+        speeds = (f"{each['images_per_second']['median']:,.0f}" for each in figures)
+        ratios = (f"{row['loops']['fused'][name]['median']:.2f}" for name in ("over_course", "over_stock"))
+        memory = " / ".join(f"{each['step_bytes'] / 2**20:.1f}" for each in figures)
         lines.append((row["norm"], f"{row['dropout']:g}", *speeds, *ratios, f"{memory} MB"))
     return markdown(header, lines)
 
@@ -276,8 +267,11 @@ PARTS = {
     ),
     "models": Part("python -m benchmarks.models", models_rows, models_table),
     "training": Part("python -m benchmarks.training --rounds 6", all_rows, training_table),
+    "training-compiled": Part(
+        "python -m benchmarks.training --rounds 6 --dropout 0.05 --compile", all_rows, training_table
+    ),
     "to-accuracy": Part(
-        "python -m benchmarks.training --to-accuracy --norms group --dropout 0", all_rows, to_accuracy_table
+        "python -m benchmarks.training --to-accuracy --epochs 10 --dropout 0", all_rows, to_accuracy_table
     ),
     "accuracy": Part(
         "python -m mnistnorm.compare --fused --seeds 0 1 2 3 4 --threads 1",
