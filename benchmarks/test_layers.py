@@ -1,4 +1,7 @@
-"""What benchmarks.layers times, through pytest-benchmark: `make bench`, or `pytest benchmarks --benchmark-only`."""
+"""What benchmarks.layers times, through pytest-benchmark: `make bench`, or `pytest benchmarks --benchmark-only`.
+
+On a GPU by the wall clock, with launches and warm caches, where benchmarks.layers goes by events and flushes the L2.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,7 +11,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .chain import Chain
-from .conftest import ARGUMENTS, WANTED
+from .conftest import ARGUMENTS, DEVICES, WANTED
 from .contenders import CONTENDERS, Passes, UnavailableError, prepare, unavailable
 from .layers import PASSES, asked_contenders
 from .timing import keep_freed_memory, synchronize
@@ -19,12 +22,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def parameters(config: pytest.Config) -> Iterator[Any]:
-    """What the flag --layers asks for; on a GPU too, for which the cases are skipped where there is none."""
+    """What the flag --layers asks for; what cannot run here is skipped."""
     args = config.stash[ARGUMENTS]
-    devices = [torch.device(args.device)]
-    if devices[0].type != "cuda":
-        devices.append(torch.device("cuda"))
-    for device in devices:
+    for device in config.stash[DEVICES]:
         for name in asked_contenders(args.contenders, device):
             reason = unavailable(name, device)
             if device.type == "cuda" and not torch.cuda.is_available():

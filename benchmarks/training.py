@@ -249,6 +249,7 @@ def training(argv: Sequence[str] | None) -> int:
             threads=args.threads,
             device=str(device),
         )
+        torch.compiler.reset()  # after eight compilations of the same code, Dynamo would run the next one uncompiled
         trainers = {loop: build(loop, dataset, settings, args.workers) for loop in loops}
         figures = (
             train_to_accuracy(trainers, args.epochs) if args.to_accuracy else measure(trainers, args.steps, args.rounds)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import distributed, plots
 from .checkpoint import write_atomically
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
@@ -145,6 +147,8 @@ def compare_runs(runs: Mapping[str, Sequence[Settings]], out: Path, *, resume: b
         for settings in of_norm:
             folder = folder_of(out, settings)
             started = resume and (folder / LAST).exists()
+            # After eight compilations of the same code, Dynamo would run the next network uncompiled.
+            torch.compiler.reset()
             trainer = run_training(settings, folder, resume=started, overwrite=overwrite)
             histories[norm].append(trainer.history)
             if settings is of_norm[0]:

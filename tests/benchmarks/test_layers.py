@@ -15,6 +15,7 @@ import benchmarks.conftest
 from benchmarks import contenders, layers
 from benchmarks.chain import Chain
 from benchmarks.contenders import CONTENDERS, Case, UnavailableError, WrongResultError, prepare
+from mnistnorm.cli import choose_device
 
 ROOT = Path(layers.__file__).parents[1]
 CPU = torch.device("cpu")
@@ -303,6 +304,23 @@ def test_of_a_gpu_the_bandwidth_is_shown_and_drawn() -> None:
 class TestPytestBenchmark:
     """`pytest benchmarks` times what the flag --layers asks for."""
 
+    def config(self, flags: str) -> Any:
+        return SimpleNamespace(getoption=lambda name: flags, stash={})
+
+    @pytest.mark.parametrize(
+        ("flags", "devices"),
+        [("", ["cpu", "cuda"]), ("--device cpu", ["cpu"]), ("--device auto", [str(choose_device("auto"))])],
+    )
+    def test_takes_cpu_and_gpu_or_the_device_asked_for(self, flags: str, devices: list[str]) -> None:
+        config = self.config(flags)
+        benchmarks.conftest.pytest_configure(config)
+        assert [str(device) for device in config.stash[benchmarks.conftest.DEVICES]] == devices
+
+    def test_shows_the_flags(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(pytest.exit.Exception):
+            benchmarks.conftest.pytest_configure(self.config("--help"))
+        assert "--contenders" in capsys.readouterr().out
+
     @pytest.mark.slow
     def test_times_the_cases_of_the_flags(self, tmp_path: Path) -> None:
         document = tmp_path / "benchmark.json"
@@ -331,6 +349,6 @@ class TestPytestBenchmark:
         ],
     )
     def test_refuses_bad_flags(self, flags: str, expected: str) -> None:
-        config: Any = SimpleNamespace(getoption=lambda name: flags)
+        config = self.config(flags)
         with pytest.raises(pytest.UsageError, match=f"--layers: .*{expected}"):
             benchmarks.conftest.pytest_configure(config)

@@ -53,6 +53,15 @@ def test_loops_train_in_turn_until_they_are_good_enough(monkeypatch: pytest.Monk
     assert "4.0 s, 2 epochs" in second
 
 
+def test_no_network_is_left_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    monkeypatch.setattr(training, "build", lambda loop, *_: calls.append(loop))
+    monkeypatch.setattr(training, "measure", lambda *_: {})
+    assert training.main(["--compile", "--norms", "batch", "group", "--dropout", "0"]) == 0
+    assert calls == ["reset", *training.LOOPS] * 2
+
+
 def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "training.json"
     flags = "--norms group --dropout 0.05 --steps 1 --rounds 2 --batch-size 8 --json"

@@ -241,30 +241,55 @@ def test_the_whole_matrix_has_passed_with_these_sources():
     assert not changed, f"{', '.join(changed)} changed since the whole matrix passed: run make test-exhaustive"
 
 
+def exhaustive_cases():
+    return sum(any(mark.name == "exhaustive" for mark in case.marks) for case in cases())
+
+
 def note(report):
     """Notes the sources where a JUnit report says that every case of the matrix has passed; says what it did."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     passed = [case for case in suite.iter("testcase") if len(case) == 0]  # a failure or a skip would be in it
-    expected = sum(any(mark.name == "exhaustive" for mark in case.marks) for case in cases())
-    if len(passed) != expected:
-        return f"{len(passed)} of the {expected} cases passed: nothing is noted"
+    if len(passed) != exhaustive_cases():
+        return f"{len(passed)} of the {exhaustive_cases()} cases passed: nothing is noted"
     started = datetime.fromisoformat(suite.get("timestamp")).timestamp()
     changed = [name for name in SOURCES if (ROOT / name).stat().st_mtime > started]
     if changed:
-        return f"{', '.join(changed)} changed meanwhile: nothing is noted"
+        sys.exit(f"nothing is noted, start again: {', '.join(changed)} changed meanwhile")
     PASSED.write_text(json.dumps(versions(), indent=1) + "\n")
-    return f"noted in {PASSED.relative_to(ROOT)}"
+    return f"noted in {PASSED.name}"
 
 
-def test_a_part_of_the_matrix_is_not_noted(tmp_path):
-    report = tmp_path / "report.xml"
-    before = PASSED.read_text()
-    report.write_text(
-        '<testsuites><testsuite timestamp="2026-01-01T00:00:00"><testcase/><testcase><failure/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    assert note(report).startswith("1 of the ")
-    assert PASSED.read_text() == before
+class TestNote:
+    EXPECTED = exhaustive_cases()
+
+    @pytest.fixture(autouse=True)
+    def passed(self, tmp_path, monkeypatch):
+        path = tmp_path / "passed.json"
+        monkeypatch.setattr(sys.modules[__name__], "PASSED", path)
+        return path
+
+    def report(self, tmp_path, timestamp, inside):
+        path = tmp_path / "report.xml"
+        path.write_text(f'<testsuites><testsuite timestamp="{timestamp}">{inside}</testsuite></testsuites>')
+        return path
+
+    def test_all_of_the_matrix(self, tmp_path, passed):
+        report = self.report(tmp_path, "2100-01-01T00:00:00+00:00", self.EXPECTED * "<testcase/>")
+        assert note(report) == "noted in passed.json"
+        assert json.loads(passed.read_text()) == versions()
+
+    @pytest.mark.parametrize("outcome", ["failure", "error", "skipped"])
+    def test_all_but_one(self, outcome, tmp_path, passed):
+        inside = (self.EXPECTED - 1) * "<testcase/>" + f"<testcase><{outcome}/></testcase>"
+        report = self.report(tmp_path, "2100-01-01T00:00:00+00:00", inside)
+        assert note(report) == f"{self.EXPECTED - 1} of the {self.EXPECTED} cases passed: nothing is noted"
+        assert not passed.exists()
+
+    def test_a_source_that_changed_meanwhile(self, tmp_path, passed):
+        report = self.report(tmp_path, "2000-01-01T00:00:00+00:00", self.EXPECTED * "<testcase/>")
+        with pytest.raises(SystemExit, match=r"kernels/launch\.py.* changed meanwhile"):
+            note(report)
+        assert not passed.exists()
 
 
 if __name__ == "__main__":
