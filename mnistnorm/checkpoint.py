@@ -16,7 +16,7 @@ from .errors import UserError, one_line
 from .model import CNN, NUM_CLASSES
 from .training import Settings
 
-FORMAT = "mnistnorm checkpoint 2"
+FORMAT = "mnistnorm checkpoint 1"
 
 # What to do about a checkpoint that cannot be used.
 INSTEAD = "name another last.pt or best.pt, or train again"

@@ -45,10 +45,6 @@ def test_group_norms_have_their_groups() -> None:
         assert {block.norm.num_groups for model in (stock, fused) for block in model.blocks} == {groups}
 
 
-def test_layer_norms_have_their_eps() -> None:
-    assert {block.norm.eps for model in pair("layer") for block in model.blocks} == {0.1}
-
-
 @pytest.mark.parametrize("norm", NORMS)
 def test_stock_and_fused_are_the_same_network(norm: str) -> None:
     stock, fused = pair(norm)
