@@ -271,7 +271,9 @@ PARTS = {
         "python -m benchmarks.training --rounds 6 --dropout 0.05 --compile", all_rows, training_table
     ),
     "to-accuracy": Part(
-        "python -m benchmarks.training --to-accuracy --epochs 10 --dropout 0", all_rows, to_accuracy_table
+        "python -m benchmarks.training --to-accuracy --epochs 10 --norms group --dropout 0",
+        all_rows,
+        to_accuracy_table,
     ),
     "accuracy": Part(
         "python -m mnistnorm.compare --fused --seeds 0 1 2 3 4 --threads 1",

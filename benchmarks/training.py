@@ -249,7 +249,8 @@ def training(argv: Sequence[str] | None) -> int:
             threads=args.threads,
             device=str(device),
         )
-        torch.compiler.reset()  # after eight compilations of the same code, Dynamo would run the next one uncompiled
+        if args.compile:  # after eight compilations of the same code, Dynamo would run the next one uncompiled
+            torch.compiler.reset()
         trainers = {loop: build(loop, dataset, settings, args.workers) for loop in loops}
         figures = (
             train_to_accuracy(trainers, args.epochs) if args.to_accuracy else measure(trainers, args.steps, args.rounds)

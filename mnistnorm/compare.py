@@ -147,8 +147,8 @@ def compare_runs(runs: Mapping[str, Sequence[Settings]], out: Path, *, resume: b
         for settings in of_norm:
             folder = folder_of(out, settings)
             started = resume and (folder / LAST).exists()
-            # After eight compilations of the same code, Dynamo would run the next network uncompiled.
-            torch.compiler.reset()
+            if settings.compile:  # after eight compilations of the same code, Dynamo would run the next one uncompiled
+                torch.compiler.reset()
             trainer = run_training(settings, folder, resume=started, overwrite=overwrite)
             histories[norm].append(trainer.history)
             if settings is of_norm[0]:
