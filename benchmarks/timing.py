@@ -37,7 +37,8 @@ class Spread(NamedTuple):
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, description: str = "") -> dict[str, list[float]]:
     """The seconds that each run reports, `rounds` times; every round runs all of them, in turning order.
 
-    A machine whose speed drifts slows all of one round alike, so ratios are taken round by round.
+    A machine whose speed drifts slows all of one round alike, so ratios are taken round by round. Every other time
+    around the order is reversed: each run leaves the machine to the next one in a state of its own.
     """
     keep_freed_memory()
     names = list(runs)
@@ -45,8 +46,9 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, descriptio
     for name in names:
         runs[name]()
     for turn in trange(rounds, desc=description, leave=False, disable=None):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        around, first = divmod(turn, len(names))
+        order = names[first:] + names[:first]
+        for name in reversed(order) if around % 2 else order:
             seconds[name].append(runs[name]())
     return seconds
 

@@ -15,9 +15,9 @@ def test_every_round_runs_all_in_turning_order() -> None:
     def run(name: str):
         return lambda: float(order.append(name) or len(order))
 
-    seconds = interleaved({name: run(name) for name in "abc"}, 3)
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
-    assert seconds == {"a": [4.0, 9.0, 11.0], "b": [5.0, 7.0, 12.0], "c": [6.0, 8.0, 10.0]}
+    seconds = interleaved({name: run(name) for name in "abc"}, 7)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "cba" + "acb" + "bac" + "abc"
+    assert seconds["a"] == [4.0, 9.0, 11.0, 15.0, 16.0, 20.0, 22.0]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
