@@ -266,7 +266,7 @@ PARTS = {
         "--json {0}/results.json --plot {0}/layers.png",
     ),
     "models": Part("python -m benchmarks.models", models_rows, models_table),
-    "training": Part("python -m benchmarks.training --rounds 6", all_rows, training_table),
+    "training": Part("python -m benchmarks.training", all_rows, training_table),
     "training-compiled": Part(
         "python -m benchmarks.training --rounds 6 --dropout 0.05 --compile", all_rows, training_table
     ),
