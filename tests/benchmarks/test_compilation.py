@@ -13,7 +13,7 @@ from benchmarks import compilation
 
 # One of each kind by default.
 TARGETS = [
-    target if target in ("sm_75", "sm_90", "gfx942") else pytest.param(target, marks=pytest.mark.slow)
+    target if target in ("sm_90", "gfx942") else pytest.param(target, marks=pytest.mark.slow)
     for target in compilation.TARGETS
 ]
 

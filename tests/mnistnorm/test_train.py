@@ -99,7 +99,7 @@ def whole_run(long_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_stopped_process_leaves_a_run_that_resumes_to_the_same_bits(
     number: signal.Signals, long_flags: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
