@@ -99,7 +99,7 @@ def chains(args: argparse.Namespace) -> list[Chain]:
         UserError: a shape cannot be normalized.
     """
     found = []
-    for size in args.shape:
+    for size in dict.fromkeys(args.shape):
         groups = args.groups or default_groups(size[1])
         options = (DTYPES[args.dtype], args.dropout, args.residual, args.channels_last, groups)
         found += [Chain(norm, size, *options) for norm in args.norms]
@@ -152,10 +152,13 @@ def tensors_table(phases: Phases) -> str:
 
 
 def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> Figure:
-    """Units of one activation, reads and writes stacked: a panel for each chain."""
-    figure = Figure(figsize=(9, 0.6 + 2.1 * len(results)), layout="constrained")
-    panels = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, (chain, contenders) in zip(panels, results, strict=True):
+    """Units of one activation, reads and writes stacked: a panel for each chain, a column for each shape."""
+    columns = len({chain.shape for chain, _ in results})
+    rows = len(results) // columns
+    figure = Figure(figsize=(3 + 6 * columns, 0.6 + 2.1 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels[0, 0].invert_yaxis()
+    for panel, (chain, contenders) in zip(panels.T.flat, results, strict=True):
         labels = list(contenders)
         reads = [sum(r for r, _ in c.bytes.values()) / chain.activation_bytes for c in contenders.values()]
         writes = [sum(w for _, w in c.bytes.values()) / chain.activation_bytes for c in contenders.values()]
@@ -163,13 +166,13 @@ def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> F
         panel.barh(labels, writes, left=reads, color=COLORS[1], label="written")
         for place, both in enumerate(zip(reads, writes, strict=True)):
             panel.text(sum(both), place, f" {sum(both):.2f}", va="center")
-        panel.invert_yaxis()
         panel.set_title(chain.title, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     longest = max(c.moved / chain.activation_bytes for chain, contenders in results for c in contenders.values())
-    panels[-1].set_xlim(0, 1.1 * longest)
-    panels[-1].set_xlabel(f"forward + backward, in activations moved; counted for {gpu}, not measured")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    panels[0, 0].set_xlim(0, 1.1 * longest)
+    for panel in panels[-1]:
+        panel.set_xlabel(f"forward + backward, in activations moved; counted for {gpu}, not measured")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
     return figure
 
 

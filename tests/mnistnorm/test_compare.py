@@ -139,3 +139,18 @@ def test_wrong_usage_leaves_no_folder(tmp_path: Path, one_error: Callable[[], st
     assert compare.main(["--device", "toaster", "--out", str(tmp_path / "none")]) == 2
     assert "--device toaster cannot be used" in one_error()
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_the_compiler_is_reset_before_a_run_that_is_compiled(compile, tmp_path, monkeypatch) -> None:
+    calls = []
+
+    def run_training(*arguments: Any, **options: Any) -> None:
+        calls.append("run")
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    monkeypatch.setattr(compare, "run_training", run_training)
+    with pytest.raises(UserError, match="enough"):
+        compare.compare_runs({"batch": [Settings(lr=0.1, compile=compile)]}, tmp_path, resume=False, overwrite=False)
+    assert calls == (["reset", "run"] if compile else ["run"])
