@@ -121,7 +121,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=at_least(0, float), metavar="X", help="of the convolutions (%(default)s)")
     add("--l1", type=at_least(0, float), metavar="X", help="loss per absolute weight of the convolutions (%(default)s)")
     add("--label-smoothing", type=fraction, metavar="X", help="share of the loss over all classes (%(default)s)")
-    add("--augment", action=on_off, help="map the training images by random affine maps (on)")
+    add("--augment", action=on_off, help="map the training images by random affine and elastic maps (on)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, help="all but mnist, which is part of the package, are downloaded (%(default)s)")

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -198,21 +199,30 @@ def _is_intact(name: str, content: bytes) -> bool:
     return hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]
 
 
+# Along each side of an image, of the grid of points that an elastic map moves.
+NODES = 5
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """Bounds of the random affine maps; each parameter is uniform between minus its bound and its bound."""
+    """Bounds of the random maps, affine and elastic; each parameter is uniform between minus its bound and its bound.
+
+    Source: Simard, Steinkraus & Platt 2003, "Best Practices for Convolutional Neural Networks", section 2; here the
+    displacements are interpolated (bicubically) between a few random ones instead of smoothed.
+    """
 
     rotation: float = 0.12  # radians
     shift: float = 1.5  # pixels
     scale: float = 0.08  # relative to 1
     shear: float = 0.06  # horizontal pixels per vertical pixel
+    elastic: float = 1.0  # pixels that each of NODES x NODES points moves by, along each axis
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """The parameters of `count` maps: uniform in -1..1, of shape (5, count, 1, 1), on the generator's device."""
-        return torch.rand(5, count, 1, 1, generator=generator, device=generator.device).mul_(2).sub_(1)
+        """The parameters of `count` maps: uniform in -1..1, of shape (K, count), on the generator's device."""
+        return torch.rand(5 + 2 * NODES**2, count, generator=generator, device=generator.device).mul_(2).sub_(1)
 
     def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
-        """Maps each image by its own random affine map, bilinearly, onto a background of 0.
+        """Maps each image by its own random map, bilinearly, onto a background of 0.
 
         Args:
             images: float, of shape (N, C, H, W).
@@ -220,13 +230,28 @@ class Augmentation:
         """
         height, width = images.shape[2:]
         angle, scale, shear = uniform[0] * self.rotation, 1 + uniform[1] * self.scale, uniform[2] * self.shear
-        shift_x, shift_y = uniform[3] * (2 * self.shift / width), uniform[4] * (2 * self.shift / height)
-        # The centres of the pixels, in units where the image spans -1..1, and where each is taken from.
-        y = torch.arange(1 - height, height, 2, device=images.device).div(height).view(-1, 1)
-        x = torch.arange(1 - width, width, 2, device=images.device).div(width) + shear * y
         cos, sin = scale * angle.cos(), scale * angle.sin()
-        grid = torch.stack([cos * x - sin * y + shift_x, sin * x + cos * y + shift_y], dim=-1)
-        return F.grid_sample(images, grid, align_corners=False)
+        one_pixel = uniform.new_tensor([2 / width, 2 / height]).view(2, 1, 1)
+        linear = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos]).view(2, 2, -1)
+        shift = uniform[3:5].view(2, 1, -1) * (self.shift * one_pixel)
+        displacements = uniform[5:].view(2, NODES**2, -1) * (self.elastic * one_pixel)
+        coefficients = torch.cat([linear, shift, displacements], dim=1).permute(2, 0, 1).flatten(0, 1)  # [2 N, 3 + NODES^2]
+        grid = (coefficients @ _basis(height, width, images.device)).view(-1, 2, height, width)
+        return F.grid_sample(images, grid.permute(0, 2, 3, 1), align_corners=False)
+
+
+@lru_cache
+def _basis(height: int, width: int, device: torch.device) -> Tensor:
+    """The functions of a pixel whose sums the maps are: x, y, 1, and the share that it has in each node's displacement.
+
+    Returns:
+        float of shape (3 + NODES^2, height * width); x and y are the pixels' centres where the image spans -1..1.
+    """
+    y = torch.arange(1 - height, height, 2, device=device).div(height).view(-1, 1).expand(height, width)
+    x = torch.arange(1 - width, width, 2, device=device).div(width).expand(height, width)
+    nodes = torch.eye(NODES**2, device=device).view(-1, 1, NODES, NODES)
+    shares = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).squeeze(1)
+    return torch.cat([torch.stack([x, y, torch.ones_like(x)]), shares]).flatten(1)
 
 
 class TrainingBatches:
