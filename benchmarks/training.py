@@ -71,7 +71,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 class CourseDataset(datasets.MNIST):
-    """torchvision's MNIST with the transforms of courses: PIL images one at a time, by affine maps within our bounds."""
+    """torchvision's MNIST with the transforms of courses: PIL images singly, by affine maps within our bounds."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.data = dataset.train.images.squeeze(1)
@@ -128,7 +128,7 @@ class CourseTrainer:
 
 
 def build(loop: str, dataset: Dataset, settings: Settings, workers: int) -> Trainer | CourseTrainer:
-    """One of LOOPS: the same network, batch and dropout; the course-style loop has no elastic maps, a slow transform there."""
+    """One of LOOPS: the same network, batch, dropout and augmentation."""
     if loop == "course":
         return CourseTrainer(dataset, settings, workers)
     fused, compiled = loop.startswith("fused"), loop.endswith("compiled")

@@ -318,6 +318,9 @@ def batch_norm_compose(
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
+    # Autograd saves these as well, though it has no use for them: aliases without a common version, as a later call of
+    # the layer may update them before this one's backward.
+    running_mean, running_var = (None if each is None else each.data for each in (running_mean, running_var))
     output, _, _ = _native_batch_norm(input, weight, bias, running_mean, running_var, momentum, eps)
     return _drop_add_relu_(output, _memory_format(input), residual, **rest)
 
@@ -473,7 +476,8 @@ def statistics_dtype(input: Tensor) -> torch.dtype:
 def move_(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     """Moves a running statistic by `momentum` towards the batch's."""
     weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
-    running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
+    # Not torch.lerp, which makes NaN of an infinity.
+    running.copy_(running.to(batch.dtype) * (1 - weight) + batch * weight)
 
 
 def _as_statistics(input: Tensor, values: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from . import distributed
 from .data import DATASETS
 from .errors import UserError
 from .kernels.functional import Impl
-from .training import LEARNING_RATES, Settings
+from .training import ELASTIC, LEARNING_RATES, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,7 +121,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=at_least(0, float), metavar="X", help="of the convolutions (%(default)s)")
     add("--l1", type=at_least(0, float), metavar="X", help="loss per absolute weight of the convolutions (%(default)s)")
     add("--label-smoothing", type=fraction, metavar="X", help="share of the loss over all classes (%(default)s)")
-    add("--augment", action=on_off, help="map the training images by random affine and elastic maps (on)")
+    add("--augment", action=on_off, help="map the training images by random maps, affine and elastic (on)")
+    add("--elastic", type=at_least(0, float), metavar="X", help="pixels that elastic maps bend by (by norm)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, help="all but mnist, which is part of the package, are downloaded (%(default)s)")
@@ -135,7 +136,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--compile", action=on_off, help="run the network under torch.compile")
 
     defaults = {field.name: field.default for field in fields(Settings) if field.name not in ("norm", "seed")}
-    parser.set_defaults(**defaults | {"lr": None, "device": "auto", "threads": None})
+    parser.set_defaults(**defaults | {"lr": None, "elastic": None, "device": "auto", "threads": None})
 
 
 def settings_of(args: argparse.Namespace, **chosen: Any) -> Settings:
@@ -143,6 +144,10 @@ def settings_of(args: argparse.Namespace, **chosen: Any) -> Settings:
     values = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in chosen} | chosen
     if values["lr"] is None:
         values["lr"] = LEARNING_RATES[values["optimizer"]][values["norm"]]
+    if values["elastic"] is None:
+        values["elastic"] = ELASTIC[values["norm"]] if values["augment"] else 0.0
+    elif values["elastic"] and not values["augment"]:
+        raise UserError("--elastic is a part of --augment: leave out one of --elastic and --no-augment", exit_code=2)
     values["device"] = str(choose_device(values["device"]))
     values["threads"] = values["threads"] or torch.get_num_threads()
     values["processes"] = distributed.processes()

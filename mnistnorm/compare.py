@@ -129,7 +129,8 @@ def saved_flags(out: Path) -> dict[str, Any]:
             raise ValueError("it has other flags")
         for norm, seed in itertools.product(flags["norms"], flags["seeds"]):
             common = {name: value for name, value in flags.items() if name not in ("norms", "seeds")}
-            Settings(**common | {"norm": norm, "seed": seed, "lr": flags["lr"] or 0.0})
+            by_norm = {name: common[name] or 0.0 for name in ("lr", "elastic")}
+            Settings(**common | by_norm | {"norm": norm, "seed": seed})
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not of a comparison, or is damaged: start again with --overwrite") from error
     return flags

@@ -215,11 +215,12 @@ class Augmentation:
     shift: float = 1.5  # pixels
     scale: float = 0.08  # relative to 1
     shear: float = 0.06  # horizontal pixels per vertical pixel
-    elastic: float = 1.0  # pixels that each of NODES x NODES points moves by, along each axis
+    elastic: float = 0.0  # pixels that each of NODES x NODES points moves by, along each axis
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """The parameters of `count` maps: uniform in -1..1, of shape (K, count), on the generator's device."""
-        return torch.rand(5 + 2 * NODES**2, count, generator=generator, device=generator.device).mul_(2).sub_(1)
+        parameters = 5 + (2 * NODES**2 if self.elastic else 0)
+        return torch.rand(parameters, count, generator=generator, device=generator.device).mul_(2).sub_(1)
 
     def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Maps each image by its own random map, bilinearly, onto a background of 0.
@@ -234,9 +235,11 @@ class Augmentation:
         one_pixel = uniform.new_tensor([2 / width, 2 / height]).view(2, 1, 1)
         linear = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos]).view(2, 2, -1)
         shift = uniform[3:5].view(2, 1, -1) * (self.shift * one_pixel)
-        displacements = uniform[5:].view(2, NODES**2, -1) * (self.elastic * one_pixel)
-        coefficients = torch.cat([linear, shift, displacements], dim=1).permute(2, 0, 1).flatten(0, 1)  # [2 N, 3 + NODES^2]
-        grid = (coefficients @ _basis(height, width, images.device)).view(-1, 2, height, width)
+        points = (len(uniform) - 5) // 2
+        displacements = uniform[5:].view(2, points, len(images)) * (self.elastic * one_pixel)
+        coefficients = torch.cat([linear, shift, displacements], dim=1)  # [2, 3 + points, N]
+        basis = _basis(height, width, images.device)[: 3 + points]
+        grid = (coefficients.permute(2, 0, 1).flatten(0, 1) @ basis).view(-1, 2, height, width)
         return F.grid_sample(images, grid.permute(0, 2, 3, 1), align_corners=False)
 
 

@@ -189,7 +189,7 @@ def build_trainer(settings: Settings) -> Trainer:
     if settings.val_split:
         dataset = dataset.with_validation(settings.val_split)
     dataset = dataset.to(device)
-    augmentation = Augmentation() if settings.augment else None
+    augmentation = Augmentation(elastic=settings.elastic) if settings.augment else None
     batches = TrainingBatches(
         dataset.train,
         settings.batch_size,
@@ -235,6 +235,7 @@ def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) 
     settings, dataset = trainer.settings, trainer.dataset
     held_out = f", {len(dataset.validation):,} validation" if dataset.validation is not None else ""
     extras = {
+        "elastic": settings.elastic,
         "dropout": settings.dropout,
         "weight decay": settings.weight_decay,
         "L1": settings.l1,

@@ -24,10 +24,11 @@ def comparison(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_every_norm_is_trained_with_every_seed(comparison: tuple[list[str], Path]) -> None:
     out = comparison[1]
-    for norm, lr in (("batch", 0.05), ("layer", 0.2)):
+    for norm, lr, elastic in (("batch", 0.05, 0.0), ("layer", 0.2, 1.0)):
         for seed in (0, 3):
             settings = Checkpoint.load(out / f"{norm}-seed{seed}" / "last.pt").settings
-            assert (settings.norm, settings.seed, settings.fused, settings.lr) == (norm, seed, True, lr)
+            assert (settings.norm, settings.seed, settings.fused) == (norm, seed, True)
+            assert (settings.lr, settings.elastic) == (lr, elastic)
 
 
 def test_the_table_is_text_markdown_and_json(comparison: tuple[list[str], Path]) -> None:
@@ -89,7 +90,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_its_own_settings_on_another_
     assert compare.main(["--resume", *out]) == 0
     assert (tmp_path / "layer-seed3" / "metrics.jsonl").read_bytes() == before
     layer, sample = (Checkpoint.load(tmp_path / f"{norm}-seed3" / "last.pt").settings for norm in ("layer", "sample"))
-    assert sample == replace(layer, norm="sample", lr=0.05)
+    assert sample == replace(layer, norm="sample", lr=0.05, elastic=0.0)
     assert (layer.lr, layer.dropout, layer.epochs) == (0.2, 0.1, 1)
     assert compare.main(["--resume", "--dropout", "0.3", *out]) == 2
     assert "has dropout=0.1, not 0.3" in one_error()

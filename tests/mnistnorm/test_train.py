@@ -13,6 +13,8 @@ import torch
 
 from mnistnorm import run, train
 from mnistnorm.checkpoint import UNFINISHED, Checkpoint
+from mnistnorm.cli import settings_of
+from mnistnorm.data import Augmentation
 from mnistnorm.training import Trainer
 
 FILES = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "misclassified.png"}
@@ -233,6 +235,8 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--seed", "-1"], "--seed: expected an integer from 0 to 2147483647, got '-1'"),
         (["--seed", "1000000000000000000000"], "--seed: expected an integer from 0 to 2147483647, got '1000"),
         (["--impl", "triton"], "--impl triton is for the fused layers: add --fused"),
+        (["--elastic", "-1"], "--elastic: expected a number of at least 0, got '-1'"),
+        (["--elastic", "1", "--no-augment"], "leave out one of --elastic and --no-augment"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
     ],
@@ -316,6 +320,17 @@ def test_resuming_with_other_settings_is_refused(finished_run: Path, one_error: 
     ):
         assert train.main(["--resume", "--out", str(finished_run), *flags]) == 2
         assert message in one_error()
+
+
+def test_the_augmentation_is_that_of_the_norm(quick: list[str]) -> None:
+    for flags, expected in (
+        (["--norm", "layer"], Augmentation(elastic=1.0)),
+        (["--norm", "layer", "--elastic", "0.5"], Augmentation(elastic=0.5)),
+        (["--norm", "layer", "--no-augment"], None),
+        (["--norm", "batch"], Augmentation()),
+    ):
+        settings = settings_of(train.get_parser().parse_args([*quick, *flags]))
+        assert run.build_trainer(settings).batches.augmentation == expected
 
 
 def test_a_run_goes_on_on_another_machine_and_says_so(
