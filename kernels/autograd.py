@@ -95,6 +95,9 @@ class _Fused(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             gradients = _differentiable_backward(ctx, grad_output, needs)
+        elif torch._C._functorch.is_legacy_batchedtensor(grad_output):  # is_grads_batched=True
+            with torch.enable_grad():
+                gradients = _differentiable_backward(ctx, grad_output, needs)
         else:
             gradients = ctx.operation.backward(
                 grad_output, *_saved_tensors(ctx), **ctx.options, has_residual=ctx.has_residual, needs=needs
@@ -105,7 +108,8 @@ class _Fused(torch.autograd.Function):
 def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """The saved tensors, the input in the layout that forward saw: a mask of dropout follows it."""
     input, *others = ctx.saved_tensors
-    if input.stride() != ctx.input_strides and 0 not in ctx.input_strides:
+    overlaps = any(stride == 0 and n > 1 for stride, n in zip(ctx.input_strides, input.shape, strict=True))
+    if input.stride() != ctx.input_strides and not overlaps:
         # A hook for saved tensors has packed it.
         input = torch.empty_strided(input.shape, ctx.input_strides, dtype=input.dtype, device=input.device).copy_(input)
     return (input, *others)
@@ -139,8 +143,10 @@ def _dropout_factor(ctx: Any, input: Tensor) -> Tensor:
     last = sum((length - 1) * stride for length, stride in zip(input.shape, input.stride(), strict=True))
     zeros = input.new_zeros(last + 1).as_strided(input.shape, input.stride())
     weight = input.new_zeros(ctx.options.get("normalized_shape", input.shape[1:2]))
-    options = {**ctx.options, **ctx.forward_options, "relu": False}
-    if options.get("use_batch_stats"):
-        options |= {"running_mean": None, "running_var": None}
+    # Whose statistics, and which eps, does not matter, as long as they are finite.
+    options = {**ctx.options, **ctx.forward_options, "relu": False, "eps": 1.0}
+    if "use_batch_stats" in options:
+        mean, var = (None, None) if options["use_batch_stats"] else (weight, torch.ones_like(weight))
+        options |= {"running_mean": mean, "running_var": var}
     with torch.no_grad():
         return ctx.operation.forward(zeros, weight, torch.ones_like(weight), None, **options)[0]

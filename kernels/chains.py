@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 
 from .forwards import IN_PLACE_OPERATORS, NORMS, Rewritten, Tracer, check_one_way, scratch_copy
 from .modules import FusedLayer
@@ -321,11 +322,16 @@ def _may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         module = modules[str(node.target)]
         known = type(module).__module__.startswith("torch.nn.") and not any(module.children())
         return not known or getattr(module, "inplace", False)
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+        target = node.target
+        overloads = [target] if isinstance(target, OpOverload) else [getattr(target, n) for n in target.overloads()]
+        return any(overload._schema.is_mutable for overload in overloads)
     if node.op == "call_function" and not str(getattr(node.target, "__module__", "torch")).startswith(_KNOWN_FUNCTIONS):
         return True
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     return (
         (name.endswith("_") and not name.endswith("__"))
+        or name == "__setitem__"
         or node.target in IN_PLACE_OPERATORS
         or any(argument is True for argument in (*node.args, node.kwargs.get("inplace")))
         or "out" in node.kwargs

@@ -106,7 +106,7 @@ def fuse(
     which is checked at each call; other sums are computed apart. Submodules are taken to be used as traced: calling a
     fused norm by hand gives the whole chain. A dropout that is a part of one keeps its p, follows the norm's mode, and
     is, like the norm, no longer found by its class. Under CUDA's autocast stock layer and group norms return float32,
-    fused ones the input's dtype.
+    fused ones the input's dtype. No other thread may run a model meanwhile: torch.fx patches nn.Module to trace.
 
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.

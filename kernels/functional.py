@@ -1,5 +1,6 @@
 """The three public functions: they check their arguments and choose the implementation."""
 
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -129,6 +130,7 @@ def group_norm_relu(
     channels = input.shape[1]
     if not hasattr(num_groups, "__index__"):
         raise TypeError(f"num_groups must be an int, got {num_groups!r}")
+    num_groups = operator.index(num_groups)
     if num_groups <= 0 or channels % num_groups != 0:
         raise RuntimeError(
             f"num_groups must be positive and divide the channels, got num_groups={num_groups} for input of shape "
@@ -205,8 +207,11 @@ def _run(
         return traced.apply(
             norm, implementation, input, weight, bias, residual, dropout_p, relu, {**options, **forward_options}
         )
-    if isinstance(forward_options.get("momentum"), Tensor):
-        forward_options["momentum"] = float(forward_options["momentum"])
+    # What equals a number, such as NumPy's and tensors, becomes one: the kernels take no others.
+    dropout_p = float(dropout_p)
+    forward_options |= {name: float(forward_options[name]) for name in ("momentum", "eps") if name in forward_options}
+    if norm == "layer_norm":
+        options["normalized_shape"] = tuple(map(int, options["normalized_shape"]))
     # Imported when first needed: Triton takes time to import, and is not there on every platform.
     operation = _TORCH_OPERATIONS[norm] if implementation == "torch" else _triton_operation(norm)
     options |= {"dropout_p": dropout_p, "seed": _draw_seed() if dropout_p > 0 else 0, "relu": relu}

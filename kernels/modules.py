@@ -108,7 +108,7 @@ class _BatchNormReLU(FusedLayer, _NormBase):
 
     def __getstate__(self) -> dict[str, Any]:
         group = self.process_group
-        return {**vars(self), "process_group": None if group is None else _CopiedGroup(group)}
+        return {**super().__getstate__(), "process_group": None if group is None else _CopiedGroup(group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         group = state["process_group"]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import GroupName
 
 from . import sync
@@ -31,9 +32,13 @@ _formulas: dict[str, _Formula] = {}
 def call(name: str, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Any:
     """Calls the operator mnistnorm::`name`, also where torch.func transforms it."""
     operator = getattr(torch.ops.mnistnorm, name).default
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return operator(*tensors, **options)
-    return _Transformed.apply(*tensors, operator, options)
+    if torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(*tensors, operator, options)
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError('forward-mode derivatives are there only with impl="torch" without a process_group')
+    return operator(*tensors, **options)
 
 
 class _Transformed(torch.autograd.Function):

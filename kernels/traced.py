@@ -1,4 +1,4 @@
-"""What torch.compile, torch.export, torch.func, torch.jit.trace and tensors without data see in place of an eager call.
+"""What torch.compile, torch.export, torch.func, torch.jit.trace, forward-mode AD and tensors without data get to see.
 
 The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one calls the
 operators of `operators.py`. Values, dtypes and the promises of dropout are those of the eager call; its mask is not.
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import GroupName
 
 from . import operators, reference
@@ -29,6 +30,7 @@ def is_traced(input: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or isinstance(input, FakeTensor)
         or input.is_meta
         or (torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING_MODES)))

@@ -230,31 +230,31 @@ class Augmentation:
             uniform: what `draw` returned for N maps, on the device of `images`.
         """
         height, width = images.shape[2:]
-        angle, scale, shear = uniform[0] * self.rotation, 1 + uniform[1] * self.scale, uniform[2] * self.shear
+        angle, scale, shear, *shift = uniform[:5, :, None, None]  # [N, 1, 1] each
+        scale = 1 + scale * self.scale
+        angle = angle * self.rotation
         cos, sin = scale * angle.cos(), scale * angle.sin()
-        one_pixel = uniform.new_tensor([2 / width, 2 / height]).view(2, 1, 1)
-        linear = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos]).view(2, 2, -1)
-        shift = uniform[3:5].view(2, 1, -1) * (self.shift * one_pixel)
-        points = (len(uniform) - 5) // 2
-        displacements = uniform[5:].view(2, points, len(images)) * (self.elastic * one_pixel)
-        coefficients = torch.cat([linear, shift, displacements], dim=1)  # [2, 3 + points, N]
-        basis = _basis(height, width, images.device)[: 3 + points]
-        grid = (coefficients.permute(2, 0, 1).flatten(0, 1) @ basis).view(-1, 2, height, width)
-        return F.grid_sample(images, grid.permute(0, 2, 3, 1), align_corners=False)
+
+        def pixels(count: float) -> Tensor:
+            return uniform.new_tensor([2 * count / width, 2 * count / height]).view(2, 1, 1)
+
+        # The centres of the pixels, in units where the image spans -1..1, and where each is taken from: [2, N, H, W].
+        y = torch.arange(1 - height, height, 2, device=images.device).div(height).view(-1, 1)
+        x = torch.arange(1 - width, width, 2, device=images.device).div(width) + (shear * self.shear) * y
+        source = torch.stack([cos, sin]) * x
+        source += torch.stack([-sin, cos]) * y
+        source += torch.stack(shift) * pixels(self.shift).unsqueeze(-1)
+        if self.elastic:
+            moves = uniform[5:].view(2, NODES**2, -1).transpose(1, 2) * pixels(self.elastic)
+            source += (moves.flatten(0, 1) @ _shares(height, width, images.device)).view_as(source)
+        return F.grid_sample(images, source.permute(1, 2, 3, 0), align_corners=False)
 
 
 @lru_cache
-def _basis(height: int, width: int, device: torch.device) -> Tensor:
-    """The functions of a pixel whose sums the maps are: x, y, 1, and the share that it has in each node's displacement.
-
-    Returns:
-        float of shape (3 + NODES^2, height * width); x and y are the pixels' centres where the image spans -1..1.
-    """
-    y = torch.arange(1 - height, height, 2, device=device).div(height).view(-1, 1).expand(height, width)
-    x = torch.arange(1 - width, width, 2, device=device).div(width).expand(height, width)
+def _shares(height: int, width: int, device: torch.device) -> Tensor:
+    """The share of each pixel in the move of each node: (NODES^2, height * width)."""
     nodes = torch.eye(NODES**2, device=device).view(-1, 1, NODES, NODES)
-    shares = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).squeeze(1)
-    return torch.cat([torch.stack([x, y, torch.ones_like(x)]), shares]).flatten(1)
+    return F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).flatten(1)
 
 
 class TrainingBatches:

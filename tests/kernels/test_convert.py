@@ -449,6 +449,25 @@ class WriteBetween(Chains):
         return out * self.scale
 
 
+@torch.library.custom_op("mnistnorm_tests::double", mutates_args={"x"})
+def double(x: Tensor) -> None:
+    x.mul_(2)
+
+
+class OperatorBetween(Chains):
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+
+    def forward(self, x):
+        x = self.conv1(x)
+        with torch.no_grad():
+            out = self.norm1(x)
+            self.write(x)
+            out = F.relu(out + x)
+        return out * self.scale
+
+
 class AlwaysDropout(Chains):
     def forward(self, x):
         return F.relu(F.dropout(self.norm1(self.conv1(x)), 0.0))
@@ -682,6 +701,10 @@ LEFT = [
     (SumWithItself, "does not add a tensor"),
     (SumScaled, "further arguments"),
     (WriteBetween, "may change a tensor in place"),
+    (lambda: OperatorBetween(torch.ops.aten.exp_), "may change a tensor in place"),
+    (lambda: OperatorBetween(torch.ops.aten.exp_.default), "may change a tensor in place"),
+    (lambda: OperatorBetween(lambda x: double(x)), "may change a tensor in place"),
+    (lambda: OperatorBetween(lambda x: x.__setitem__(0, 5.0)), "may change a tensor in place"),
     (StatisticsBetween, "its running statistics are used"),
     (ChangesData, "changes an attribute of a value"),
     (CalledBetween, "called again before the sum"),

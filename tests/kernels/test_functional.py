@@ -385,6 +385,26 @@ def test_running_variance_beyond_half_precision(shape):
     torch.testing.assert_close(running[1].float(), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("running", [torch.inf, torch.nan])
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (16, 4, 26, 26)], ids=str)
+def test_running_statistics_beyond_numbers(shape, running):
+    x = make(shape).detach()
+    mine, theirs = ([torch.zeros(4), torch.full((4,), running)] for _ in range(2))
+    batch_norm_relu(x, *mine, training=True)
+    F.batch_norm(x, *theirs, training=True)
+    torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_a_later_call_leaves_the_backward_of_an_earlier_one_alone():
+    # Two ways of taking the same statistics, the second after the first has been recorded.
+    small, large = make((3, 4, 6, 5)), make((16, 4, 26, 26))
+    running = torch.zeros(4), torch.ones(4)
+    fused = sum(batch_norm_relu(x, *running, training=True).sum() for x in (small, large))
+    stock = sum(F.relu(F.batch_norm(x, None, None, training=True)).sum() for x in (small, large))
+    for mine, theirs in zip(*(torch.autograd.grad(y, (small, large)) for y in (fused, stock)), strict=True):
+        close(mine.double(), theirs.double(), TOLERANCE[torch.float32])
+
+
 def test_eval_gradient_does_not_see_later_updates():
     running = torch.zeros(4), torch.ones(4)
     x = make((3, 4, 6, 5))
@@ -598,9 +618,46 @@ def test_create_graph_keeps_what_the_mask_removed_out(norm):
         assert (grad == 0).all()
 
 
-def test_dropout_mask_survives_a_hook_that_changes_strides():
-    x = make((4, 6, 9, 8), layout="channels_last")
-    residual = make((4, 6, 9, 8), offset=0.0)
+@norms
+def test_create_graph_finds_the_mask_without_an_eps(norm):
+    x = make((4, 6, 5, 8), torch.float64)
+    torch.manual_seed(0)
+    output = norm.fused(
+        x, None, None, dropout_p=0.5, activation="identity", eps=1e-5 if norm is NORMS["batch"] else 0.0
+    )
+    first, again = (
+        torch.autograd.grad(output, x, torch.ones_like(output), retain_graph=True, create_graph=create_graph)[0]
+        for create_graph in (False, True)
+    )
+    close(again, first, 1e-11)
+
+
+@norms
+@impls
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_several_gradients_at_once(norm, impl, dropout_p, device):
+    x, residual = make((3, 4, 5, 2), torch.float64), make((3, 4, 5, 2), torch.float64, offset=0.0)
+    output = norm.fused(x, None, None, residual=residual, dropout_p=dropout_p, impl=impl)
+    grads = torch.randn(2, *output.shape, dtype=torch.float64)
+    together = torch.autograd.grad(output, (x, residual), grads, retain_graph=True, is_grads_batched=True)
+    for index, grad in enumerate(grads):
+        for one, all_of_them in zip(
+            torch.autograd.grad(output, (x, residual), grad, retain_graph=True), together, strict=True
+        ):
+            close(all_of_them[index], one, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "make_input",
+    [
+        lambda: make((4, 6, 9, 8), layout="channels_last"),
+        lambda: make((1, 6, 9, 8), layout="channels_last").detach().expand(2, -1, -1, -1)[:1].requires_grad_(),
+    ],
+    ids=["batch", "one sample"],
+)
+def test_dropout_mask_survives_a_hook_that_changes_strides(make_input):
+    x = make_input()
+    residual = make(x.shape, offset=0.0)
 
     def gradient():
         torch.manual_seed(0)
@@ -791,6 +848,23 @@ def nothing_launched(request, monkeypatch):
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@impls
+def test_numbers_of_numpy_are_numbers(impl, device):
+    x = make((3, 4, 6)).detach()
+    running = torch.zeros(4), torch.ones(4)
+    numbers = {"eps": np.float32(1e-5), "dropout_p": np.float32(0.5), "impl": impl}
+    for call in (
+        lambda i, f: batch_norm_relu(x, *running, training=True, momentum=f(0.5), **numbers),
+        lambda i, f: group_norm_relu(x, i(2), **numbers),
+        lambda i, f: layer_norm_relu(x, (i(6),), **numbers),
+    ):
+        results = []
+        for kinds in ((np.int64, np.float64), (int, float)):
+            torch.manual_seed(0)
+            results.append(call(*kinds))
+        assert results[0].equal(results[1])
 
 
 def test_choice_of_implementation(monkeypatch):

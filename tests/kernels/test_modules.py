@@ -98,6 +98,16 @@ def test_copies_and_pickles(fused, stock, arguments, options):
 
 
 @pairs
+def test_copies_and_pickles_of_compiled_layers(fused, stock, arguments, options):
+    module = randomize(fused(*arguments, **options)).eval()
+    x = torch.randn(SHAPE)
+    expected = module(x)
+    module.compile(backend="eager")
+    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(clone(x), expected)
+
+
+@pairs
 def test_saved_state_loads_weights_only_into_either(fused, stock, arguments, options):
     ours = randomize(fused(*arguments, **options))
     ours(torch.randn(SHAPE))

@@ -10,6 +10,7 @@ from test_functional import DTYPES, LAYOUTS, NORMS, affine, compare, fused_of, m
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -346,6 +347,29 @@ def test_func_grad(fused, stock, impl, device):
     F.relu(oracle(x.double())).square().sum().backward()
     same(gradients.values(), [parameter.grad for parameter in oracle.parameters()], 2e-4)
     same(buffers.values(), oracle.buffers())
+
+
+# Torch scripts some formulas of its own for the first of these.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@modules
+@training_modes
+@pytest.mark.parametrize("shape", [SHAPE, (700, *SHAPE[1:])], ids=str)
+def test_forward_mode(fused, stock, training, shape):
+    module, oracle = (randomized(make()).train(training) for make in (fused, stock))
+    x, tangent = torch.randn(shape), torch.randn(shape)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        same(forward_ad.unpack_dual(module(dual)), forward_ad.unpack_dual(F.relu(oracle(dual))))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@modules
+def test_forward_mode_is_refused_in_triton(fused, stock, device):
+    x = torch.randn(SHAPE)
+    with forward_ad.dual_level():
+        assert fused(impl="triton", device=device)(x).shape == SHAPE
+        with pytest.raises(NotImplementedError, match='only with impl="torch"'):
+            fused(impl="triton", device=device)(forward_ad.make_dual(x, x))
 
 
 @modules
