@@ -82,9 +82,10 @@ class Chain:
         if self.norm == "group" and self.shape[1] % self.groups:
             message = f"--groups {self.groups} does not divide the {self.shape[1]} channels of {self.shape}"
             raise UserError(message, exit_code=2)
-        if self.norm == "batch" and prod(self.shape) == self.shape[1]:
-            message = f"batch norm of {self.shape} has one value for each channel: take a larger shape"
-            raise UserError(message, exit_code=2)
+        for norm, slabs, what in (("batch", self.shape[1], "channel"), ("group", self.groups, "group")):
+            if self.norm == norm and prod(self.shape) == slabs:
+                message = f"{norm} norm of {self.shape} has one value for each {what}: take a larger shape"
+                raise UserError(message, exit_code=2)
 
     @property
     def normalized_shape(self) -> Shape:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program
+from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program, thread_count
 from mnistnorm.plots import png
 
 from .cases import DTYPES, NORMS, NUM_GROUPS, Shape, shape_sets
@@ -76,7 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--rounds", type=at_least(2), default=40, metavar="N", help="of each case, all contenders in turn (%(default)s)"
     )
-    add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
+    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     add("--plot", type=output_file, metavar="FILE", help="draw ratio, on a GPU GB/s too, against size: a PNG file")

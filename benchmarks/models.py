@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from mnistnorm import fuse
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program
+from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program, thread_count
 from mnistnorm.kernels import FusionReport
 
-from .machine import describe_machine
+from .machine import command_of, describe_machine
 from .memory import bytes_beyond, saved_storages
 from .timing import Spread, clock_of, interleaved, ratio
 
@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=at_least(2), default=8, metavar="N", help="(%(default)s)")
     add("--image-size", type=at_least(32), default=64, metavar="N", help="height and width (%(default)s)")
     add("--rounds", type=at_least(2), default=20, metavar="N", help="of each model, stock and fused (%(default)s)")
-    add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
+    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     return parser
@@ -163,7 +163,8 @@ def models(argv: Sequence[str] | None) -> int:
             print(line(rows[-1]), flush=True)
     if args.json:
         settings = {"batch_size": args.batch_size, "image_size": args.image_size}
-        write_atomically(args.json, json.dumps({"machine": machine, **settings, "rows": rows}, indent=1) + "\n")
+        document = {"command": command_of("models", argv), "machine": machine, **settings, "rows": rows}
+        write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     return 0
 
 

@@ -155,7 +155,7 @@ def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> F
     """Units of one activation, reads and writes stacked: a panel for each chain, a column for each shape."""
     columns = len({chain.shape for chain, _ in results})
     rows = len(results) // columns
-    figure = Figure(figsize=(3 + 6 * columns, 0.6 + 2.1 * rows), layout="constrained")
+    figure = Figure(figsize=(2 + 4 * columns, 0.8 + 1.9 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels[0, 0].invert_yaxis()
     for panel, (chain, contenders) in zip(panels.T.flat, results, strict=True):
@@ -166,12 +166,12 @@ def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> F
         panel.barh(labels, writes, left=reads, color=COLORS[1], label="written")
         for place, both in enumerate(zip(reads, writes, strict=True)):
             panel.text(sum(both), place, f" {sum(both):.2f}", va="center")
-        panel.set_title(chain.title, fontsize=10)
+        panel.set_title(f"{chain.operations} of {list(chain.shape)}", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     longest = max(c.moved / chain.activation_bytes for chain, contenders in results for c in contenders.values())
     panels[0, 0].set_xlim(0, 1.1 * longest)
-    for panel in panels[-1]:
-        panel.set_xlabel(f"forward + backward, in activations moved; counted for {gpu}, not measured")
+    formats = " or ".join(dict.fromkeys(chain.format for chain, _ in results))
+    figure.supxlabel(f"activations ({formats}) moved, forward + backward; counted for {gpu}, not measured", fontsize=10)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
     return figure
 

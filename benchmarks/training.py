@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program
+from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program, thread_count
 from mnistnorm.data import Augmentation, Dataset, load_dataset
+from mnistnorm.errors import UserError
 from mnistnorm.model import CNN
 from mnistnorm.run import build_trainer
-from mnistnorm.training import LEARNING_RATES, Settings, Trainer, log_probabilities, score
+from mnistnorm.training import ELASTIC, LEARNING_RATES, Settings, Trainer, log_probabilities, score
 
 from .cases import NORMS
 from .machine import command_of, describe_machine
@@ -64,7 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--to-accuracy", action="store_true", help=f"instead, train until {targets} of the test images are right")
     add("--epochs", type=at_least(1), default=5, metavar="N", help="of that training's schedule (%(default)s)")
     add("--workers", type=at_least(0), default=0, metavar="N", help="processes of the course-style loop (%(default)s)")
-    add("--threads", type=at_least(1), default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
+    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     return parser
@@ -128,7 +129,7 @@ class CourseTrainer:
 
 
 def build(loop: str, dataset: Dataset, settings: Settings, workers: int) -> Trainer | CourseTrainer:
-    """One of LOOPS: the same network, batch, dropout and augmentation."""
+    """One of LOOPS: the same network, batch, dropout and affine augmentation."""
     if loop == "course":
         return CourseTrainer(dataset, settings, workers)
     fused, compiled = loop.startswith("fused"), loop.endswith("compiled")
@@ -232,6 +233,8 @@ def training(argv: Sequence[str] | None) -> int:
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     dataset = load_dataset("mnist")
+    if args.batch_size > len(dataset.train):
+        raise UserError(f"--batch-size {args.batch_size}: there are {len(dataset.train):,} images", exit_code=2)
     machine = describe_machine(device)
     loops = [loop for loop in LOOPS if args.compile or not loop.endswith("compiled")]
     print(machine, *(f"  {loop:<15} {LOOPS[loop]}" for loop in loops), sep="\n")
@@ -244,6 +247,7 @@ def training(argv: Sequence[str] | None) -> int:
             dropout=dropout,
             optimizer=optimizer,
             lr=LEARNING_RATES[optimizer][norm],
+            elastic=ELASTIC[norm],
             batch_size=args.batch_size,
             epochs=args.epochs if args.to_accuracy else 1000,  # a schedule longer than any number of rounds
             threads=args.threads,

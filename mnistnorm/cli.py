@@ -14,7 +14,7 @@ import torch
 
 from . import distributed
 from .data import DATASETS
-from .errors import UserError
+from .errors import UserError, one_line
 from .kernels.functional import Impl
 from .training import ELASTIC, LEARNING_RATES, Settings
 
@@ -48,10 +48,19 @@ def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[s
         message, exit_code = str(user_error), user_error.exit_code
     except OSError as error:
         message, exit_code = str(error), 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        message, exit_code = f"there is not enough memory, take smaller batches or shapes: {one_line(error)}", 1
     except KeyboardInterrupt:
         message, exit_code = "interrupted", 130
     print_error(message)
     return exit_code
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _make_streams_bear_everything() -> None:
@@ -69,9 +78,11 @@ def print_error(message: object) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
-def at_least(low: int, kind: type[int] | type[float] = int) -> Callable[[str], int | float]:
-    """A flag's type: a finite number of `kind`, not below `low`; an integer also fits into 32 bits."""
-    high = 2**31 - 1 if kind is int else sys.float_info.max
+def at_least(
+    low: int, kind: type[int] | type[float] = int, *, high: float | None = None
+) -> Callable[[str], int | float]:
+    """A flag's type: a finite number of `kind` from `low` to `high`; an integer also fits into 32 bits."""
+    high = high or (2**31 - 1 if kind is int else sys.float_info.max)
 
     def parse(text: str) -> int | float:
         with suppress(ValueError):
@@ -91,6 +102,10 @@ def fraction(text: str) -> float:
         if 0 <= value < 1:
             return value
     raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+
+
+# Of more threads than the system grants, OpenMP ends the process.
+thread_count = at_least(1, high=1024)
 
 
 def output_file(text: str) -> Path:
@@ -131,7 +146,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
-    add("--threads", type=at_least(1), metavar="N", help="of the CPU (torch's choice)")
+    add("--threads", type=thread_count, metavar="N", help="of the CPU (torch's choice)")
     add("--amp", action=on_off, help="run the network in bfloat16 where autocast allows it")
     add("--compile", action=on_off, help="run the network under torch.compile")
 
@@ -147,7 +162,8 @@ def settings_of(args: argparse.Namespace, **chosen: Any) -> Settings:
     if values["elastic"] is None:
         values["elastic"] = ELASTIC[values["norm"]] if values["augment"] else 0.0
     elif values["elastic"] and not values["augment"]:
-        raise UserError("--elastic is a part of --augment: leave out one of --elastic and --no-augment", exit_code=2)
+        message = f"--no-augment leaves nothing for --elastic {values['elastic']:g}, given or of the run to resume"
+        raise UserError(f"{message}: leave out one of them", exit_code=2)
     values["device"] = str(choose_device(values["device"]))
     values["threads"] = values["threads"] or torch.get_num_threads()
     values["processes"] = distributed.processes()

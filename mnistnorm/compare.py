@@ -17,7 +17,19 @@ from .checkpoint import write_atomically
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
 from .errors import UserError
 from .model import NORMS
-from .run import CONFIG, LAST, RUN_FILES, load_run, locked, mistakes_of, prepare_folder, remove_files, run_training
+from .run import (
+    CONFIG,
+    LAST,
+    RUN_FILES,
+    build_trainer,
+    describe_implementation,
+    load_run,
+    locked,
+    mistakes_of,
+    prepare_folder,
+    remove_files,
+    run_training,
+)
 from .training import Settings
 
 TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON = "comparison.txt", "comparison.md", "comparison.json"
@@ -96,8 +108,11 @@ def compare(argv: Sequence[str] | None) -> int:
         prepare_folder(folder, RUN_FILES, "a run", may_hold_them=may_hold_them)
         if args.resume and (folder / LAST).exists():
             load_run(folder, settings)
+    # What would stop the first run stops all, before anything is replaced.
+    first = runs[norms[0]][0]
+    describe_implementation(first)
+    build_trainer(first)
     with locked(out):
-        first = runs[norms[0]][0]
         flags = {name: getattr(args, name) for name in sorted(flag_names())}
         flags |= {"device": first.device, "threads": first.threads}
         write_atomically(out / CONFIG, json.dumps(flags, indent=2) + "\n")
@@ -150,7 +165,7 @@ def compare_runs(runs: Mapping[str, Sequence[Settings]], out: Path, *, resume: b
             started = resume and (folder / LAST).exists()
             if settings.compile:  # after eight compilations of the same code, Dynamo would run the next one uncompiled
                 torch.compiler.reset()
-            trainer = run_training(settings, folder, resume=started, overwrite=overwrite)
+            trainer = run_training(settings, folder, resume=started, overwrite=overwrite or resume)
             histories[norm].append(trainer.history)
             if settings is of_norm[0]:
                 grid = plots.mistake_grid(mistakes_of(trainer), trainer.dataset.classes, f"{norm} norm", 2, 5)

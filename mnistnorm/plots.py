@@ -8,12 +8,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from .data import Split
 
 History = Sequence[Mapping[str, float]]
+
+# The lowest and the highest accuracy that a graph shows: its scale has neither 0 nor 1.
+ACCURACIES = (0.02, 0.9995)
 
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -96,13 +99,13 @@ def _draw_losses(axes: Axes, lines: Mapping[str, np.ndarray]) -> None:
 
 
 def _draw_accuracies(axes: Axes, lines: Mapping[str, np.ndarray]) -> None:
-    lines = {name: 100 * values for name, values in lines.items()}
-    _draw_lines(axes, lines, "{:.2f} %")
+    shown = {name: values.clip(*ACCURACIES) for name, values in lines.items()}
+    _draw_lines(axes, shown, "{:.2%}")
     axes.set_ylabel("accuracy (%)")
-    # Of long runs, the first epoch would flatten the rest: show all from the second on.
-    shown = [values[:, 1:] if values.shape[1] > 2 else values for values in lines.values()]
-    bottom, top = min(values.min() for values in shown), max(values.max() for values in shown)
-    axes.set_ylim(bottom - 0.3 * (top - bottom) - 0.05, top + 0.1 * (top - bottom) + 0.02)
+    axes.set_yscale("logit")  # halving the mistakes is the same step everywhere
+    axes.yaxis.set_major_locator(FixedLocator((0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, np.ndarray], label: str) -> None:

@@ -111,6 +111,8 @@ def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
 def _continue(trainer: Trainer, checkpoint: Checkpoint, path: Path) -> None:
     if checkpoint.training is None:
         raise UserError(f"{path} holds a network only, no run to resume: start again with --overwrite")
+    if checkpoint.normalization != trainer.dataset.normalization:
+        raise UserError(f"the run of {path} was trained on other images: name their folder with --data-dir")
     trainer.model.load_state_dict(checkpoint.model)
     try:
         trainer.load_state_dict(checkpoint.training)
@@ -401,9 +403,9 @@ def _report(trainer: Trainer, out: Path) -> None:
     grid = plots.mistake_grid(mistakes, dataset.classes, title, rows=5, columns=10)
     write_atomically(out / CURVES, plots.png(plots.run_curves(trainer.history, curves_title)))
     write_atomically(out / MISTAKES, plots.png(grid))
-    seconds = sum(metrics["seconds"] for metrics in trainer.history)
+    minutes, seconds = divmod(round(sum(metrics["seconds"] for metrics in trainer.history)), 60)
     reason = "highest validation accuracy" if dataset.validation is not None else "lowest training loss"
     print(f"test     {last['test_accuracy']:.2%} right, loss {last['test_loss']:.4f}, after the last epoch")
-    print(f"time     {int(seconds // 60)} min {seconds % 60:.0f} s of training")
+    print(f"time     {minutes} min {seconds} s of training")
     print(f"files    {out}: {LAST}, {BEST} (epoch {best_epoch(trainer.history)}, {reason}),")
     print(f"         {CONFIG}, {METRICS}, {CURVES}, {MISTAKES}")

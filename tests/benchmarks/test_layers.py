@@ -29,6 +29,7 @@ FLAGS = ["--shapes", "5x6x7x3", "4x8x13x7", "--rounds", "2"]
         (["--shapes", "64x256"], "four positive sizes such as 64x256x56x56, got '64x256', nor network-128"),
         (["--shapes", "4x7x5x5"], "--groups 2 does not divide the 7 channels"),
         (["--shapes", "1x8x1x1", "--norms", "batch"], "one value for each channel"),
+        (["--shapes", "1x2x1x1", "--norms", "group"], "one value for each group"),
         (["--contenders", "pencil"], "invalid choice: 'pencil'"),
         (["--dtypes", "int8"], "invalid choice: 'int8'"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used"),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from mnistnorm.cli import Parser, at_least, output_file, run_program
 from mnistnorm.errors import UserError
@@ -26,6 +27,24 @@ def test_nobody_need_read_the_output(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert run_program(prints("x" * 100_000), None) == 141
         stdout.write("at exit")
     assert capsys.readouterr().err == ""
+
+
+def test_lack_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def exhaust(_: Sequence[str] | None) -> int:
+        return len(torch.empty(2**60))
+
+    assert run_program(exhaust, None) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: there is not enough memory, take smaller batches or shapes: ")
+    assert printed.count("\n") == 1
+
+
+def test_other_errors_are_not_hidden() -> None:
+    def fail(_: Sequence[str] | None) -> int:
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_program(fail, None)
 
 
 def test_stdout_and_stderr_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:

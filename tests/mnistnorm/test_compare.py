@@ -68,6 +68,26 @@ def test_a_comparison_is_not_overwritten_but_resumed(
     assert (out / "comparison.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("flags", [["--no-fused", "--impl", "triton"], ["--val-split", "0.999"]], ids=str)
+def test_what_cannot_run_replaces_nothing(
+    flags: list[str], comparison: tuple[list[str], Path], tmp_path: Path, one_error: Callable[[], str]
+) -> None:
+    out = tmp_path / "comparison"
+    shutil.copytree(comparison[1], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert compare.main([*comparison[0], *flags, "--overwrite", "--out", str(out)]) != 0
+    assert one_error()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_lost_its_checkpoint_is_trained_again(comparison: tuple[list[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    shutil.copytree(comparison[1], out)
+    (out / "layer-seed3" / "last.pt").unlink()
+    assert compare.main(["--resume", "--out", str(out)]) == 0
+    assert (out / "layer-seed3" / "last.pt").exists()
+
+
 def test_a_comparison_that_was_stopped_goes_on_with_its_own_settings_on_another_machine(
     quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: Callable[[], str]
 ) -> None:

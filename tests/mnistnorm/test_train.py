@@ -228,6 +228,7 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--epochs", "0"], "--epochs: expected an integer from 1 to 2147483647, got '0'"),
         (["--epochs", "two"], "--epochs: expected an integer from 1 to 2147483647, got 'two'"),
         (["--batch-size", "-1"], "--batch-size: expected an integer from 1 to 2147483647, got '-1'"),
+        (["--threads", "2000000"], "--threads: expected an integer from 1 to 1024, got '2000000'"),
         (["--lr", "nan"], "--lr: expected a number of at least 0, got 'nan'"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got '1'"),
         (["--val-split", "1.5"], "--val-split: expected a number from 0 to below 1, got '1.5'"),
@@ -236,7 +237,7 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--seed", "1000000000000000000000"], "--seed: expected an integer from 0 to 2147483647, got '1000"),
         (["--impl", "triton"], "--impl triton is for the fused layers: add --fused"),
         (["--elastic", "-1"], "--elastic: expected a number of at least 0, got '-1'"),
-        (["--elastic", "1", "--no-augment"], "leave out one of --elastic and --no-augment"),
+        (["--elastic", "1", "--no-augment"], "--no-augment leaves nothing for --elastic 1, given or of"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
     ],
@@ -331,6 +332,15 @@ def test_the_augmentation_is_that_of_the_norm(quick: list[str]) -> None:
     ):
         settings = settings_of(train.get_parser().parse_args([*quick, *flags]))
         assert run.build_trainer(settings).batches.augmentation == expected
+
+
+def test_a_run_is_not_resumed_on_other_images(
+    long_flags: list[str], whole_run: Path, tmp_path: Path, one_error: OneError
+) -> None:
+    saved = Checkpoint.load(whole_run / "last.pt")
+    replace(saved, normalization=replace(saved.normalization, mean=0.5)).save(tmp_path / "last.pt")
+    assert train.main([*long_flags, "--resume", "--out", str(tmp_path)]) == 1
+    assert "was trained on other images: name their folder with --data-dir" in one_error()
 
 
 def test_a_run_goes_on_on_another_machine_and_says_so(
