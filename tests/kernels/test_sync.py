@@ -70,7 +70,8 @@ def train_parts(rank: int, folder: Path, compiled: bool) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_two_processes_are_one(compiled, tmp_path, run_two_processes):
     run_two_processes(train_parts, tmp_path, compiled)
     results = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)

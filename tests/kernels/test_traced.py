@@ -100,7 +100,7 @@ def test_half_precision_statistics_are_float32_under_compile(dtype, impl, device
 
 
 @modules
-@impls
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_compiled_dropout(fused, stock, impl, device):
     p, shape = 0.3, (16, 4, 3, 6)
     module = randomized(fused(impl=impl, dropout_p=p, activation="identity", device=device))

@@ -88,6 +88,7 @@ def test_a_run_that_lost_its_checkpoint_is_trained_again(comparison: tuple[list[
     assert (out / "layer-seed3" / "last.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_stopped_goes_on_with_its_own_settings_on_another_machine(
     quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: Callable[[], str]
 ) -> None:
