@@ -169,10 +169,10 @@ def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> F
         panel.set_title(f"{chain.operations} of {list(chain.shape)}", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     longest = max(c.moved / chain.activation_bytes for chain, contenders in results for c in contenders.values())
-    panels[0, 0].set_xlim(0, 1.1 * longest)
+    panels[0, 0].set_xlim(0, 1.15 * longest)
     formats = " or ".join(dict.fromkeys(chain.format for chain, _ in results))
     figure.supxlabel(f"activations ({formats}) moved, forward + backward; counted for {gpu}, not measured", fontsize=10)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
