@@ -24,6 +24,7 @@ def test_every_round_runs_all_in_turning_order() -> None:
     assert seconds["a"] == [4.0, 9.0, 11.0, 15.0, 16.0, 20.0, 22.0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_freed_memory_is_kept() -> None:
     # 2^14 pages, more than glibc ever keeps by itself; a chunk may have to be found or made once or twice.

@@ -1008,7 +1008,7 @@ def test_compiles_whole(network):
     torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False], ids=["train", "eval"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.export's own
 def test_exports_whole_with_any_batch_size(training):
     model = fuse(torchvision_model("resnet18")).train(training)

@@ -175,7 +175,7 @@ def test_dtypes_under_autocast(fused, impl, parameters, device):
     assert {parameter.grad.dtype for parameter in module.parameters()} == {parameters}
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pairs
 def test_checkpointing(fused, stock, arguments, options, impl, use_reentrant, device):

@@ -13,6 +13,9 @@ from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.errors import UserError
 from mnistnorm.training import Settings, Trainer
 
+# In one process, which trains for all of them once.
+pytestmark = pytest.mark.xdist_group("compare")
+
 
 @pytest.fixture(scope="module")
 def comparison(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:

@@ -17,6 +17,9 @@ from mnistnorm.model import CNN
 from mnistnorm.predict import read_image, to_mnist
 from mnistnorm.training import Settings, Trainer, log_probabilities
 
+# In one process, which trains for all of them once.
+pytestmark = pytest.mark.xdist_group("predict")
+
 COUNT = 200
 
 
