@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from mnistnorm import (
     BatchNormReLU1d,
@@ -449,7 +449,7 @@ class WriteBetween(Chains):
         return out * self.scale
 
 
-@torch.library.custom_op("mnistnorm_tests::double", mutates_args={"x"})
+@library.custom_op("mnistnorm_tests::double", mutates_args={"x"})
 def double(x: Tensor) -> None:
     x.mul_(2)
 
