@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
+_native_backward = _aten.native_layer_norm_backward.default
 
 # The fewest elements for which batch statistics in the contiguous format are taken here, with several threads and with
 # one: by planes where they are at least so large, else, on one thread, by columns. Up to 3 times as fast as torch's.
@@ -26,18 +27,22 @@ MANY_CHANNELS = 24
 # Columns are summed one sample after the other: rounding grows with their number.
 MANY_SAMPLES = 2**12
 
-# Many rows no longer than this have ways of their own: torch's layer norm spends most of its time between rows.
-SHORT_ROW = 16
-SHORT_ROWS_ELEMENTS = 2**14
-# Rows of fewer elements than a vector register holds are slow in the backward of torch's kernel as well.
+# Many short rows have ways of their own, which have to make up for the time that an autograd.Function takes.
+MANY_ROWS = 2**12
+# Rows of fewer elements than a vector register holds are slow in torch's layer norm; in the forward on one thread, rows
+# of up to two vectors.
 VECTOR = 8
-# In rows up to this length several threads of that backward add parameters' gradients in the same cache lines.
+SHORT_ROW = 15
+# In rows up to this length several threads of torch's backward spend most of their time on the cache lines in which two
+# of them add up parameters' gradients. Own sums avoid that; for longer rows it helps to ask for one gradient at a time.
 CONTENDED_ROW = 32
+LONG_CONTENDED_ROW = 128
+MANY_LONG_ROWS = 2**14
 CACHE_LINE = 64
 # The largest mean, in standard deviations, that E[x^2] - E[x]^2 bears: it loses the logarithm of 1 + 4^2, 4 bits.
 BEARABLE_MEAN = 4.0
 # Elements that are taken at a time, so that a temporary stays in the cache.
-PART = 2**18
+PART = 2**20
 
 
 class _Columns(NamedTuple):
@@ -180,34 +185,47 @@ def cancels(mean: Tensor, rstd: Tensor) -> bool:
 
 def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
     """Whether `short_rows_forward` takes `input`."""
-    return _has_many_rows(input, normalized_shape, SHORT_ROW)
+    longest = SHORT_ROW if torch.get_num_threads() == 1 else VECTOR - 1
+    return _has_many_rows(input, normalized_shape, longest, MANY_ROWS)
 
 
-def has_very_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
-    """Whether `short_rows_backward` takes `input`."""
-    return _has_many_rows(input, normalized_shape, VECTOR - 1)
-
-
-def has_own_row_sums(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
-    """Whether the gradients of the parameters are better taken by `row_sums`: more exactly, or faster."""
-    if input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16):
-        # Torch's layer norm adds them up in half precision.
-        return True
-    return (
-        _has_many_rows(input, normalized_shape, CONTENDED_ROW)
-        and normalized_shape[0] * input.element_size() % CACHE_LINE != 0
-        and torch.get_num_threads() > 1
+def has_own_layer_norm(input: Tensor, weight: Tensor | None, normalized_shape: tuple[int, ...]) -> bool:
+    """Whether layer norm goes another way here than through one call of torch's kernel in each direction."""
+    return has_short_rows(input, normalized_shape) or (
+        weight is not None
+        and (
+            _adds_in_half_precision(input)
+            or _has_contended_rows(input, normalized_shape)
+            or _has_long_contended_rows(input, normalized_shape)
+        )
     )
 
 
-def _has_many_rows(input: Tensor, normalized_shape: tuple[int, ...], longest: int) -> bool:
+def _adds_in_half_precision(input: Tensor) -> bool:
+    """Whether torch's layer norm adds up the gradients of the parameters in half precision."""
+    return input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)
+
+
+def _has_contended_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
+    return _has_many_rows(input, normalized_shape, CONTENDED_ROW, MANY_ROWS) and _shares_cache_lines(input)
+
+
+def _has_long_contended_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
+    return _has_many_rows(input, normalized_shape, LONG_CONTENDED_ROW, MANY_LONG_ROWS) and _shares_cache_lines(input)
+
+
+def _shares_cache_lines(input: Tensor) -> bool:
+    return input.shape[-1] * input.element_size() % CACHE_LINE != 0 and torch.get_num_threads() > 1
+
+
+def _has_many_rows(input: Tensor, normalized_shape: tuple[int, ...], longest: int, fewest: int) -> bool:
     return (
         input.device.type == "cpu"
         and len(normalized_shape) == 1
         and 0 < normalized_shape[0] <= longest
         and input.dtype in (torch.float32, torch.float64)
         and input.is_contiguous()
-        and input.numel() >= SHORT_ROWS_ELEMENTS
+        and input.numel() >= fewest * normalized_shape[0]
     )
 
 
@@ -230,7 +248,32 @@ def short_rows_forward(
     return output.view(input.shape), mean, rstd
 
 
-def short_rows_backward(
+def layer_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, the way that is exact and fast for these rows."""
+    if _has_many_rows(input, normalized_shape, VECTOR - 1, MANY_ROWS):
+        return _short_rows_backward(grad, input, weight, mean, rstd, needs)
+    per_row = (*mean.shape, *(1 for _ in normalized_shape))
+    arguments = (grad, input, normalized_shape, mean.view(per_row), rstd.view(per_row), weight, bias)
+    if _adds_in_half_precision(input) or _has_contended_rows(input, normalized_shape):
+        grad_input, _, _ = _native_backward(*arguments, [needs[0], False, False])
+        return grad_input, *_row_sums(grad, input, mean, rstd, normalized_shape, needs)
+    if needs[1] and needs[2] and _has_long_contended_rows(input, normalized_shape):
+        grad_input, grad_weight, _ = _native_backward(*arguments, [needs[0], True, False])
+        grad_bias = _column_sums(grad.view(-1, input.shape[-1]))
+        return grad_input, grad_weight, grad_bias
+    return _native_backward(*arguments, list(needs[:3]))
+
+
+def _short_rows_backward(
     grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The backward of `short_rows_forward`, its sums by matrix products."""
@@ -253,21 +296,39 @@ def short_rows_backward(
     return grad_input, grad_weight, grad_bias
 
 
-def row_sums(
+def _row_sums(
     grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, normalized_shape: tuple[int, ...], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of layer norm's weight and bias, by matrix products in the dtype of the statistics."""
+    """The gradients of layer norm's weight and bias, added up in the dtype of the statistics."""
     length = math.prod(normalized_shape)
     rows, grad = input.reshape(-1, length), grad.reshape(-1, length)
-    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1)
+    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     grad_weight = mean.new_zeros(length) if needs[1] else None
     grad_bias = mean.new_zeros(length) if needs[2] else None
     count = max(1, PART // length)
     for part in (slice(first, first + count) for first in range(0, len(rows), count)):
         grads = grad[part].to(mean.dtype)
         if grad_weight is not None:
-            grad_weight.addmv_((rows[part] - mean[part]).mul_(grads).t(), rstd[part])
+            grad_weight.add_(_column_sums((rows[part] - mean[part]).mul_(rstd[part]).mul_(grads)))
         if grad_bias is not None:
-            grad_bias.addmv_(grads.t(), torch.ones_like(rstd[part]))
+            grad_bias.add_(_column_sums(grads))
     sums = (None if each is None else each.view(normalized_shape) for each in (grad_weight, grad_bias))
     return tuple(sums)  # type: ignore[return-value]
+
+
+def _column_sums(values: Tensor) -> Tensor:
+    """The sum of the rows of a matrix.
+
+    By the bias's gradient in torch's layer norm, with as many rows taken as one as give each thread whole cache lines.
+    """
+    rows, length = values.shape
+    several = 1
+    if length <= LONG_CONTENDED_ROW and rows >= MANY_ROWS:
+        several = CACHE_LINE // values.element_size() * max(1, CACHE_LINE // length)
+    rest = rows % several
+    if rest > 0:
+        return _column_sums(values[:-rest]).add_(values[-rest:].sum(0))
+    values = values.view(-1, several * length)
+    row, column = values.new_empty(several * length), values.new_empty(len(values), 1)
+    _, _, sums = _native_backward(values, values, row.shape, column, column, row, row, [False, False, True])
+    return sums.view(several, length).sum(0)

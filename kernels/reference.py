@@ -202,7 +202,7 @@ def layer_norm_forward(
     if cpu.has_short_rows(input, normalized_shape):
         output, mean, rstd = cpu.short_rows_forward(input, weight, bias, eps)
     else:
-        output, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+        output, mean, rstd = _native_layer_norm(input, weight, bias, normalized_shape, eps)
     leading = input.shape[: input.dim() - len(normalized_shape)]
     return (
         _drop_add_relu_(output, torch.contiguous_format, residual, dropout_p, seed, relu),
@@ -234,24 +234,9 @@ def layer_norm_backward(
     gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[:3]):
         scaled_weight, _ = _scaled_affine(input, weight, None, normalized_shape, dropout_p)
-        if cpu.has_very_short_rows(input, normalized_shape):
-            gradients = cpu.short_rows_backward(grad, input, scaled_weight, mean, rstd, needs)
-        else:
-            per_row = (*mean.shape, *(1 for _ in normalized_shape))
-            bias_like = _as_statistics(input, bias)
-            own_sums = cpu.has_own_row_sums(input, normalized_shape)
-            gradients = _aten.native_layer_norm_backward.default(
-                grad,
-                input,
-                normalized_shape,
-                mean.view(per_row),
-                rstd.view(per_row),
-                scaled_weight,
-                bias_like,
-                [needs[0], needs[1] and not own_sums, needs[2] and not own_sums],
-            )
-            if own_sums:
-                gradients = (gradients[0], *cpu.row_sums(grad, input, mean, rstd, normalized_shape, needs))
+        gradients = cpu.layer_norm_backward(
+            grad, input, normalized_shape, scaled_weight, _as_statistics(input, bias), mean, rstd, needs
+        )
     return (*_affine_gradients(gradients, (weight, bias), needs, dropout_p), grad_residual)
 
 
@@ -356,12 +341,12 @@ def layer_norm_compose(
     """`layer_norm_forward` by operations that autograd records, where that is the fastest and they can express it."""
     if (
         not _is_composable(input, (weight, bias), residual, **rest)
-        or cpu.has_short_rows(input, normalized_shape)
-        or cpu.has_own_row_sums(input, normalized_shape)
+        or cpu.has_own_layer_norm(input, weight, normalized_shape)
+        or (weight is None and _outweighs(normalized_shape, input))
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, normalized_shape, rest["dropout_p"])
-    output = F.layer_norm(input, normalized_shape, weight, bias, eps)
+    output, _, _ = _native_layer_norm(input, weight, bias, normalized_shape, eps)
     return _drop_add_relu_(output, torch.contiguous_format, residual, **rest)
 
 
@@ -375,17 +360,18 @@ def _is_composable(
     seed: int,
 ) -> bool:
     """Whether torch's kernels take these tensors with statistics in the dtype they are owed, and record the dropout."""
-    if dropout_p > 0 and (residual is not None or not relu or _outweighs(parameters[0], input)):
+    weight = parameters[0]
+    if dropout_p > 0 and (residual is not None or not relu or (weight is not None and _outweighs(weight.shape, input))):
         return False
     dtype = statistics_dtype(input)
-    if parameters[0] is None and input.dtype != dtype:
+    if weight is None and input.dtype != dtype:
         return False
     return all(tensor is None or tensor.dtype == dtype for tensor in parameters)
 
 
-def _outweighs(weight: Tensor | None, input: Tensor) -> bool:
-    """Whether the scaled copies of weight and bias that autograd would keep are worth avoiding."""
-    return weight is not None and weight.numel() * 32 > input.numel()
+def _outweighs(shape: Sequence[int], input: Tensor) -> bool:
+    """Whether copies of weight and bias of this shape that autograd would keep are worth avoiding."""
+    return math.prod(shape) * 32 > input.numel()
 
 
 def _in_statistics_dtype(function: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
@@ -442,6 +428,15 @@ def _native_group_norm(
         output, mean, rstd = torch.native_group_norm(input.contiguous(), weight, bias, *sizes, num_groups, eps)
         output = output.contiguous(memory_format=memory_format)
     return output, mean, rstd
+
+
+def _native_layer_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_shape: tuple[int, ...], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.native_layer_norm, whose kernel takes up to three times as long without a weight."""
+    if weight is None:
+        weight = input.new_ones(normalized_shape)
+    return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def _group_sizes(input: Tensor) -> tuple[int, int, int]:

@@ -1,5 +1,7 @@
 """The CPU's own ways against torch's kernels in float64, at the sizes where they are taken."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,12 +25,13 @@ def gradients_of(output: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Te
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("length", [3, 5, 7, 8, 9, 16, 22, 24, 31, 32, 33, 56])
+@pytest.mark.parametrize("length", [3, 5, 7, 8, 9, 15, 16, 22, 24, 31, 32, 33, 56, 128, 129])
 def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(cpu, "PART", 2**12)
+    monkeypatch.setattr(cpu, "MANY_LONG_ROWS", cpu.MANY_ROWS)
+    monkeypatch.setattr(cpu, "PART", 3000 * length)
     torch.manual_seed(length)
-    shape = (7, cpu.SHORT_ROWS_ELEMENTS // (7 * length) + 3, length)
+    shape = (7, cpu.MANY_ROWS // 7 + 3, length)
     inputs = [torch.randn(shape) + offset]
     inputs += [torch.rand(length) + 0.5, torch.randn(length)] if affine else []
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -47,7 +50,7 @@ def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
 @pytest.mark.parametrize("normalized_shape", [(5,), (26,), (3, 40), (300_000,)], ids=str)
 def test_layer_norm_sums_half_precision_in_float32(normalized_shape, dtype, affine_dtype):
     torch.manual_seed(0)
-    x = torch.randn(2 if normalized_shape == (300_000,) else 4000, *normalized_shape).to(dtype).requires_grad_()
+    x = torch.randn(2 if normalized_shape == (300_000,) else 4200, *normalized_shape).to(dtype).requires_grad_()
     affine_dtype = affine_dtype or dtype
     weight, bias = ((torch.rand(normalized_shape) + shift).to(affine_dtype).requires_grad_() for shift in (0.5, 0.0))
     inputs = [weight, bias]
@@ -62,16 +65,51 @@ def test_layer_norm_sums_half_precision_in_float32(normalized_shape, dtype, affi
         torch.testing.assert_close(each.double(), expected, rtol=rtol, atol=TOLERANCE * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("rows", [1, 100, 4096, 4100, 5001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("length", [2, 26, 128, 129])
+def test_column_sums(length, dtype, rows):
+    values = torch.randn(rows, length, dtype=dtype) + 3
+    # Sums of up to 5,001 numbers around 3, one after the other in each of two threads.
+    rtol = 2500 * torch.finfo(dtype).eps
+    torch.testing.assert_close(cpu._column_sums(values).double(), values.double().sum(0), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("length", [5, 26, 56])
+def test_layer_norm_of_many_rows_takes_only_the_gradients_asked_for(length, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu, "MANY_LONG_ROWS", cpu.MANY_ROWS)
+    tensors = [torch.randn(cpu.MANY_ROWS, length), torch.rand(length) + 0.5, torch.randn(length)]
+    exact_inputs = [tensor.double().requires_grad_() for tensor in tensors]
+    exact = torch.nn.functional.layer_norm(exact_inputs[0], (length,), *exact_inputs[1:])
+    grad = torch.randn_like(tensors[0]) + 0.3
+    expected = gradients_of(exact, exact_inputs, grad.double())
+    for asked in itertools.product([True, False], repeat=3):
+        inputs = [tensor.clone().requires_grad_(needed) for tensor, needed in zip(tensors, asked, strict=True)]
+        output = layer_norm_relu(inputs[0], (length,), *inputs[1:], activation="identity")
+        if any(asked):
+            output.backward(grad)
+        for tensor, needed, each in zip(inputs, asked, expected, strict=True):
+            assert (tensor.grad is not None) == needed
+            if needed:
+                close(tensor.grad, each, 0)
+
+
 def test_contended_rows_are_those_whose_sums_share_cache_lines(monkeypatch):
-    def asked(length: int, dtype: torch.dtype = torch.float32) -> bool:
-        return cpu.has_own_row_sums(torch.empty(cpu.SHORT_ROWS_ELEMENTS, length, dtype=dtype), (length,))
+    def asked(length: int, dtype: torch.dtype = torch.float32, rows: int = cpu.MANY_LONG_ROWS) -> bool:
+        weight = torch.ones(length, dtype=dtype)
+        return cpu.has_own_layer_norm(torch.empty(rows, length, dtype=dtype), weight, (length,))
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert [length for length in (9, 16, 24, 26, 32, 33) if asked(length)] == [9, 24, 26]
+    lengths = (9, 16, 24, 26, 32, 33, 64, 72, 128, 129)
+    assert [length for length in lengths if asked(length)] == [9, 24, 26, 33, 72]
+    assert [length for length in lengths if asked(length, rows=cpu.MANY_ROWS)] == [9, 24, 26]
+    assert not any(asked(length, rows=cpu.MANY_ROWS - 1) for length in lengths)
     assert asked(12, torch.float64)
     assert not asked(8, torch.float64)
+    assert not cpu.has_own_layer_norm(torch.empty(cpu.MANY_LONG_ROWS, 26), None, (26,))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert not asked(26)
+    assert [length for length in lengths if asked(length)] == [9]
 
 
 @pytest.mark.parametrize("affine", [True, False])
