@@ -40,10 +40,11 @@ HEADER = COLUMNS.format("norm", "dropout", "pass", "stock (us)", "fused (us)", "
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("host", "Host time of norm + dropout + ReLU up to the launch, fused against stock torch.")
-    parser.prog = "python -m benchmarks.host"
+    parser = Parser(
+        "benchmarks.host", "Host time of norm + dropout + ReLU up to the launch, fused against stock torch."
+    )
     add = parser.add_argument
-    add("--norms", choices=NORMS, nargs="+", default=list(NORMS))
+    add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
     add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P")
     add("--calls", type=at_least(1), default=200, metavar="N", help="in each round (%(default)s)")
     add("--rounds", type=at_least(2), default=40, metavar="N", help="fused and stock in turn (%(default)s)")

@@ -50,14 +50,13 @@ MARKERS = "os^vD<>pP*"
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("layers", __doc__.partition(": ")[2])
-    parser.prog = "python -m benchmarks.layers"
+    parser = Parser("benchmarks.layers", __doc__.partition(": ")[2])
     add = parser.add_argument
     what = "network-128, network-512 (the MNIST network's, together), ladder, or N x C x H x W"
     default = [shape_sets(text) for text in DEFAULT_SHAPES]
     help = f"{what} ({' '.join(DEFAULT_SHAPES)})"
     add("--shapes", type=shape_sets, nargs="+", default=default, metavar="S", help=help)
-    add("--norms", choices=NORMS, nargs="+", default=list(NORMS))
+    add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
     add("--groups", type=at_least(1), default=NUM_GROUPS, metavar="N", help="of group norm (%(default)s)")
     add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P", help="(0.05 0)")
     add("--residual", action="store_true", help="add a residual before the ReLU")
@@ -65,13 +64,13 @@ def get_parser() -> argparse.ArgumentParser:
     help = "layer norm of channels_last is over (C, H, W), not over W (contiguous)"
     add("--layouts", choices=LAYOUTS, nargs="+", default=["contiguous"], help=help)
     add("--passes", choices=get_args(Passes), nargs="+", default=["both"], help="(both)")
-    names = f"beside stock, which is always there: {', '.join(CONTENDERS)}; or all that can run"
+    names = f"beside stock, which is always there: {', '.join(CONTENDERS)}, or all that can run"
     add(
         "--contenders",
         choices=[*CONTENDERS, "all"],
         nargs="+",
         metavar="C",
-        help=f"{names} (fused; on a GPU compiled triton)",
+        help=f"{names} (on a CPU fused, on a GPU compiled and triton)",
     )
     add(
         "--rounds", type=at_least(2), default=40, metavar="N", help="of each case, all contenders in turn (%(default)s)"

@@ -21,10 +21,13 @@ def describe_machine(device: torch.device | None, date: datetime.date | None = N
 
 def command_of(program: str, argv: Sequence[str] | None) -> str:
     """What was typed to run a program of this package, without the files that it writes to."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    for flag in ("--json", "--plot"):
-        if flag in words:
-            del words[words.index(flag) : words.index(flag) + 2]
+    words: list[str] = []
+    given = iter(sys.argv[1:] if argv is None else argv)
+    for word in given:
+        if word in ("--json", "--plot"):
+            next(given)
+        elif not word.startswith(("--json=", "--plot=")):
+            words.append(word)
     return shlex.join(["python", "-m", f"benchmarks.{program}", *words])
 
 

@@ -36,8 +36,9 @@ HEADER = COLUMNS.format(
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("models", "Time training steps of torchvision's models, stock and fused, and count what they save.")
-    parser.prog = "python -m benchmarks.models"
+    parser = Parser(
+        "benchmarks.models", "Time training steps of torchvision's models, stock and fused, and count what they save."
+    )
     add = parser.add_argument
     add("--models", choices=MODELS, nargs="+", default=["resnet50"])
     add("--dropout", type=fraction, nargs="+", default=[0.0, 0.05], metavar="P", help="before each ReLU behind a norm")

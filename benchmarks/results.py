@@ -294,12 +294,12 @@ PARTS = {
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("results", __doc__.partition(": ")[2].replace("\n", " "))
-    parser.prog = "python -m benchmarks.results"
+    parser = Parser("benchmarks.results", __doc__.partition(": ")[2].replace("\n", " "))
     add = parser.add_argument
     add("--only", choices=PARTS, nargs="+", metavar="PART", help=f"measure no other part: {', '.join(PARTS)} (all)")
     what = "instead of measuring, take what a part's command wrote to a file, and pictures that lie beside it"
     add("--take", type=taken, nargs="+", default=[], metavar="PART=FILE", help=what)
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--render", action="store_true", help="measure nothing, write the tables from docs/results as it is")
     add("--check", action="store_true", help="measure and write nothing, fail where a table says something else")
     return parser
@@ -410,9 +410,13 @@ def render(texts: Mapping[Path, str]) -> dict[Path, str]:
 
 def results(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
-    if not (args.check or args.render):
+    measured = args.only or args.take
+    if args.check or args.render:
+        if measured:
+            raise UserError("--check and --render measure nothing: leave out --only and --take", exit_code=2)
+    else:
         files = dict(args.take)
-        for name in PARTS if not (args.only or args.take) else (*files, *(args.only or ())):
+        for name in (*files, *(args.only or ())) if measured else PARTS:
             keep(name, files.get(name) or run(name))
     old = {page: page.read_text() for page in PAGES}
     for page, text in render(old).items():

@@ -68,8 +68,7 @@ class Counts:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("traffic", __doc__.partition(": ")[2].replace("\n", " "))
-    parser.prog = "python -m benchmarks.traffic"
+    parser = Parser("benchmarks.traffic", __doc__.partition(": ")[2].replace("\n", " "))
     add_chain_flags(parser)
     add = parser.add_argument
     add("--gpu", choices=[gpu.name for gpu in GPUS], default="H100", help="what code is generated for (%(default)s)")
@@ -85,7 +84,7 @@ def add_chain_flags(parser: argparse.ArgumentParser, shapes: str = "64x256x56x56
     add = parser.add_argument
     add("--shape", type=shape, nargs="+", default=[shape(s) for s in shapes.split()], help=f"N x C x H x W ({shapes})")
     add("--dtype", choices=DTYPES, default="float32", help="of everything but statistics (%(default)s)")
-    add("--norms", choices=NORMS, nargs="+", default=list(NORMS))
+    add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
     add("--groups", type=at_least(1), metavar="N", help="of group norm (32, or 2 where channels are few)")
     add("--dropout", type=fraction, default=0.0, metavar="P", help="(%(default)s)")
     add("--residual", action="store_true", help="add a residual before the ReLU")

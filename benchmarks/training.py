@@ -52,10 +52,11 @@ ACCURACY_HEADER = ACCURACY_COLUMNS.format(
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("training", "Speed and memory of the training: the course-style loop, stock layers, fused.")
-    parser.prog = "python -m benchmarks.training"
+    parser = Parser(
+        "benchmarks.training", "Speed and memory of the training: the course-style loop, stock layers, fused."
+    )
     add = parser.add_argument
-    add("--norms", choices=NORMS, nargs="+", default=list(NORMS))
+    add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
     add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P", help="(0.05 0)")
     add("--compile", action="store_true", help="stock and fused also under torch.compile")
     add("--batch-size", type=at_least(1), default=128, metavar="N", help="(%(default)s)")

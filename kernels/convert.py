@@ -19,6 +19,7 @@ from .chains import SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains,
 from .forwards import (
     NORMS,
     Forward,
+    Model,
     RewritingTracer,
     Rewritten,
     Untraceable,
@@ -75,7 +76,10 @@ class FusionReport:
 
     def __str__(self) -> str:
         summed = sum(chain.residual for chain in self.fused)
-        lines = [f"fused {len(self.fused)} chains, {summed} of them with a sum; left {len(self.left)} norms alone"]
+        chains, norms = (
+            f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(self.fused), "chain"), (len(self.left), "norm"))
+        )
+        lines = [f"fused {chains}, {summed} with a sum; left {norms} alone"]
         for chain in self.fused:
             parts = [chain.kind]
             parts += [f"dropout {chain.dropout_p}"] if chain.dropout_p > 0 else []
@@ -89,11 +93,11 @@ class FusionReport:
 
 
 def fuse(
-    model: nn.Module,
+    model: Model,
     *,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     process_group: ProcessGroup | None = None,
-) -> nn.Module:
+) -> Model:
     """The model with each norm [-> dropout] [-> + residual] -> ReLU as one fused layer; computes what `model` computes.
 
     The result shares the parameters and buffers of `model`, which is not changed: train the one or the other. Paths,
@@ -154,7 +158,7 @@ def fuse(
     return result
 
 
-def unfuse(model: nn.Module) -> nn.Module:
+def unfuse(model: Model) -> Model:
     """The model with stock modules again: what fuse made is undone, and fused layers made by hand become chains of
     torch.nn.functional.
 

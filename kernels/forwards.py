@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import MethodType, ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
+
+Model = TypeVar("Model", bound=nn.Module)
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -35,7 +37,7 @@ class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
     """A forward that cannot be traced, or not so that the trace can stand for it."""
 
 
-def copy_structure(model: nn.Module, *, share_buffers: bool) -> nn.Module:
+def copy_structure(model: Model, *, share_buffers: bool) -> Model:
     """A deep copy of the modules and of what they refer to, with the same parameters and hooks.
 
     With `share_buffers` the buffers, and tensors that are plain attributes, are the same as well.

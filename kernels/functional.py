@@ -58,8 +58,8 @@ def batch_norm_relu(
         neither: what a convolution under it hands on in half precision is taken with the float32 parameters.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.batch_norm, F.dropout or the addition would; before anything is
-            computed or changed.
+        TypeError, ValueError, RuntimeError: where F.batch_norm or F.dropout would, and for a residual of another shape,
+            dtype or device; before anything is computed or changed.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
     """
@@ -119,8 +119,8 @@ def group_norm_relu(
         A tensor of the input's shape and dtype, under torch.autocast too, in its memory format where that is dense.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.group_norm, F.dropout or the addition would; before anything is
-            computed.
+        TypeError, ValueError, RuntimeError: where F.group_norm or F.dropout would, and for a residual of another shape,
+            dtype or device; before anything is computed.
 
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
@@ -170,8 +170,8 @@ def layer_norm_relu(
         A tensor of the input's shape and dtype, under torch.autocast too.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.layer_norm, F.dropout or the addition would; before anything is
-            computed.
+        TypeError, ValueError, RuntimeError: where F.layer_norm or F.dropout would, and for a residual of another shape,
+            dtype or device; before anything is computed.
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
     """

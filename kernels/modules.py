@@ -82,7 +82,7 @@ class _BatchNormReLU(FusedLayer, _NormBase):
     """The batch norms, which differ in the inputs that they take."""
 
     layouts: ClassVar[dict[int, str]]
-    """The dimensions of an input, by their number."""
+    """The names of an input's dimensions, by the numbers of them that it may have."""
 
     def __init__(
         self,
@@ -113,6 +113,10 @@ class _BatchNormReLU(FusedLayer, _NormBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         group = state["process_group"]
         super().__setstate__({**state, "process_group": group.group if isinstance(group, _CopiedGroup) else group})
+
+    def extra_repr(self) -> str:
+        group = self.process_group
+        return super().extra_repr() + ("" if group is None else f", process_group={group.group_name}")
 
     def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
         if input.dim() not in self.layouts:
@@ -168,6 +172,8 @@ class BatchNormReLU2d(_BatchNormReLU):
             default group of the process that loads it.
         impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
         device, dtype: of the parameters and buffers.
+
+    Called as layer(input, residual=None), with a residual of the input's shape and dtype.
     """
 
     layouts: ClassVar = {4: "(N, C, H, W)"}
@@ -188,6 +194,8 @@ class GroupNormReLU(FusedLayer, nn.GroupNorm):
         activation: "relu" or "identity".
         impl: "auto", "triton" or "torch", as for `group_norm_relu`.
         device, dtype: of the parameters.
+
+    Called as layer(input, residual=None), with a residual of the input's shape and dtype.
     """
 
     def __init__(
@@ -220,6 +228,8 @@ class LayerNormReLU(FusedLayer, nn.LayerNorm):
         activation: "relu" or "identity".
         impl: "auto", "triton" or "torch", as for `layer_norm_relu`.
         device, dtype: of the parameters.
+
+    Called as layer(input, residual=None), with a residual of the input's shape and dtype.
     """
 
     def __init__(

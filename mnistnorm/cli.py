@@ -22,8 +22,17 @@ from .training import ELASTIC, LEARNING_RATES, Settings
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
-    def __init__(self, program: str, description: str) -> None:
-        super().__init__(prog=f"python -m mnistnorm.{program}", description=description, allow_abbrev=False)
+    def __init__(self, module: str, description: str) -> None:
+        description = description[:1].upper() + description[1:]
+        super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's, and refuses to write two things to the same file."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        files = [getattr(parsed, name, None) for name in ("json", "plot")]
+        if isinstance(files[0], Path) and files[0] == files[1]:
+            self.error("--json and --plot name the same file")
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help", exit_code=2)
@@ -82,14 +91,15 @@ def at_least(
     low: int, kind: type[int] | type[float] = int, *, high: float | None = None
 ) -> Callable[[str], int | float]:
     """A flag's type: a finite number of `kind` from `low` to `high`; an integer also fits into 32 bits."""
-    high = high or (2**31 - 1 if kind is int else sys.float_info.max)
+    if high is None:
+        high = 2**31 - 1 if kind is int else sys.float_info.max
 
     def parse(text: str) -> int | float:
         with suppress(ValueError):
             value = kind(text)
             if low <= value <= high:
                 return value
-        what = f"an integer from {low} to {high}" if kind is int else f"a number of at least {low}"
+        what = f"an integer from {low} to {high}" if kind is int else f"a finite number of at least {low}"
         raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
 
     return parse
@@ -132,12 +142,21 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=at_least(1), metavar="N", help="length of the schedule (%(default)s)")
     add("--batch-size", type=at_least(1), metavar="N", help="images per step (%(default)s)")
     add("--optimizer", choices=LEARNING_RATES, help="muon leaves to AdamW what it does not take (%(default)s)")
-    add("--lr", type=at_least(0, float), help="peak learning rate (by optimizer and norm)")
+    add("--lr", type=at_least(0, float), help="peak learning rate (chosen by optimizer and norm)")
     add("--weight-decay", type=at_least(0, float), metavar="X", help="of the convolutions (%(default)s)")
     add("--l1", type=at_least(0, float), metavar="X", help="loss per absolute weight of the convolutions (%(default)s)")
     add("--label-smoothing", type=fraction, metavar="X", help="share of the loss over all classes (%(default)s)")
-    add("--augment", action=on_off, help="map the training images by random maps, affine and elastic (on)")
-    add("--elastic", type=at_least(0, float), metavar="X", help="pixels that elastic maps bend by (by norm)")
+    add(
+        "--augment",
+        action=on_off,
+        help="map the training images by random maps, affine and, see --elastic, elastic (on)",
+    )
+    add(
+        "--elastic",
+        type=at_least(0, float),
+        metavar="X",
+        help="pixels that elastic maps bend by (with layer norm 1, else 0)",
+    )
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, help="all but mnist, which is part of the package, are downloaded (%(default)s)")

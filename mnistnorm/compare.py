@@ -18,7 +18,7 @@ from .cli import Parser, add_training_flags, at_least, run_program, set_saved_de
 from .errors import UserError
 from .model import NORMS
 from .run import (
-    CONFIG,
+    COMPARISON_CONFIG,
     LAST,
     RUN_FILES,
     build_trainer,
@@ -38,7 +38,7 @@ RESULTS = (TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON, GRAPH.format("*"), MISTAKES.f
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("compare", "Train the MNIST CNN with several norms, and draw and tabulate how they do.")
+    parser = Parser("mnistnorm.compare", "Train the MNIST CNN with several norms, and draw and tabulate how they do.")
     add = parser.add_argument
     add("--norms", choices=NORMS, nargs="+", default=["batch", "group", "layer"], help="to compare (batch group layer)")
     add("--seeds", type=at_least(0), nargs="+", default=[0], metavar="N", help="each norm is trained with each (0)")
@@ -102,10 +102,14 @@ def compare(argv: Sequence[str] | None) -> int:
     runs = {norm: [settings_of(args, norm=norm, seed=seed) for seed in seeds] for norm in norms}
 
     may_hold_them = args.resume or args.overwrite
-    prepare_folder(out, (CONFIG, *RESULTS), "a comparison", may_hold_them=may_hold_them)
+    prepare_folder(
+        out, (COMPARISON_CONFIG, *RESULTS), "a comparison", may_hold_them=may_hold_them, others={"a run": RUN_FILES}
+    )
     folders = {folder_of(out, settings): settings for of_norm in runs.values() for settings in of_norm}
     for folder, settings in folders.items():
-        prepare_folder(folder, RUN_FILES, "a run", may_hold_them=may_hold_them)
+        prepare_folder(
+            folder, RUN_FILES, "a run", may_hold_them=may_hold_them, others={"a comparison": [COMPARISON_CONFIG]}
+        )
         if args.resume and (folder / LAST).exists():
             load_run(folder, settings)
     # What would stop the first run stops all, before anything is replaced.
@@ -115,7 +119,7 @@ def compare(argv: Sequence[str] | None) -> int:
     with locked(out):
         flags = {name: getattr(args, name) for name in sorted(flag_names())}
         flags |= {"device": first.device, "threads": first.threads}
-        write_atomically(out / CONFIG, json.dumps(flags, indent=2) + "\n")
+        write_atomically(out / COMPARISON_CONFIG, json.dumps(flags, indent=2) + "\n")
         if args.overwrite:  # all at once, so that --resume takes none of the earlier runs for one of these
             remove_files(out, RESULTS)
             for folder in folders:
@@ -135,7 +139,7 @@ def saved_flags(out: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none.
     """
-    path = out / CONFIG
+    path = out / COMPARISON_CONFIG
     if not path.exists():
         raise UserError(f"there is no comparison to resume in {out}: name its folder with --out or leave out --resume")
     try:
@@ -146,7 +150,7 @@ def saved_flags(out: Path) -> dict[str, Any]:
             common = {name: value for name, value in flags.items() if name not in ("norms", "seeds")}
             by_norm = {name: common[name] or 0.0 for name in ("lr", "elastic")}
             Settings(**common | by_norm | {"norm": norm, "seed": seed})
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not of a comparison, or is damaged: start again with --overwrite") from error
     return flags
 

@@ -63,8 +63,10 @@ class Normalization:
     std: float
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"std must be above 0, got {self.std}: all images are of one shade")
+        if not math.isfinite(self.mean):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"std must be above 0 and finite, got {self.std}: all images are of one shade")
 
     @classmethod
     def of(cls, images: Tensor) -> "Normalization":

@@ -1,5 +1,7 @@
 """The errors that the programs report, in one line each."""
 
+import textwrap
+
 
 class UserError(Exception):
     """Something the user can mend: ends a program with one line that says what is wrong and what to do.
@@ -15,5 +17,5 @@ class UserError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """What `error` says, without line breaks."""
-    return " ".join(str(error).split())
+    """What `error` says, without line breaks and of a line's length."""
+    return textwrap.shorten(str(error), width=200, placeholder=" ...")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .checkpoint import Checkpoint
+from .checkpoint import INSTEAD, Checkpoint
 from .cli import Parser, choose_device, print_error, run_program
 from .errors import UserError
 from .model import IMAGE_SIZE
@@ -34,7 +34,7 @@ FAINT = 80
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("predict", "Say which digit each image shows, and how probable that is.")
+    parser = Parser("mnistnorm.predict", "Say which digit each image shows, and how probable that is.")
     parser.add_argument("checkpoint", type=Path, help="a last.pt or best.pt written by mnistnorm.train")
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="one digit, of any size, dark or light")
     parser.add_argument("--json", action="store_true", help="print a JSON list, with the probability of every class")
@@ -174,6 +174,8 @@ def predict(argv: Sequence[str] | None) -> int:
     images = np.array([digit for _, digit in digits], dtype=np.uint8)
     batch = torch.from_numpy(images).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE).to(device)
     probabilities = log_probabilities(checkpoint.network().to(device), batch, checkpoint.normalization).exp()
+    if not probabilities.isfinite().all():
+        raise UserError(f"the network of {args.checkpoint} computes no numbers, its training diverged; {INSTEAD}")
     results = []
     for (path, _), row in zip(digits, probabilities.tolist(), strict=True):
         by_class = dict(zip(checkpoint.classes, row, strict=True))

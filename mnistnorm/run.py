@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,8 @@ LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
 TENSORBOARD = "events.out.tfevents.*"
 RUN_FILES = (LAST, BEST, CONFIG, METRICS, CURVES, MISTAKES, TENSORBOARD)
+# Of mnistnorm.compare, in the folder that holds those of its runs.
+COMPARISON_CONFIG = "comparison-config.json"
 
 
 def default_out(dataset: str, norm: str, fused: bool, seed: int) -> Path:
@@ -55,7 +57,11 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
     implementation = describe_implementation(settings)
     distributed.check(settings)
     checkpoint = distributed.from_main(lambda: load_run(out, settings)) if resume else None
-    distributed.from_main(lambda: prepare_folder(out, RUN_FILES, "a run", may_hold_them=resume or overwrite))
+    distributed.from_main(
+        lambda: prepare_folder(
+            out, RUN_FILES, "a run", may_hold_them=resume or overwrite, others={"a comparison": [COMPARISON_CONFIG]}
+        )
+    )
     with locked(out) if distributed.is_main() else nullcontext():
         trainer = build_trainer(settings)
         if checkpoint:
@@ -68,6 +74,7 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
             if complete:
                 _report(trainer, out)
             elif distributed.is_main():
+                _check_convergence(settings, trainer.epoch + 1, [trainer.running[0]])
                 save(trainer, out / LAST)
         if number := first_signal():
             what = "after the last epoch, complete" if complete else f"in epoch {trainer.epoch + 1} and saved"
@@ -121,7 +128,9 @@ def _continue(trainer: Trainer, checkpoint: Checkpoint, path: Path) -> None:
         raise UserError(f"{path} holds the training state of another run or version: {reason}") from error
 
 
-def prepare_folder(out: Path, files: Sequence[str], what: str, *, may_hold_them: bool) -> None:
+def prepare_folder(
+    out: Path, files: Sequence[str], what: str, *, may_hold_them: bool, others: Mapping[str, Sequence[str]]
+) -> None:
     """Makes the folder of `what` and checks that it can be written.
 
     Args:
@@ -129,8 +138,16 @@ def prepare_folder(out: Path, files: Sequence[str], what: str, *, may_hold_them:
         files: patterns of their names.
         what: they are, in words.
         may_hold_them: whether one of them may be there already.
+        others: what else a folder may hold, but not this one: in words, and the patterns of its files.
     """
-    if not may_hold_them and any(path for name in files for path in out.glob(name)):
+
+    def holds(files: Sequence[str]) -> bool:
+        return any(path for name in files for path in out.glob(name))
+
+    for other, their_files in others.items():
+        if holds(their_files):
+            raise UserError(f"{out} holds {other}, not {what}: name another --out")
+    if not may_hold_them and holds(files):
         raise UserError(f"{out} holds {what}: continue it (--resume), replace it (--overwrite) or name another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -308,9 +325,7 @@ def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], in
 
 def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
     metrics = trainer.history[-1]
-    if not all(math.isfinite(value) for value in metrics.values()):
-        lr = trainer.settings.lr
-        raise UserError(f"the training diverged in epoch {trainer.epoch}: take a lower --lr than {lr:g}")
+    _check_convergence(trainer.settings, trainer.epoch, metrics.values())
     if best_epoch(trainer.history) == trainer.epoch:
         save(trainer, out / BEST, to_resume=False)
     write_atomically(out / METRICS, "".join(json.dumps(line) + "\n" for line in trainer.history))
@@ -320,6 +335,11 @@ def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
         writer.flush()
     # Last, so that what it continues from is in all the other files.
     save(trainer, out / LAST)
+
+
+def _check_convergence(settings: Settings, epoch: int, metrics: Iterable[float]) -> None:
+    if not all(map(math.isfinite, metrics)):
+        raise UserError(f"the training diverged in epoch {epoch}: take a lower --lr than {settings.lr:g}")
 
 
 @contextmanager

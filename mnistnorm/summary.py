@@ -11,7 +11,7 @@ from .model import CNN, IMAGE_SIZE, NORMS
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("summary", "Print the layers, output shapes and parameter counts of the MNIST CNN.")
+    parser = Parser("mnistnorm.summary", "Print the layers, output shapes and parameter counts of the MNIST CNN.")
     parser.add_argument("--norm", choices=NORMS, default="batch", help="normalization (%(default)s)")
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="take the fused layers")
     return parser

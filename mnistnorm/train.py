@@ -13,8 +13,10 @@ from .run import default_out, load_run, run_training
 
 
 def get_parser() -> argparse.ArgumentParser:
-    description = "Train the MNIST CNN. --fused alone is the full run. Started by torchrun, processes share each batch."
-    parser = Parser("train", description)
+    description = (
+        "Train the MNIST CNN; the defaults are the full recipe. Started by torchrun, processes share each batch."
+    )
+    parser = Parser("mnistnorm.train", description)
     parser.add_argument("--norm", choices=NORMS, default="batch", help="normalization (%(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all that is random (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/DATASET-NORM-LAYERS-seedN)")

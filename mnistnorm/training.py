@@ -1,5 +1,6 @@
 """The pieces of a training run, free of files and flags: settings, optimizers, schedule, trainer, evaluation."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -32,7 +33,7 @@ ADAMW_SHARE = 0.2
 # The share of the steps in which the learning rate rises.
 WARMUP = 0.2
 
-# The settings that say where and how to compute, not what: they decide but the last bits of the result.
+# The settings that say where and how to compute, not what: they decide no more than the last bits of the result.
 MACHINE_SETTINGS = ("impl", "device", "threads", "compile", "data_dir")
 
 
@@ -100,10 +101,20 @@ class Settings:
             if field.name in known:
                 if value not in known[field.name]:
                     raise ValueError(f"{field.name} must be one of {', '.join(known[field.name])}, got {value!r}")
-            elif not isinstance(value, (int, float) if kind is float else kind):  # type: ignore[arg-type]
+            elif not isinstance(value, (int, float) if kind is float else kind) or (  # type: ignore[arg-type]
+                isinstance(value, bool) and kind is not bool
+            ):
                 raise TypeError(f"{field.name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
         if min(self.epochs, self.batch_size, self.threads, self.processes) < 1:
             raise ValueError("epochs, batch_size, threads and processes must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        for name in ("lr", "weight_decay", "l1", "elastic"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        for name in ("dropout", "label_smoothing", "val_split"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
 
 
 class ConvMuon(torch.optim.Muon):

@@ -10,6 +10,7 @@ import torch
 from benchmarks import compiled, host, layers, models, results, traffic, training
 from benchmarks.chain import Chain
 from benchmarks.counting import Kernel, eager
+from benchmarks.machine import command_of
 from mnistnorm import fuse
 
 PROGRAMS = [traffic.main, compiled.main]
@@ -34,6 +35,20 @@ def test_bad_input_is_one_line_and_exit_code_2(program, flags, expected, capsys)
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [traffic, layers])
+def test_two_outputs_do_not_share_a_file(program, tmp_path, capsys) -> None:
+    assert program.main(["--json", str(tmp_path / "file"), "--plot", str(tmp_path / "file")]) == 2
+    assert "--json and --plot name the same file" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv", [["--json", "a.json", "--norms", "batch"], ["--norms", "batch", "--plot=a.png", "--json=a.json"]]
+)
+def test_the_command_is_told_without_the_files_it_writes(argv) -> None:
+    assert command_of("layers", argv) == "python -m benchmarks.layers --norms batch"
 
 
 @pytest.mark.parametrize("program", [layers, training, models, traffic, compiled, host, results])

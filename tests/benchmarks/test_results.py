@@ -136,7 +136,17 @@ def test_damaged_results_and_markers_are_named(copy: Path, capsys) -> None:
     assert "layers.json is damaged: measure it by" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--only", "pencils"], ["--take", "layers"], ["--take", "layers=nowhere.json"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--only", "pencils"],
+        ["--take", "layers"],
+        ["--take", "layers=nowhere.json"],
+        ["--render", "--check"],
+        ["--check", "--only", "layers"],
+        ["--render", "--take", f"layers={__file__}"],
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(flags: list[str], capsys) -> None:
     assert results.main(flags) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1035,7 +1035,7 @@ def test_fusing_again_and_nothing_to_fuse():
     assert counts(again) == (0, 0, 2)
     assert {norm.reason for norm in again.fusion_report.left} == {"already fused"}
     assert repr(again) == repr(model)
-    assert "fused 2 chains, 1 of them with a sum; left 0 norms alone" in str(model.fusion_report)
+    assert "fused 2 chains, 1 with a sum; left 0 norms alone" in str(model.fusion_report)
     assert "norm2: BatchNorm2d + sum + ReLU, in the forward of the model" in str(model.fusion_report)
     assert counts(fuse(nn.Linear(2, 3))) == (0, 0, 0)
 

@@ -83,8 +83,13 @@ def test_another_files_content_is_refused(content: object, tmp_path: Path) -> No
         "unknown optimizer",
         "type",
         "range",
+        "lr",
+        "dropout",
+        "seed",
+        "bool",
         "classes",
         "normalization",
+        "mean",
         "shape",
         "missing",
         "settings",
@@ -101,6 +106,12 @@ def test_another_network_is_refused(change: str, finished_run: Path, tmp_path: P
         content["settings"]["epochs"] = "two"
     elif change == "range":
         content["settings"]["batch_size"] = 0
+    elif change in ("lr", "dropout", "seed"):
+        content["settings"][change] = {"lr": float("nan"), "dropout": 1.0, "seed": -1}[change]
+    elif change == "bool":
+        content["settings"]["epochs"] = True
+    elif change == "mean":
+        content["normalization"]["mean"] = float("nan")
     elif change == "classes":
         content["classes"] = content["classes"][:9]
     elif change == "normalization":
@@ -117,6 +128,7 @@ def test_another_network_is_refused(change: str, finished_run: Path, tmp_path: P
     with pytest.raises(UserError, match="is a checkpoint of another network or version") as failure:
         Checkpoint.load(tmp_path / "other.pt")
     assert "\n" not in str(failure.value)
+    assert len(str(failure.value)) < 500
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
 
 
 def flag(kind: Callable[[str], object], text: str) -> object:
-    parser = Parser("test", "")
+    parser = Parser("mnistnorm.test", "")
     parser.add_argument("--flag", type=kind)
     return parser.parse_args(["--flag", text]).flag
 

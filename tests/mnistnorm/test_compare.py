@@ -131,11 +131,11 @@ def test_there_must_be_something_to_resume(tmp_path: Path, one_error: Callable[[
 def test_flags_that_are_none_of_a_comparison_are_refused(
     comparison: tuple[list[str], Path], tmp_path: Path, one_error: Callable[[], str]
 ) -> None:
-    flags = json.loads((comparison[1] / "config.json").read_text())
+    flags = json.loads((comparison[1] / "comparison-config.json").read_text())
     for content in ({"norms": ["batch"]}, [], flags | {"norms": ["none"]}, flags | {"seeds": 3}, flags | {"device": 1}):
-        (tmp_path / "config.json").write_text(json.dumps(content))
+        (tmp_path / "comparison-config.json").write_text(json.dumps(content))
         assert compare.main(["--resume", "--out", str(tmp_path)]) == 1
-        assert "config.json is not of a comparison, or is damaged" in one_error()
+        assert "comparison-config.json is not of a comparison, or is damaged" in one_error()
 
 
 def test_overwrite_leaves_nothing_of_the_earlier_comparison(
@@ -150,9 +150,20 @@ def test_overwrite_leaves_nothing_of_the_earlier_comparison(
     monkeypatch.setattr(compare, "run_training", stop)
     assert compare.main([*comparison[0], "--dropout", "0.1", "--overwrite", "--out", str(out)]) == 1
     assert "stopped" in one_error()
-    assert [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()] == ["config.json"]
+    assert [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()] == ["comparison-config.json"]
     assert compare.main(["--resume", "--out", str(out)]) == 1
     assert "stopped" in one_error()
+
+
+def test_the_folder_of_a_run_is_not_that_of_a_comparison(
+    comparison: tuple[list[str], Path], tmp_path: Path, one_error: Callable[[], str]
+) -> None:
+    flags, out = comparison
+    shutil.copytree(out / "layer-seed3", tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    assert compare.main([*flags, "--overwrite", "--out", str(tmp_path / "run")]) == 1
+    assert f"{tmp_path / 'run'} holds a run, not a comparison: name another --out" in one_error()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_unknown_norm_is_one_line(one_error: Callable[[], str]) -> None:

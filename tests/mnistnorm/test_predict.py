@@ -268,6 +268,16 @@ def test_a_checkpoint_that_is_none_is_one_line(tmp_path: Path, one_error: Callab
     assert f"{path} is not a checkpoint" in one_error()
 
 
+def test_a_network_that_diverged_predicts_nothing(
+    checkpoint: Path, mnist: Dataset, tmp_path: Path, one_error: Callable[[], str]
+) -> None:
+    diverged = Checkpoint.load(checkpoint)
+    diverged.model["classifier.weight"][3] = float("nan")
+    diverged.save(tmp_path / "diverged.pt")
+    assert predict.main([str(tmp_path / "diverged.pt"), *save_digits(mnist, tmp_path, 1), "--json"]) == 1
+    assert "computes no numbers, its training diverged" in one_error()
+
+
 def test_an_image_must_be_given(checkpoint: Path, one_error: Callable[[], str]) -> None:
     assert predict.main([str(checkpoint)]) == 2
     assert "required: image" in one_error()

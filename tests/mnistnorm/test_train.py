@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -229,14 +230,14 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--epochs", "two"], "--epochs: expected an integer from 1 to 2147483647, got 'two'"),
         (["--batch-size", "-1"], "--batch-size: expected an integer from 1 to 2147483647, got '-1'"),
         (["--threads", "2000000"], "--threads: expected an integer from 1 to 1024, got '2000000'"),
-        (["--lr", "nan"], "--lr: expected a number of at least 0, got 'nan'"),
+        (["--lr", "nan"], "--lr: expected a finite number of at least 0, got 'nan'"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got '1'"),
         (["--val-split", "1.5"], "--val-split: expected a number from 0 to below 1, got '1.5'"),
         (["--val-split", "0.999"], "--val-split 0.999 leaves none of the 320 images to train on: take less"),
         (["--seed", "-1"], "--seed: expected an integer from 0 to 2147483647, got '-1'"),
         (["--seed", "1000000000000000000000"], "--seed: expected an integer from 0 to 2147483647, got '1000"),
         (["--impl", "triton"], "--impl triton is for the fused layers: add --fused"),
-        (["--elastic", "-1"], "--elastic: expected a number of at least 0, got '-1'"),
+        (["--elastic", "-1"], "--elastic: expected a finite number of at least 0, got '-1'"),
         (["--elastic", "1", "--no-augment"], "--no-augment leaves nothing for --elastic 1, given or of"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
@@ -413,10 +414,29 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_there(
     assert train.main(["--resume", "--out", str(tmp_path)]) == 0
 
 
-def test_a_diverging_run_is_one_line(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_diverging_run_is_one_line(
+    stopped: bool, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: OneError
+) -> None:
+    train_step = Trainer.train_step
+
+    def interrupted(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor, size: int) -> None:
+        train_step(trainer, images, labels, size)
+        if stopped and not math.isfinite(trainer.running[0]):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
     flags = ["--optimizer", "sgd", "--lr", "1e30", "--norm", "layer"]
     assert train.main([*quick, *flags, "--out", str(tmp_path)]) == 1
     assert "the training diverged in epoch 1: take a lower --lr than 1e+30" in one_error()
+    assert all(value.isfinite().all() for value in Checkpoint.load(tmp_path / "last.pt").model.values())
+
+
+def test_the_folder_of_a_comparison_is_not_that_of_a_run(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
+    (tmp_path / "comparison-config.json").write_text("{}")
+    assert train.main([*quick, "--overwrite", "--out", str(tmp_path)]) == 1
+    assert f"{tmp_path} holds a comparison, not a run: name another --out" in one_error()
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison-config.json"]
 
 
 def test_amp_trains_in_bfloat16(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
