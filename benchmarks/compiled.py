@@ -72,7 +72,8 @@ BOUND_COLUMNS = "{:<8}" + " {:>20}" * len(CONTENDERS)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("benchmarks.compiled", __doc__.partition(": ")[2].replace("\n", " "))
+    parser = Parser("compiled", __doc__.partition(": ")[2].replace("\n", " "))
+    parser.prog = "python -m benchmarks.compiled"
     add = parser.add_argument
     add("--target", choices=TARGETS, nargs="+", default=["sm_90"], metavar="T", help=f"{', '.join(TARGETS)} (sm_90)")
     add_chain_flags(parser)

@@ -6,7 +6,7 @@ belongs to a channel is repeated along a row. Layer norm of short rows avoids al
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,21 +27,24 @@ MANY_CHANNELS = 24
 # Columns are summed one sample after the other: rounding grows with their number.
 MANY_SAMPLES = 2**12
 
-# Many short rows have ways of their own, which have to make up for the time that an autograd.Function takes.
+# Many short rows go ways of their own, if they are enough to make up for the time that an autograd.Function takes.
 MANY_ROWS = 2**12
-# Rows of fewer elements than a vector register holds are slow in torch's layer norm; in the forward on one thread, rows
-# of up to two vectors.
+# Rows of fewer elements than a vector register holds are slow in torch's layer norm; on one thread, in the forward,
+# those of fewer than two.
 VECTOR = 8
 SHORT_ROW = 15
 # In rows up to this length several threads of torch's backward spend most of their time on the cache lines in which two
-# of them add up parameters' gradients. Own sums avoid that; for longer rows it helps to ask for one gradient at a time.
+# of them add up parameters' gradients. Own sums avoid that; for longer rows, and more of them, it helps to ask for one
+# gradient at a time.
 CONTENDED_ROW = 32
 LONG_CONTENDED_ROW = 128
 MANY_LONG_ROWS = 2**14
+# The elements of a row that is none too short for torch's backward.
+WIDE_ROW = 2**10
 CACHE_LINE = 64
 # The largest mean, in standard deviations, that E[x^2] - E[x]^2 bears: it loses the logarithm of 1 + 4^2, 4 bits.
 BEARABLE_MEAN = 4.0
-# Elements that are taken at a time, so that a temporary stays in the cache.
+# Elements that are taken at a time, so that the temporaries stay in the outermost cache.
 PART = 2**20
 
 
@@ -189,33 +192,30 @@ def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
     return _has_many_rows(input, normalized_shape, longest, MANY_ROWS)
 
 
-def has_own_layer_norm(input: Tensor, weight: Tensor | None, normalized_shape: tuple[int, ...]) -> bool:
+def has_own_layer_norm(
+    input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
+) -> bool:
     """Whether layer norm goes another way here than through one call of torch's kernel in each direction."""
-    return has_short_rows(input, normalized_shape) or (
-        weight is not None
-        and (
-            _adds_in_half_precision(input)
-            or _has_contended_rows(input, normalized_shape)
-            or _has_long_contended_rows(input, normalized_shape)
-        )
-    )
+    needs = [parameter is not None and parameter.requires_grad for parameter in (weight, bias)]
+    return has_short_rows(input, normalized_shape) or _sums(input, normalized_shape, *needs) != "torch's"
 
 
-def _adds_in_half_precision(input: Tensor) -> bool:
-    """Whether torch's layer norm adds up the gradients of the parameters in half precision."""
-    return input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)
-
-
-def _has_contended_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
-    return _has_many_rows(input, normalized_shape, CONTENDED_ROW, MANY_ROWS) and _shares_cache_lines(input)
-
-
-def _has_long_contended_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
-    return _has_many_rows(input, normalized_shape, LONG_CONTENDED_ROW, MANY_LONG_ROWS) and _shares_cache_lines(input)
-
-
-def _shares_cache_lines(input: Tensor) -> bool:
-    return input.shape[-1] * input.element_size() % CACHE_LINE != 0 and torch.get_num_threads() > 1
+def _sums(
+    input: Tensor, normalized_shape: tuple[int, ...], needs_weight: bool, needs_bias: bool
+) -> Literal["torch's", "torch's, one by one", "own"]:
+    """How layer norm's gradients of weight and bias are added up."""
+    if not (needs_weight or needs_bias):
+        return "torch's"
+    if input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16):
+        # Torch adds them up in half precision.
+        return "own"
+    if torch.get_num_threads() > 1 and input.shape[-1] * input.element_size() % CACHE_LINE != 0:
+        if _has_many_rows(input, normalized_shape, CONTENDED_ROW, MANY_ROWS):
+            return "own"
+        long_rows = _has_many_rows(input, normalized_shape, LONG_CONTENDED_ROW, MANY_LONG_ROWS)
+        if long_rows and needs_weight and needs_bias:
+            return "torch's, one by one"
+    return "torch's"
 
 
 def _has_many_rows(input: Tensor, normalized_shape: tuple[int, ...], longest: int, fewest: int) -> bool:
@@ -263,13 +263,13 @@ def layer_norm_backward(
         return _short_rows_backward(grad, input, weight, mean, rstd, needs)
     per_row = (*mean.shape, *(1 for _ in normalized_shape))
     arguments = (grad, input, normalized_shape, mean.view(per_row), rstd.view(per_row), weight, bias)
-    if _adds_in_half_precision(input) or _has_contended_rows(input, normalized_shape):
+    sums = _sums(input, normalized_shape, needs[1], needs[2])
+    if sums == "own":
         grad_input, _, _ = _native_backward(*arguments, [needs[0], False, False])
         return grad_input, *_row_sums(grad, input, mean, rstd, normalized_shape, needs)
-    if needs[1] and needs[2] and _has_long_contended_rows(input, normalized_shape):
+    if sums == "torch's, one by one":
         grad_input, grad_weight, _ = _native_backward(*arguments, [needs[0], True, False])
-        grad_bias = _column_sums(grad.view(-1, input.shape[-1]))
-        return grad_input, grad_weight, grad_bias
+        return grad_input, grad_weight, _column_sums(grad.view(-1, input.shape[-1]))
     return _native_backward(*arguments, list(needs[:3]))
 
 
@@ -317,18 +317,19 @@ def _row_sums(
 
 
 def _column_sums(values: Tensor) -> Tensor:
-    """The sum of the rows of a matrix.
+    """The sum of the rows of a matrix, of float32 or float64.
 
-    By the bias's gradient in torch's layer norm, with as many rows taken as one as give each thread whole cache lines.
+    Short rows are added up as the bias's gradient of torch's layer norm, several times as fast as by Tensor.sum: as
+    many at a time as make a wide row of whole cache lines for each thread. It reads no mean, rstd and weight.
     """
     rows, length = values.shape
-    several = 1
-    if length <= LONG_CONTENDED_ROW and rows >= MANY_ROWS:
-        several = CACHE_LINE // values.element_size() * max(1, CACHE_LINE // length)
+    line = CACHE_LINE // values.element_size()
+    several = line * max(1, WIDE_ROW // (line * length))
+    if length > LONG_CONTENDED_ROW or rows < several:
+        return values.sum(0)
     rest = rows % several
-    if rest > 0:
-        return _column_sums(values[:-rest]).add_(values[-rest:].sum(0))
-    values = values.view(-1, several * length)
-    row, column = values.new_empty(several * length), values.new_empty(len(values), 1)
-    _, _, sums = _native_backward(values, values, row.shape, column, column, row, row, [False, False, True])
-    return sums.view(several, length).sum(0)
+    wide = values[: rows - rest].reshape(-1, several * length)
+    weight, mean = wide.new_empty(several * length), wide.new_empty(len(wide), 1)
+    _, _, sums = _native_backward(wide, wide, weight.shape, mean, mean, weight, weight, [False, False, True])
+    total = sums.view(several, length).sum(0)
+    return total.add_(values[-rest:].sum(0)) if rest > 0 else total

@@ -203,6 +203,9 @@ def _run(
     forward_options: dict[str, Any],
 ) -> Tensor:
     relu = activation == "relu"
+    if weight is None and bias is not None:
+        # Without a weight torch's second derivatives of batch and layer norm leave out the bias's.
+        weight = torch.ones_like(bias)
     if traced.is_traced(input):
         return traced.apply(
             norm, implementation, input, weight, bias, residual, dropout_p, relu, {**options, **forward_options}

@@ -341,7 +341,7 @@ def layer_norm_compose(
     """`layer_norm_forward` by operations that autograd records, where that is the fastest and they can express it."""
     if (
         not _is_composable(input, (weight, bias), residual, **rest)
-        or cpu.has_own_layer_norm(input, weight, normalized_shape)
+        or cpu.has_own_layer_norm(input, normalized_shape, weight, bias)
         or (weight is None and _outweighs(normalized_shape, input))
     ):
         return None
@@ -433,8 +433,8 @@ def _native_group_norm(
 def _native_layer_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_shape: tuple[int, ...], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.native_layer_norm, whose kernel takes up to three times as long without a weight."""
-    if weight is None:
+    """torch.native_layer_norm, whose kernel for the CPU takes up to three times as long without a weight."""
+    if weight is None and input.device.type == "cpu":
         weight = input.new_ones(normalized_shape)
     return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
 

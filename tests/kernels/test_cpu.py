@@ -29,7 +29,7 @@ def gradients_of(output: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Te
 def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "MANY_LONG_ROWS", cpu.MANY_ROWS)
-    monkeypatch.setattr(cpu, "PART", 3000 * length)
+    monkeypatch.setattr(cpu, "PART", (cpu.MANY_ROWS - 1) * length)
     torch.manual_seed(length)
     shape = (7, cpu.MANY_ROWS // 7 + 3, length)
     inputs = [torch.randn(shape) + offset]
@@ -48,9 +48,12 @@ def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
 @pytest.mark.parametrize("affine_dtype", [None, torch.float32], ids=["same", "float32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalized_shape", [(5,), (26,), (3, 40), (300_000,)], ids=str)
-def test_layer_norm_sums_half_precision_in_float32(normalized_shape, dtype, affine_dtype):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_layer_norm_sums_half_precision_in_float32(normalized_shape, dtype, affine_dtype, transposed, monkeypatch):
     torch.manual_seed(0)
-    x = torch.randn(2 if normalized_shape == (300_000,) else 4200, *normalized_shape).to(dtype).requires_grad_()
+    monkeypatch.setattr(cpu, "PART", 2**17)
+    x = torch.randn(2 if normalized_shape == (300_000,) else 4200, *normalized_shape).to(dtype)
+    x = (x.t().contiguous().t() if transposed and x.dim() == 2 else x).requires_grad_()
     affine_dtype = affine_dtype or dtype
     weight, bias = ((torch.rand(normalized_shape) + shift).to(affine_dtype).requires_grad_() for shift in (0.5, 0.0))
     inputs = [weight, bias]
@@ -68,8 +71,11 @@ def test_layer_norm_sums_half_precision_in_float32(normalized_shape, dtype, affi
 @pytest.mark.parametrize("rows", [1, 100, 4096, 4100, 5001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("length", [2, 26, 128, 129])
-def test_column_sums(length, dtype, rows):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_column_sums(length, dtype, rows, transposed):
+    torch.manual_seed(rows)
     values = torch.randn(rows, length, dtype=dtype) + 3
+    values = values.t().contiguous().t() if transposed else values
     # Sums of up to 5,001 numbers around 3, one after the other in each of two threads.
     rtol = 2500 * torch.finfo(dtype).eps
     torch.testing.assert_close(cpu._column_sums(values).double(), values.double().sum(0), rtol=rtol, atol=0)
@@ -79,37 +85,78 @@ def test_column_sums(length, dtype, rows):
 def test_layer_norm_of_many_rows_takes_only_the_gradients_asked_for(length, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(cpu, "MANY_LONG_ROWS", cpu.MANY_ROWS)
+    torch.manual_seed(length)
     tensors = [torch.randn(cpu.MANY_ROWS, length), torch.rand(length) + 0.5, torch.randn(length)]
     exact_inputs = [tensor.double().requires_grad_() for tensor in tensors]
     exact = torch.nn.functional.layer_norm(exact_inputs[0], (length,), *exact_inputs[1:])
     grad = torch.randn_like(tensors[0]) + 0.3
     expected = gradients_of(exact, exact_inputs, grad.double())
     for asked in itertools.product([True, False], repeat=3):
-        inputs = [tensor.clone().requires_grad_(needed) for tensor, needed in zip(tensors, asked, strict=True)]
-        output = layer_norm_relu(inputs[0], (length,), *inputs[1:], activation="identity")
         if any(asked):
-            output.backward(grad)
-        for tensor, needed, each in zip(inputs, asked, expected, strict=True):
-            assert (tensor.grad is not None) == needed
-            if needed:
-                close(tensor.grad, each, 0)
+            inputs = [tensor.clone().requires_grad_(needed) for tensor, needed in zip(tensors, asked, strict=True)]
+            layer_norm_relu(inputs[0], (length,), *inputs[1:], activation="identity").backward(grad)
+            for tensor, needed, each in zip(inputs, asked, expected, strict=True):
+                assert (tensor.grad is not None) == needed
+                if needed:
+                    close(tensor.grad, each, 0)
 
 
-def test_contended_rows_are_those_whose_sums_share_cache_lines(monkeypatch):
-    def asked(length: int, dtype: torch.dtype = torch.float32, rows: int = cpu.MANY_LONG_ROWS) -> bool:
-        weight = torch.ones(length, dtype=dtype)
-        return cpu.has_own_layer_norm(torch.empty(rows, length, dtype=dtype), weight, (length,))
+# Gradients asked of torch's backward.
+INPUT, INPUT_AND_WEIGHT, BIAS, ALL = [True, False, False], [True, True, False], [False, False, True], [True, True, True]
 
+
+@pytest.mark.parametrize(
+    ("length", "rows", "threads", "calls"),
+    [
+        (7, cpu.MANY_ROWS, 2, []),
+        (9, cpu.MANY_ROWS, 2, [(9, INPUT), (112 * 9, BIAS), (112 * 9, BIAS)]),
+        (26, cpu.MANY_ROWS, 2, [(26, INPUT), (32 * 26, BIAS), (32 * 26, BIAS)]),
+        (33, cpu.MANY_LONG_ROWS, 2, [(33, INPUT_AND_WEIGHT), (16 * 33, BIAS)]),
+        (72, cpu.MANY_LONG_ROWS + 1, 2, [(72, INPUT_AND_WEIGHT), (16 * 72, BIAS)]),
+        (9, cpu.MANY_ROWS - 1, 2, None),
+        (33, cpu.MANY_LONG_ROWS - 1, 2, None),
+        (16, cpu.MANY_LONG_ROWS, 2, None),
+        (129, cpu.MANY_LONG_ROWS, 2, None),
+        (15, cpu.MANY_ROWS, 1, [(15, ALL)]),
+        (26, cpu.MANY_LONG_ROWS, 1, None),
+    ],
+)
+def test_threads_do_not_add_up_in_the_same_cache_lines(length, rows, threads, calls, monkeypatch):
+    """`calls` are those of torch's backward: row length and gradients asked for; None where autograd makes one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    made = []
+    backward = cpu._native_backward
+
+    def spied(grad, input, normalized_shape, *others):
+        made.append((normalized_shape[0], others[-1]))
+        return backward(grad, input, normalized_shape, *others)
+
+    monkeypatch.setattr(cpu, "_native_backward", spied)
+    weight, bias = torch.ones(length), torch.zeros(length)
+
+    def differentiate(needs_weight: bool, needs_bias: bool) -> str:
+        made.clear()
+        x = torch.randn(rows, length, requires_grad=True)
+        parameters = [weight.clone().requires_grad_(needs_weight), bias.clone().requires_grad_(needs_bias)]
+        output = layer_norm_relu(x, (length,), *parameters)
+        output.sum().backward()
+        return output.grad_fn.name()
+
+    name = differentiate(True, True)
+    assert made == (calls or [])
+    assert ("_Fused" in name) == (calls is not None)
+    # Where fewer gradients are asked for there is less to avoid.
+    if calls and length >= 16:
+        assert "_Fused" not in differentiate(False, False)
+    if calls and length > 32:
+        assert "_Fused" not in differentiate(True, False)
+
+
+def test_cache_lines_are_of_bytes(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    lengths = (9, 16, 24, 26, 32, 33, 64, 72, 128, 129)
-    assert [length for length in lengths if asked(length)] == [9, 24, 26, 33, 72]
-    assert [length for length in lengths if asked(length, rows=cpu.MANY_ROWS)] == [9, 24, 26]
-    assert not any(asked(length, rows=cpu.MANY_ROWS - 1) for length in lengths)
-    assert asked(12, torch.float64)
-    assert not asked(8, torch.float64)
-    assert not cpu.has_own_layer_norm(torch.empty(cpu.MANY_LONG_ROWS, 26), None, (26,))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert [length for length in lengths if asked(length)] == [9]
+    for length, sums in ((8, "torch's"), (12, "own"), (16, "torch's")):
+        rows = torch.empty(cpu.MANY_ROWS, length, dtype=torch.float64)
+        assert cpu._sums(rows, (length,), True, True) == sums
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -592,6 +592,20 @@ def check_derivatives(norm, impl, device, dropout_p, activation, with_residual):
     assert gradgradcheck(fused, inputs, fast_mode=True)
 
 
+@norms
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_second_derivatives_of_a_bias_without_a_weight(norm, dropout_p, activation):
+    shape = (2, 4, 2, 3)
+    x, (_, bias) = make(shape, torch.float64), affine(norm.affine_shape(shape), torch.float64)
+
+    def fused(x, b):
+        torch.manual_seed(7)
+        return norm.fused(x, None, b, dropout_p=dropout_p, activation=activation).square()
+
+    assert gradgradcheck(fused, [x, bias], fast_mode=True)
+
+
 @impls
 def test_derivatives_in_eval_mode(impl, device):
     running = [t.double().to(device) for t in (torch.randn(4), torch.rand(4) + 0.5)]
