@@ -411,8 +411,9 @@ def test_a_device_that_is_not_the_current_one():
     check(Problem(SMALL[0], "cuda:1"))
 
 
-@pytest.mark.parametrize("length", [70_001, pytest.param(1_000_003, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [70_001, 1_000_003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_rows(dtype, length, device):
     check(Problem(Norm("layer", (2, length), (length,)), device, dtype, residual=False), dtype)
 

@@ -63,7 +63,9 @@ def test_formulas_are_what_the_interpreter_counts(norm, shape, plan, channels_la
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float16, torch.float64))]
+)
 def test_formulas_of_other_types_and_targets(norm, dtype):
     for target, groups in product((SM_80, GFX942), (2, 4)):
         assert_formulas_hold(Chain(norm, (2, 8, 2, 169), dtype, groups=groups), target)
