@@ -19,7 +19,7 @@ DEV = [
 setup(
     name="mnistnorm",
     version="0.1.0",
-    description="Fused normalization + dropout + residual + ReLU for PyTorch, and the MNIST CNN that proves it",
+    description="Fused normalization + dropout + residual + ReLU for PyTorch, and the MNIST CNN that trains on it",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT AND CC-BY-SA-3.0",
