@@ -44,6 +44,8 @@ WIDE_ROW = 2**10
 CACHE_LINE = 64
 # The largest mean, in standard deviations, that E[x^2] - E[x]^2 bears: it loses the logarithm of 1 + 4^2, 4 bits.
 BEARABLE_MEAN = 4.0
+# The same for x * rstd - mean * rstd, as torch's batch norm takes it: the result is off by 2^-24 of it.
+BEARABLE_PRODUCT = 2.0**13
 # Elements that are taken at a time, so that the temporaries stay in the outermost cache.
 PART = 2**20
 
@@ -177,13 +179,13 @@ def adds_one_by_one(input: Tensor) -> bool:
     )
 
 
-def cancels(mean: Tensor, rstd: Tensor) -> bool:
+def cancels(mean: Tensor, rstd: Tensor, bearable: float = BEARABLE_MEAN) -> bool:
     """Whether a mean is so large that sums in float32 lose the deviation from it.
 
     That is of E[x^2] - E[x]^2, as torch's group norm takes it on a CPU for channels last, or of sums that
     `adds_one_by_one` tells of.
     """
-    return mean.device.type == "cpu" and not (mean.detach() * rstd.detach()).abs().max().item() <= BEARABLE_MEAN
+    return mean.device.type == "cpu" and not (mean.detach() * rstd.detach()).abs().max().item() <= bearable
 
 
 def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
@@ -236,6 +238,8 @@ def short_rows_forward(
     length = input.shape[-1]
     rows = input.numel() // length
     output, mean, rstd = torch.native_batch_norm(input.view(1, rows, length), None, None, None, None, True, 0.0, eps)
+    if cancels(mean, rstd, BEARABLE_PRODUCT):
+        return torch.native_layer_norm(input, (length,), weight, bias, eps)
     # Weight and bias are repeated over several rows, as an inner loop over a single one would be slow.
     several = math.gcd(rows, 64)
     values = output.view(-1, several * length)
@@ -258,7 +262,7 @@ def layer_norm_backward(
     rstd: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias, the way that is exact and fast for these rows."""
+    """Gradients of input, weight and bias, the way that is exact and fast for these rows; not on a CPU, torch's."""
     if _has_many_rows(input, normalized_shape, VECTOR - 1, MANY_ROWS):
         return _short_rows_backward(grad, input, weight, mean, rstd, needs)
     per_row = (*mean.shape, *(1 for _ in normalized_shape))

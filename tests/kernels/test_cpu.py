@@ -152,6 +152,20 @@ def test_threads_do_not_add_up_in_the_same_cache_lines(length, rows, threads, ca
         assert "_Fused" not in differentiate(True, False)
 
 
+@pytest.mark.parametrize("value", [0.3, 3.0, 1000.1, 1e6, 1e7])
+@pytest.mark.parametrize(("length", "threads"), [(5, 2), (12, 1)])
+def test_a_row_of_one_value_becomes_the_bias(length, threads, value, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    x = torch.randn(cpu.MANY_ROWS + 3, length)
+    x[7] = value
+    weight, bias = torch.rand(length) + 0.5, torch.randn(length)
+    assert cpu.has_short_rows(x, (length,))
+    output = layer_norm_relu(x, (length,), weight, bias, activation="identity")
+    atol = cpu.BEARABLE_PRODUCT * 2**-23
+    torch.testing.assert_close(output, torch.nn.functional.layer_norm(x, (length,), weight, bias), rtol=0, atol=atol)
+
+
 def test_cache_lines_are_of_bytes(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for length, sums in ((8, "torch's"), (12, "own"), (16, "torch's")):
