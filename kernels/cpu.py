@@ -45,7 +45,7 @@ CACHE_LINE = 64
 # The largest mean, in standard deviations, that E[x^2] - E[x]^2 bears: it loses the logarithm of 1 + 4^2, 4 bits.
 BEARABLE_MEAN = 4.0
 # The same for x * rstd - mean * rstd, as torch's batch norm takes it: the result is off by 2^-24 of it.
-BEARABLE_PRODUCT = 2.0**13
+BEARABLE_PRODUCT = 2.0**16
 # Elements that are taken at a time, so that the temporaries stay in the outermost cache.
 PART = 2**20
 
