@@ -14,7 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program, thread_count
+from mnistnorm.cli import (
+    Parser,
+    at_least,
+    choose_device,
+    fraction,
+    output_file,
+    refuse_same_file,
+    run_program,
+    thread_count,
+)
 from mnistnorm.plots import png
 
 from .cases import DTYPES, NORMS, NUM_GROUPS, Shape, shape_sets
@@ -259,6 +268,7 @@ def prepare_all(
 
 def layers(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
+    refuse_same_file(args.json, args.plot)
     device = choose_device(args.device)
     wanted = wanted_sets(args)
     torch.set_num_threads(args.threads)

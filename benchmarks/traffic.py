@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from triton.backends.compiler import GPUTarget
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, fraction, output_file, print_error, run_program
+from mnistnorm.cli import Parser, at_least, fraction, output_file, print_error, refuse_same_file, run_program
 from mnistnorm.errors import UserError
 from mnistnorm.kernels.launch import Kind
 from mnistnorm.plots import COLORS, png
@@ -193,6 +193,7 @@ def as_json(chain: Chain, contenders: dict[str, Counts], interpreted_too: bool) 
 
 def traffic(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
+    refuse_same_file(args.json, args.plot)
     gpu = next(gpu for gpu in GPUS if gpu.name == args.gpu)
     target = TARGETS[gpu.target].gpu
     wanted = chains(args)

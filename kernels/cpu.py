@@ -27,16 +27,17 @@ MANY_CHANNELS = 24
 # Columns are summed one sample after the other: rounding grows with their number.
 MANY_SAMPLES = 2**12
 
-# Many short rows go ways of their own, if they are enough to make up for the time that an autograd.Function takes.
-MANY_ROWS = 2**12
+# Short rows go ways of their own where they are enough to make up for the time that an autograd.Function takes.
 # Rows of fewer elements than a vector register holds are slow in torch's layer norm; on one thread, in the forward,
 # those of fewer than two.
 VECTOR = 8
 SHORT_ROW = 15
+SHORT_ROWS_ELEMENTS = 2**14
 # In rows up to this length several threads of torch's backward spend most of their time on the cache lines in which two
 # of them add up parameters' gradients. Own sums avoid that; for longer rows, and more of them, it helps to ask for one
 # gradient at a time.
 CONTENDED_ROW = 32
+MANY_ROWS = 2**12
 LONG_CONTENDED_ROW = 128
 MANY_LONG_ROWS = 2**14
 # The elements of a row that is none too short for torch's backward.
@@ -183,7 +184,7 @@ def cancels(mean: Tensor, rstd: Tensor, bearable: float = BEARABLE_MEAN) -> bool
     """Whether a mean is so large that sums in float32 lose the deviation from it.
 
     That is of E[x^2] - E[x]^2, as torch's group norm takes it on a CPU for channels last, or of sums that
-    `adds_one_by_one` tells of.
+    `adds_one_by_one` tells of; of x * rstd - mean * rstd with BEARABLE_PRODUCT.
     """
     return mean.device.type == "cpu" and not (mean.detach() * rstd.detach()).abs().max().item() <= bearable
 
@@ -191,7 +192,7 @@ def cancels(mean: Tensor, rstd: Tensor, bearable: float = BEARABLE_MEAN) -> bool
 def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
     """Whether `short_rows_forward` takes `input`."""
     longest = SHORT_ROW if torch.get_num_threads() == 1 else VECTOR - 1
-    return _has_many_rows(input, normalized_shape, longest, MANY_ROWS)
+    return _has_rows(input, normalized_shape, longest, SHORT_ROWS_ELEMENTS)
 
 
 def has_own_layer_norm(
@@ -212,22 +213,23 @@ def _sums(
         # Torch adds them up in half precision.
         return "own"
     if torch.get_num_threads() > 1 and input.shape[-1] * input.element_size() % CACHE_LINE != 0:
-        if _has_many_rows(input, normalized_shape, CONTENDED_ROW, MANY_ROWS):
+        length = input.shape[-1]
+        if _has_rows(input, normalized_shape, CONTENDED_ROW, MANY_ROWS * length):
             return "own"
-        long_rows = _has_many_rows(input, normalized_shape, LONG_CONTENDED_ROW, MANY_LONG_ROWS)
-        if long_rows and needs_weight and needs_bias:
+        many_long = _has_rows(input, normalized_shape, LONG_CONTENDED_ROW, MANY_LONG_ROWS * length)
+        if many_long and needs_weight and needs_bias:
             return "torch's, one by one"
     return "torch's"
 
 
-def _has_many_rows(input: Tensor, normalized_shape: tuple[int, ...], longest: int, fewest: int) -> bool:
+def _has_rows(input: Tensor, normalized_shape: tuple[int, ...], longest: int, fewest_elements: int) -> bool:
     return (
         input.device.type == "cpu"
         and len(normalized_shape) == 1
         and 0 < normalized_shape[0] <= longest
         and input.dtype in (torch.float32, torch.float64)
         and input.is_contiguous()
-        and input.numel() >= fewest * normalized_shape[0]
+        and input.numel() >= fewest_elements
     )
 
 
@@ -263,7 +265,7 @@ def layer_norm_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, the way that is exact and fast for these rows; not on a CPU, torch's."""
-    if _has_many_rows(input, normalized_shape, VECTOR - 1, MANY_ROWS):
+    if _has_rows(input, normalized_shape, VECTOR - 1, SHORT_ROWS_ELEMENTS):
         return _short_rows_backward(grad, input, weight, mean, rstd, needs)
     per_row = (*mean.shape, *(1 for _ in normalized_shape))
     arguments = (grad, input, normalized_shape, mean.view(per_row), rstd.view(per_row), weight, bias)

@@ -26,14 +26,6 @@ class Parser(argparse.ArgumentParser):
         description = description[:1].upper() + description[1:]
         super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's, and refuses to write two things to the same file."""
-        parsed, rest = super().parse_known_args(args, namespace)
-        files = [getattr(parsed, name, None) for name in ("json", "plot")]
-        if isinstance(files[0], Path) and files[0] == files[1]:
-            self.error("--json and --plot name the same file")
-        return parsed, rest
-
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help", exit_code=2)
 
@@ -124,6 +116,13 @@ def output_file(text: str) -> Path:
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a folder that you may write to")
     return path
+
+
+def refuse_same_file(*files: Path | None) -> None:
+    """Raises UserError where two files to be written are one."""
+    named = [file.resolve() for file in files if file is not None]
+    if len(set(named)) < len(named):
+        raise UserError(f"{named[0]} is to be written twice: name two files", exit_code=2)
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from .run import (
     locked,
     mistakes_of,
     prepare_folder,
+    prepare_run_folder,
     remove_files,
     run_training,
 )
@@ -107,9 +108,7 @@ def compare(argv: Sequence[str] | None) -> int:
     )
     folders = {folder_of(out, settings): settings for of_norm in runs.values() for settings in of_norm}
     for folder, settings in folders.items():
-        prepare_folder(
-            folder, RUN_FILES, "a run", may_hold_them=may_hold_them, others={"a comparison": [COMPARISON_CONFIG]}
-        )
+        prepare_run_folder(folder, may_hold_one=may_hold_them)
         if args.resume and (folder / LAST).exists():
             load_run(folder, settings)
     # What would stop the first run stops all, before anything is replaced.

@@ -57,11 +57,7 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
     implementation = describe_implementation(settings)
     distributed.check(settings)
     checkpoint = distributed.from_main(lambda: load_run(out, settings)) if resume else None
-    distributed.from_main(
-        lambda: prepare_folder(
-            out, RUN_FILES, "a run", may_hold_them=resume or overwrite, others={"a comparison": [COMPARISON_CONFIG]}
-        )
-    )
+    distributed.from_main(lambda: prepare_run_folder(out, may_hold_one=resume or overwrite))
     with locked(out) if distributed.is_main() else nullcontext():
         trainer = build_trainer(settings)
         if checkpoint:
@@ -126,6 +122,12 @@ def _continue(trainer: Trainer, checkpoint: Checkpoint, path: Path) -> None:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{one_line(error)}; start again with --overwrite"
         raise UserError(f"{path} holds the training state of another run or version: {reason}") from error
+
+
+def prepare_run_folder(out: Path, *, may_hold_one: bool) -> None:
+    """Makes the folder of a run and checks that it can be written."""
+    others = {"a comparison": [COMPARISON_CONFIG]}
+    prepare_folder(out, RUN_FILES, "a run", may_hold_them=may_hold_one, others=others)
 
 
 def prepare_folder(

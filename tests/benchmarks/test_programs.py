@@ -40,7 +40,7 @@ def test_bad_input_is_one_line_and_exit_code_2(program, flags, expected, capsys)
 @pytest.mark.parametrize("program", [traffic, layers])
 def test_two_outputs_do_not_share_a_file(program, tmp_path, capsys) -> None:
     assert program.main(["--json", str(tmp_path / "file"), "--plot", str(tmp_path / "file")]) == 2
-    assert "--json and --plot name the same file" in capsys.readouterr().err
+    assert "is to be written twice: name two files" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

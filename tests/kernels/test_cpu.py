@@ -31,7 +31,7 @@ def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
     monkeypatch.setattr(cpu, "MANY_LONG_ROWS", cpu.MANY_ROWS)
     monkeypatch.setattr(cpu, "PART", (cpu.MANY_ROWS - 1) * length)
     torch.manual_seed(length)
-    shape = (7, cpu.MANY_ROWS // 7 + 3, length)
+    shape = (7, max(cpu.MANY_ROWS, cpu.SHORT_ROWS_ELEMENTS // length) // 7 + 3, length)
     inputs = [torch.randn(shape) + offset]
     inputs += [torch.rand(length) + 0.5, torch.randn(length)] if affine else []
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -108,7 +108,8 @@ INPUT, INPUT_AND_WEIGHT, BIAS, ALL = [True, False, False], [True, True, False], 
 @pytest.mark.parametrize(
     ("length", "rows", "threads", "calls"),
     [
-        (7, cpu.MANY_ROWS, 2, []),
+        (7, cpu.SHORT_ROWS_ELEMENTS // 7 + 1, 2, []),
+        (7, cpu.SHORT_ROWS_ELEMENTS // 7, 2, None),
         (9, cpu.MANY_ROWS, 2, [(9, INPUT), (112 * 9, BIAS), (112 * 9, BIAS)]),
         (26, cpu.MANY_ROWS, 2, [(26, INPUT), (32 * 26, BIAS), (32 * 26, BIAS)]),
         (33, cpu.MANY_LONG_ROWS, 2, [(33, INPUT_AND_WEIGHT), (16 * 33, BIAS)]),

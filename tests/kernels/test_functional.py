@@ -235,7 +235,7 @@ def test_identity_activation(norm):
 @norms
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
-@pytest.mark.parametrize("shape", [(4, 2, 9, 7), (64, 16, 7, 7), (64, 4, 26, 26), (16, 64, 9, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 9, 7), (64, 8, 7, 7), (64, 4, 26, 26), (16, 64, 9, 7)], ids=str)
 def test_a_large_mean_survives(norm, shape, recorded, layout):
     # float32 holds 1e4 +- 1 to 1e-3, and so exact is a centred sum; E[x^2] - E[x]^2 is off by units. The deviation is
     # 2, but a row of 7 may have a quarter of it, by which torch's rounding of the mean is divided. A gradient has the
