@@ -82,30 +82,27 @@ class _Columns(NamedTuple):
 def has_columns(input: Tensor) -> bool:
     """Whether `scale_and_shift` and `batch_norm_backward` take `input`."""
     return (
-        input.device.type == "cpu"
+        not input.is_contiguous()
+        and input.is_cpu
         and input.dim() in (4, 5)
         and input.dtype in (torch.float32, torch.float64)
         and input.shape[1] < MANY_CHANNELS
         and input.shape[1] * input.element_size() % CACHE_LINE != 0
         and CHANNELS_LAST_ELEMENTS <= input.numel() <= MANY_SAMPLES * input[0].numel()
-        and not input.is_contiguous()
         and input.movedim(1, -1).is_contiguous()
     )
 
 
 def has_batch_statistics(input: Tensor) -> bool:
     """Whether `batch_statistics` takes `input`."""
-    if has_columns(input):
-        return True
+    if not input.is_contiguous():
+        return has_columns(input)
+    if input.numel() < ONE_THREAD_ELEMENTS or not input.is_cpu:
+        return False
     one_thread = torch.get_num_threads() == 1
-    return (
-        input.device.type == "cpu"
-        and input.is_contiguous()
-        and input.numel() >= (ONE_THREAD_ELEMENTS if one_thread else BATCH_STATISTICS_ELEMENTS)
-        and (
-            _has_large_planes(input)
-            or (one_thread and input.shape[0] <= MANY_SAMPLES and input.dtype in (torch.float32, torch.float64))
-        )
+    return (one_thread or input.numel() >= BATCH_STATISTICS_ELEMENTS) and (
+        _has_large_planes(input)
+        or (one_thread and input.shape[0] <= MANY_SAMPLES and input.dtype in (torch.float32, torch.float64))
     )
 
 
@@ -169,15 +166,11 @@ def batch_norm_backward(
 
 def adds_one_by_one(input: Tensor) -> bool:
     """Whether the channels lie side by side: torch then adds up each one element after the other, in float32."""
-    return (
-        input.device.type == "cpu"
-        and input.dtype != torch.float64
-        and (
-            input.shape[2:].numel() == 1
-            if input.is_contiguous()
-            else input.dim() in (4, 5) and input.movedim(1, -1).is_contiguous()
-        )
-    )
+    if input.is_contiguous():
+        side_by_side = input.numel() == input.shape[0] * input.shape[1]
+    else:
+        side_by_side = input.dim() in (4, 5) and input.movedim(1, -1).is_contiguous()
+    return side_by_side and input.is_cpu and input.dtype != torch.float64
 
 
 def cancels(mean: Tensor, rstd: Tensor, bearable: float = BEARABLE_MEAN) -> bool:
@@ -186,7 +179,7 @@ def cancels(mean: Tensor, rstd: Tensor, bearable: float = BEARABLE_MEAN) -> bool
     That is of E[x^2] - E[x]^2, as torch's group norm takes it on a CPU for channels last, or of sums that
     `adds_one_by_one` tells of; of x * rstd - mean * rstd with BEARABLE_PRODUCT.
     """
-    return mean.device.type == "cpu" and not (mean.detach() * rstd.detach()).abs().max().item() <= bearable
+    return mean.is_cpu and not (mean.detach() * rstd.detach()).abs().max().item() <= bearable
 
 
 def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
@@ -209,7 +202,7 @@ def _sums(
     """How layer norm's gradients of weight and bias are added up."""
     if not (needs_weight or needs_bias):
         return "torch's"
-    if input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16):
+    if input.is_cpu and input.dtype in (torch.float16, torch.bfloat16):
         # Torch adds them up in half precision.
         return "own"
     if torch.get_num_threads() > 1 and input.shape[-1] * input.element_size() % CACHE_LINE != 0:
@@ -224,7 +217,7 @@ def _sums(
 
 def _has_rows(input: Tensor, normalized_shape: tuple[int, ...], longest: int, fewest_elements: int) -> bool:
     return (
-        input.device.type == "cpu"
+        input.is_cpu
         and len(normalized_shape) == 1
         and 0 < normalized_shape[0] <= longest
         and input.dtype in (torch.float32, torch.float64)

@@ -27,6 +27,8 @@ _aten = torch.ops.aten
 
 # Elements that dropout treats at a time: few enough for their random words to stay in the cache.
 CHUNK = 2**18
+# Up to this probability the dropped elements are drawn, above it a word for each element: that takes as long for any.
+SPARSE = 0.1
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -567,16 +569,19 @@ def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float,
         generator = torch.Generator(flat.device).manual_seed(seed)
         flat.masked_fill_(torch.rand(flat.shape, generator=generator, device=flat.device) < dropout_p, 0)
         return
+    random = _seeded_random(seed)
     # A byte for each element, of which the lowest `count` drop, and a second chance for the rest of dropout_p: several
     # times as fast as a Bernoulli draw per element.
-    count = int(dropout_p * 256)
-    second_chance = (dropout_p - count / 256) / (1 - count / 256) if count < 256 else 0.0
-    random = _seeded_random(seed)
+    count = 0 if dropout_p <= SPARSE else int(dropout_p * 256)
+    rest = (dropout_p - count / 256) / (1 - count / 256) if count < 256 else 0.0
     for part in flat.split(CHUNK):
+        if count == 0:
+            part.index_fill_(0, _successes(random, dropout_p, part.numel()), 0)
+            continue
         # Every number from -129 to 127 is exact in half precision too.
         words = torch.from_numpy(_bytes(random, part.numel())).to(values.dtype)
-        if second_chance > 0:
-            words.index_fill_(0, torch.from_numpy(_successes(random, second_chance, part.numel())), -129)
+        if rest > 0:
+            words.index_fill_(0, _successes(random, rest, part.numel()), -129)
         # Keeps the values whose word is above the threshold and zeroes the others, in one pass.
         _aten.threshold_backward.grad_input(part, words, count - 129, grad_input=part)
 
@@ -586,15 +591,14 @@ def _bytes(random: np.random.Generator, count: int) -> Any:
     return random.bit_generator.random_raw(-(-count // 8)).view(np.int8)[:count]
 
 
-def _successes(random: np.random.Generator, probability: float, trials: int) -> Any:
-    """The indices of the successes in independent trials, from the gaps between them."""
-    expected = trials * probability
-    found, last = [], -1
-    while last < trials:
-        found.append(last + random.geometric(probability, int(expected + math.sqrt(expected) + 1)).cumsum())
-        last = found[-1][-1]
-    indices = np.concatenate(found)
-    return indices[: indices.searchsorted(trials)]
+def _successes(random: np.random.Generator, probability: float, trials: int) -> Tensor:
+    """The indices of the successes in independent trials, in any order, some more than once.
+
+    They are the cells hit by so many uniform throws that a cell's hits follow Poisson's law, for each cell on its own:
+    Kingman 1993, "Poisson Processes", 2.4. None hits it with probability exp(-rate), which is 1 - probability.
+    """
+    rate = -math.log1p(-probability)
+    return torch.from_numpy(random.integers(trials, size=random.poisson(rate * trials)))
 
 
 class _Random(threading.local):
