@@ -122,23 +122,26 @@ class _BatchNormReLU(FusedLayer, _NormBase):
         if input.dim() not in self.layouts:
             expected = " or ".join(f"{dim}D input {layout}" for dim, layout in self.layouts.items())
             raise ValueError(f"expected {expected}, got {input.dim()}D input of shape {tuple(input.shape)}")
-        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
+        training, group = self.training, self.process_group if self.training else None
+        running_mean, running_var = self.running_mean, self.running_var
+        counter = self.num_batches_tracked if training and self.track_running_stats else None
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if counter is not None and self.momentum is None:
             momentum = 1.0 / (counter + 1).double()
-        group = self.process_group if self.training else None
         if isinstance(group, ProcessGroup) and not traced.is_traced(input) and _checked.get(self) != group.group_name:
             sync.check_channels(input, group)
             _checked[self] = group.group_name
         # nn's rules: in training the running statistics are updated if tracked, in eval used if there.
-        has_statistics = self.running_mean is not None and (not self.training or self.track_running_stats)
+        use_batch_stats = training or running_mean is None
+        if training and not self.track_running_stats:
+            running_mean = running_var = None
         output = batch_norm_relu(
             input,
-            self.running_mean if has_statistics else None,
-            self.running_var if has_statistics else None,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
-            self.training or self.running_mean is None,
+            use_batch_stats,
             momentum,
             self.eps,
             process_group=group,

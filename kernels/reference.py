@@ -25,10 +25,10 @@ from . import cpu, sync
 
 _aten = torch.ops.aten
 
-# Elements that dropout treats at a time: few enough for their random words to stay in the cache.
+# Up to this probability dropout draws the elements that it drops, beyond it a random word for each element.
+SPARSE = 0.125
+# Elements that it draws words for at a time: few enough for these to stay in the cache.
 CHUNK = 2**18
-# Up to this probability the dropped elements are drawn, above it a word for each element: that takes as long for any.
-SPARSE = 0.1
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -570,18 +570,18 @@ def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float,
         flat.masked_fill_(torch.rand(flat.shape, generator=generator, device=flat.device) < dropout_p, 0)
         return
     random = _seeded_random(seed)
+    if dropout_p <= SPARSE:
+        flat.index_fill_(0, _successes(random, dropout_p, flat.numel()), 0)
+        return
     # A byte for each element, of which the lowest `count` drop, and a second chance for the rest of dropout_p: several
     # times as fast as a Bernoulli draw per element.
-    count = 0 if dropout_p <= SPARSE else int(dropout_p * 256)
-    rest = (dropout_p - count / 256) / (1 - count / 256) if count < 256 else 0.0
+    count = int(dropout_p * 256)
+    second_chance = (dropout_p - count / 256) / (1 - count / 256) if count < 256 else 0.0
     for part in flat.split(CHUNK):
-        if count == 0:
-            part.index_fill_(0, _successes(random, dropout_p, part.numel()), 0)
-            continue
         # Every number from -129 to 127 is exact in half precision too.
         words = torch.from_numpy(_bytes(random, part.numel())).to(values.dtype)
-        if rest > 0:
-            words.index_fill_(0, _successes(random, rest, part.numel()), -129)
+        if second_chance > 0:
+            words.index_fill_(0, _successes(random, second_chance, part.numel()), -129)
         # Keeps the values whose word is above the threshold and zeroes the others, in one pass.
         _aten.threshold_backward.grad_input(part, words, count - 129, grad_input=part)
 

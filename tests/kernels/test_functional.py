@@ -468,7 +468,7 @@ def test_dropout_forward_and_backward_share_a_mask(norm, dropout_p, dtype, activ
 @norms
 def test_dropout_keeps_at_the_right_rate(norm):
     # Five standard deviations of a binomial.
-    for dropout_p in (0.001, 0.05, 0.0999, 0.1001, 0.5, 0.95):
+    for dropout_p in (0.001, 0.05, 0.12, 0.13, 0.5, 0.95):
         x = torch.randn(64, 8, 64, 64)
         output = norm.fused(
             x, torch.zeros(norm.affine_shape(x.shape)), torch.ones(norm.affine_shape(x.shape)), dropout_p=dropout_p
@@ -483,7 +483,7 @@ def test_dropout_zeroes_the_lowest_bytes_and_the_second_chances(monkeypatch, dty
     # All 256 bytes once, where the second chance takes the last of them.
     every_byte = np.arange(-128, 128).astype(np.int8)
     monkeypatch.setattr(reference, "_bytes", lambda random, count: every_byte)
-    for dropout_p in (0.002, 0.05, 0.11, 0.5, 1 / 3, 0.999, 1.0):
+    for dropout_p in (0.002, 0.05, 0.13, 0.5, 1 / 3, 0.999, 1.0):
         # A small probability has the second chance alone.
         lowest = int(dropout_p * 256) if dropout_p > reference.SPARSE else 0
         chances = []
