@@ -95,7 +95,7 @@ class _Fused(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             gradients = _differentiable_backward(ctx, grad_output, needs)
-        elif torch._C._functorch.is_legacy_batchedtensor(grad_output):  # is_grads_batched=True
+        elif _is_batched(grad_output):
             with torch.enable_grad():
                 gradients = _differentiable_backward(ctx, grad_output, needs)
         else:
@@ -108,11 +108,19 @@ class _Fused(torch.autograd.Function):
 def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """The saved tensors, the input in the layout that forward saw: a mask of dropout follows it."""
     input, *others = ctx.saved_tensors
-    overlaps = any(stride == 0 and n > 1 for stride, n in zip(ctx.input_strides, input.shape, strict=True))
-    if input.stride() != ctx.input_strides and not overlaps:
+    if input.stride() != ctx.input_strides:
         # A hook for saved tensors has packed it.
-        input = torch.empty_strided(input.shape, ctx.input_strides, dtype=input.dtype, device=input.device).copy_(input)
+        if any(stride == 0 and n > 1 for stride, n in zip(ctx.input_strides, input.shape, strict=True)):
+            input = input.contiguous()  # what overlaps was in no dense format
+        else:
+            like_input = {"dtype": input.dtype, "device": input.device}
+            input = torch.empty_strided(input.shape, ctx.input_strides, **like_input).copy_(input)
     return (input, *others)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several tensors, by is_grads_batched=True or torch.func.vmap of torch.autograd.grad."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

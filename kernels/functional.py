@@ -206,6 +206,8 @@ def _run(
     if weight is None and bias is not None:
         # Without a weight torch's second derivatives of batch and layer norm leave out the bias's.
         weight = torch.ones_like(bias)
+    # Torch's kernels for channels side by side go by no strides of a weight.
+    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
     if traced.is_traced(input):
         return traced.apply(
             norm, implementation, input, weight, bias, residual, dropout_p, relu, {**options, **forward_options}

@@ -25,9 +25,10 @@ from . import cpu, sync
 
 _aten = torch.ops.aten
 
-# Up to this probability dropout draws the elements that it drops, beyond it a random word for each element.
+# Up to this probability dropout draws the elements that it drops, beyond it a random word for each element: for so many
+# elements at a time that what is drawn stays small, and the words in the cache.
 SPARSE = 0.125
-# Elements that it draws words for at a time: few enough for these to stay in the cache.
+SPARSE_CHUNK = 2**22
 CHUNK = 2**18
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -323,7 +324,9 @@ def group_norm_compose(
     **rest: Any,
 ) -> Tensor | None:
     """`group_norm_forward` by operations that autograd records, where they can express it."""
-    if not _is_composable(input, (weight, bias), residual, **rest):
+    # Second derivatives by torch lose a large mean in half precision.
+    half = input.dtype != statistics_dtype(input)
+    if half or not _is_composable(input, (weight, bias), residual, **rest):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])
     output, _, _ = _native_group_norm(input, weight, bias, num_groups, eps)
@@ -571,7 +574,8 @@ def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float,
         return
     random = _seeded_random(seed)
     if dropout_p <= SPARSE:
-        flat.index_fill_(0, _successes(random, dropout_p, flat.numel()), 0)
+        for part in flat.split(SPARSE_CHUNK):
+            part.index_fill_(0, _successes(random, dropout_p, part.numel()), 0)
         return
     # A byte for each element, of which the lowest `count` drop, and a second chance for the rest of dropout_p: several
     # times as fast as a Bernoulli draw per element.

@@ -655,29 +655,81 @@ def test_create_graph_finds_the_mask_without_an_eps(norm):
 
 
 @norms
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_create_graph_with_a_large_mean_in_half_precision(norm, dtype):
+    shape = (8, 16, 16, 16)
+    inputs = (make(shape, dtype, offset=60.0), *affine(norm.affine_shape(shape), torch.float32))
+    output = norm.fused(*inputs)
+    first, again = (
+        torch.autograd.grad(output, inputs, torch.ones_like(output), retain_graph=True, create_graph=create_graph)
+        for create_graph in (False, True)
+    )
+    for expected, actual in zip(first, again, strict=True):
+        scale = expected.abs().max().item()
+        close(actual, expected.double(), scale * (TOLERANCE[dtype] if expected.dtype == dtype else 1e-4))
+
+
+@norms
 @impls
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_several_gradients_at_once(norm, impl, dropout_p, device):
     x, residual = make((2, 4, 2, 3), torch.float64), make((2, 4, 2, 3), torch.float64, offset=0.0)
     output = norm.fused(x, None, None, residual=residual, dropout_p=dropout_p, impl=impl)
     grads = torch.randn(2, *output.shape, dtype=torch.float64)
-    together = torch.autograd.grad(output, (x, residual), grads, retain_graph=True, is_grads_batched=True)
-    for index, grad in enumerate(grads):
-        for one, all_of_them in zip(
-            torch.autograd.grad(output, (x, residual), grad, retain_graph=True), together, strict=True
-        ):
-            close(all_of_them[index], one, 1e-9)
+
+    def gradients(grad, **options):
+        return torch.autograd.grad(output, (x, residual), grad, retain_graph=True, **options)
+
+    one_by_one = [torch.stack(each) for each in zip(*map(gradients, grads), strict=True)]
+    for together in (gradients(grads, is_grads_batched=True), torch.func.vmap(gradients)(grads)):
+        for expected, actual in zip(one_by_one, together, strict=True):
+            close(actual, expected, 1e-9)
+
+
+def batch_norm_in_eval_mode(x, w, b, **options):
+    return batch_norm_relu(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), w, b, **options)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [*NORMS.values(), NORMS["batch"]._replace(fused=batch_norm_in_eval_mode)],
+    ids=[*NORMS, "batch in eval mode"],
+)
+@impls
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((64, 32), None), ((4, 6, 9, 8), "contiguous"), ((4, 6, 9, 8), "channels_last")]
+)
+def test_parameters_with_strides(norm, impl, shape, layout, device):
+    # Torch's own gradients of batch norm are wrong in some of these cases.
+    affine_shape = norm.affine_shape(shape)
+    x, grad = make(shape, torch.float64, layout), make(shape, torch.float64).detach()
+    every_second = torch.rand(*affine_shape, 2, dtype=torch.float64)[..., 0].requires_grad_()
+    constant = torch.tensor(1.5, dtype=torch.float64).expand(affine_shape).requires_grad_()
+    for weight, bias in ((every_second, constant), (constant, every_second)):
+        dense = [parameter.detach().contiguous().requires_grad_() for parameter in (weight, bias)]
+        gradients = [
+            torch.autograd.grad(norm.fused(*inputs, impl=impl), inputs, grad)
+            for inputs in ((x, weight, bias), (x, *dense))
+        ]
+        for actual, expected in zip(*gradients, strict=True):
+            close(actual, expected, 1e-11)
+
+
+def expanded():
+    return make((1, 6, 9, 8), layout="channels_last").detach().expand(2, -1, -1, -1)
 
 
 @pytest.mark.parametrize(
     "make_input",
     [
         lambda: make((4, 6, 9, 8), layout="channels_last"),
-        lambda: make((1, 6, 9, 8), layout="channels_last").detach().expand(2, -1, -1, -1)[:1].requires_grad_(),
+        lambda: expanded()[:1].requires_grad_(),
+        lambda: expanded().requires_grad_(),
     ],
-    ids=["batch", "one sample"],
+    ids=["batch", "one sample", "one sample twice"],
 )
-def test_dropout_mask_survives_a_hook_that_changes_strides(make_input):
+@pytest.mark.parametrize("pack", [Tensor.contiguous, Tensor.clone])
+def test_dropout_mask_survives_a_hook_that_changes_strides(make_input, pack):
     x = make_input()
     residual = make(x.shape, offset=0.0)
 
@@ -687,7 +739,7 @@ def test_dropout_mask_survives_a_hook_that_changes_strides(make_input):
         return torch.autograd.grad(output.square().sum(), x)[0]
 
     expected = gradient()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         torch.testing.assert_close(gradient(), expected)
 
 
