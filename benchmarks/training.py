@@ -25,7 +25,7 @@ from mnistnorm.data import Augmentation, Dataset, load_dataset
 from mnistnorm.errors import UserError
 from mnistnorm.model import CNN
 from mnistnorm.run import build_trainer
-from mnistnorm.training import ELASTIC, LEARNING_RATES, Settings, Trainer, log_probabilities, score
+from mnistnorm.training import LEARNING_RATES, Settings, Trainer, log_probabilities, score
 
 from .cases import NORMS
 from .machine import command_of, describe_machine
@@ -248,7 +248,6 @@ def training(argv: Sequence[str] | None) -> int:
             dropout=dropout,
             optimizer=optimizer,
             lr=LEARNING_RATES[optimizer][norm],
-            elastic=ELASTIC[norm],
             batch_size=args.batch_size,
             epochs=args.epochs if args.to_accuracy else 1000,  # a schedule longer than any number of rounds
             threads=args.threads,

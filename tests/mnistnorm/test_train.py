@@ -329,6 +329,7 @@ def test_the_augmentation_is_that_of_the_norm(quick: list[str]) -> None:
         (["--norm", "layer"], Augmentation(elastic=1.0)),
         (["--norm", "layer", "--elastic", "0.5"], Augmentation(elastic=0.5)),
         (["--norm", "layer", "--no-augment"], None),
+        (["--norm", "group"], Augmentation(elastic=1.0)),
         (["--norm", "batch"], Augmentation()),
     ):
         settings = settings_of(train.get_parser().parse_args([*quick, *flags]))
