@@ -113,7 +113,7 @@ def training_table(rows: list[Row]) -> str:
     for row in rows:
         figures = row["loops"].values()
         speeds = (f"{each['images_per_second']['median']:,.0f}" for each in figures)
-        ratios = (f"{row['loops']['fused'][name]['median']:.2f}" for name in ("over_course", "over_stock"))
+        ratios = (spread(row["loops"]["fused"][name]) for name in ("over_course", "over_stock"))
         memory = " / ".join(f"{each['step_bytes'] / 2**20:.1f}" for each in figures)
         lines.append((row["norm"], f"{row['dropout']:g}", *speeds, *ratios, f"{memory} MB"))
     return markdown(header, lines)
@@ -179,7 +179,7 @@ def compiled_rows(document: Any) -> list[Row]:
 def compiled_table(rows: list[Row]) -> str:
     gpu = next(iter(rows[0]["bounds"]))
     header = (
-        *("chain", "launches", "registers", "spills", "narrowest access"),
+        *("chain", "kernels", "registers", "spills", "narrowest access"),
         *(f"bound on {gpu}", "Inductor's / ours", "eager's / ours"),
     )
     lines = []
@@ -418,16 +418,22 @@ def results(argv: Sequence[str] | None) -> int:
         files = dict(args.take)
         for name in (*files, *(args.only or ())) if measured else PARTS:
             keep(name, files.get(name) or run(name))
+            write_pages()
+    write_pages(only_check=args.check)
+    return 0
+
+
+def write_pages(*, only_check: bool = False) -> None:
+    """Writes what docs/results gives into the pages; raises UserError instead where only to check that it is there."""
     old = {page: page.read_text() for page in PAGES}
     for page, text in render(old).items():
         if text == old[page]:
             continue
-        if args.check:
+        if only_check:
             raise UserError(
                 f"{page.name} is not what docs/results gives: write it by python -m benchmarks.results --render"
             )
         write_atomically(page, text)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -111,16 +111,18 @@ thread_count = at_least(1, high=1024)
 
 
 def output_file(text: str) -> Path:
-    """A flag's type: a file that can be written."""
-    path = Path(text)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a folder that you may write to")
+    """A flag's type: a regular file that can be written; where it is a link, what that leads to."""
+    path = Path(text).resolve()
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written: name a regular file in a folder that you may write to"
+        )
     return path
 
 
 def refuse_same_file(*files: Path | None) -> None:
     """Raises UserError where two files to be written are one."""
-    named = [file.resolve() for file in files if file is not None]
+    named = [file for file in files if file is not None]
     if len(set(named)) < len(named):
         raise UserError(f"{named[0]} is to be written twice: name two files", exit_code=2)
 

@@ -332,9 +332,12 @@ def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
         save(trainer, out / BEST, to_resume=False)
     write_atomically(out / METRICS, "".join(json.dumps(line) + "\n" for line in trainer.history))
     if writer:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, trainer.epoch)
-        writer.flush()
+        try:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, trainer.epoch)
+            writer.flush()
+        except OSError as error:
+            raise UserError(f"cannot write TensorBoard's events to {out}: {error.strerror}") from error
     # Last, so that what it continues from is in all the other files.
     save(trainer, out / LAST)
 

@@ -18,7 +18,7 @@ from .model import NORMS
 
 # The peak learning rate, by optimizer and norm.
 LEARNING_RATES = {
-    "muon": {"batch": 0.05, "group": 0.05, "layer": 0.2, "sample": 0.05},
+    "muon": {"batch": 0.05, "group": 0.08, "layer": 0.2, "sample": 0.05},
     "sgd": {"batch": 0.2, "group": 0.2, "layer": 0.2, "sample": 0.2},
     "adamw": {"batch": 0.01, "group": 0.01, "layer": 0.02, "sample": 0.01},
 }

@@ -99,6 +99,14 @@ def test_a_command_that_fails_changes_nothing(copy: Path, monkeypatch, capsys) -
     assert readme() == before
 
 
+def test_what_was_measured_before_a_failure_is_shown(copy: Path) -> None:
+    file = copy / "measured.json"
+    file.write_text(json.dumps(LAYERS))
+    assert results.main(["--take", f"layers={file}", f"traffic={results.PAGES[0]}"]) == 1
+    assert LAYERS_ROW in readme()
+    assert results.main(["--check"]) == 0
+
+
 def test_a_part_that_was_not_measured_says_so(copy: Path) -> None:
     (results.RESULTS / "layers.json").unlink()
     assert results.main(["--render"]) == 0

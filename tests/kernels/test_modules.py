@@ -1,6 +1,7 @@
 """The modules against nn.BatchNorm2d, nn.GroupNorm and nn.LayerNorm followed by dropout, sum and ReLU."""
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -265,3 +266,8 @@ def test_is_not_taken_for_a_batch_norm():
     # nn.SyncBatchNorm.convert_sync_batchnorm would replace it and drop the ReLU.
     module = nn.Sequential(BatchNormReLU2d(4))
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(module)[0]) is BatchNormReLU2d
+
+
+def test_the_folder_of_a_checkout_is_not_imported_beside_the_package():
+    with pytest.raises(ImportError, match=r"import mnistnorm\.kernels instead"):
+        importlib.import_module("kernels")

@@ -81,8 +81,11 @@ def test_integers_are_bounded() -> None:
 
 def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert flag(output_file, "file.json") == Path("file.json")
+    assert flag(output_file, "file.json") == tmp_path / "file.json"
     assert not any(tmp_path.iterdir())
-    for text in (str(tmp_path), str(tmp_path / "none" / "file.json"), ""):
-        with pytest.raises(UserError, match="cannot be written: name a file in a folder that you may write to"):
+    (tmp_path / "link.json").symlink_to("file.json")
+    assert flag(output_file, "link.json") == tmp_path / "file.json"
+    os.mkfifo(tmp_path / "pipe")
+    for text in (str(tmp_path), str(tmp_path / "none" / "file.json"), "", "pipe", os.devnull):
+        with pytest.raises(UserError, match="cannot be written: name a regular file in a folder that you may write to"):
             flag(output_file, text)

@@ -292,6 +292,19 @@ def test_what_cannot_be_written_does_not_destroy_what_it_replaces(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(FILES, "old")
 
 
+def test_events_that_cannot_be_written_are_one_line(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: OneError
+) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    def full(_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, "flush", full)
+    assert train.main([*quick, "--out", str(tmp_path)]) == 1
+    assert f"cannot write TensorBoard's events to {tmp_path}: No space left on device" in one_error()
+
+
 def test_two_runs_do_not_share_a_folder(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
     with run.locked(tmp_path):
         assert train.main([*quick, "--out", str(tmp_path)]) == 1
