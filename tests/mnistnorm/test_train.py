@@ -67,7 +67,7 @@ def test_a_run_says_what_it_runs_on_and_what_came_out(
     assert lines[1] == "layers   torch.nn's own layers (--no-fused)"
     assert lines[2] == "network  group norm, 7,652 parameters"
     assert lines[3] == "data     fashion-mnist: 256 training, 64 validation, 100 test images"
-    assert lines[4] == "recipe   2 epochs, batch 64, muon at 0.05, augmented, dropout 0.1, seed 0"
+    assert lines[4] == "recipe   2 epochs, batch 64, muon at 0.08, augmented, elastic 1, dropout 0.1, seed 0"
     assert lines[5] == f"out      {out}"
     assert [line.split("   ")[0] for line in lines[6:8]] == ["epoch  1/2", "epoch  2/2"]
     accuracy = Checkpoint.load(out / "last.pt").metrics["test_accuracy"]
