@@ -1020,6 +1020,7 @@ def test_exports_whole_with_any_batch_size(training):
     assert not [node for node in program.graph.nodes if ".out" in str(node.target)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.filterwarnings("ignore")  # torch.jit's own
 def test_is_traced_by_torch_jit(training):

@@ -195,6 +195,7 @@ def test_shapes(norm, plan, device):
     check(Problem(norm, device, plan=plan, residual=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", MANY_ROWS, ids=str)
 def test_many_rows(norm, device):
     check(Problem(norm, device, residual=False))
