@@ -55,6 +55,7 @@ def check(name, tensors, options):
     assert set(library.opcheck(getattr(torch.ops.mnistnorm, name).default, tensors, options).values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 @norms
 def test_opcheck(norm, options, device):
     tensors, options = sample(norm, options)
