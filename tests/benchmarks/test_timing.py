@@ -27,7 +27,8 @@ def test_every_round_runs_all_in_turning_order() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_freed_memory_is_kept() -> None:
-    # 2^14 pages, more than glibc ever keeps by itself; a chunk may have to be found or made once or twice.
+    # 2^14 pages, more than glibc ever keeps by itself. Aligning a tensor cuts a piece off its chunk, and glibc caches
+    # seven pieces of a size before it joins one to the chunk again: the first eight or so calls may find none that fits.
     code = """
 import resource, torch
 from benchmarks.timing import keep_freed_memory
@@ -38,7 +39,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 keep_freed_memory()
-print(min(faults() for _ in range(8)))
+print(max([faults() for _ in range(32)][-8:]))
 """
     # In a process of its own: what other tests have left in the heap of this one would matter.
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
