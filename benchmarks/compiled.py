@@ -36,44 +36,20 @@ ACTIVATION_STORES = ("tl.store(y_ptr", "tl.store(dx_ptr", "tl.store(dresidual_pt
 # What tells one row from another, and what is compared with a baseline.
 KEY = ("target", "chain", "phase", "kernel")
 COMPARED = (
-    *(
-        "plan",
-        "grid",
-        "num_warps",
-        "num_ctas",
-        "registers",
-        "spill_bytes",
-        "local_memory",
-        "shared_memory",
-        "occupancy",
-    ),
-    *("loads", "stores", "load_bits", "store_bits", "instructions", "bytes"),
+    *("plan", "grid", "num_warps", "num_ctas", "registers", "spill_bytes", "local_memory", "shared_memory"),
+    *("occupancy", "loads", "stores", "load_bits", "store_bits", "instructions", "bytes"),
 )
 
 COLUMNS = "{:<8} {:<22} {:<9} {:>7} {:>5} {:>5} {:>6} {:>7} {:>5} {:<15} {:<15} {:>6} {:>8}"
 HEADER = COLUMNS.format(
-    *(
-        "target",
-        "kernel",
-        "plan",
-        "grid",
-        "warps",
-        "regs",
-        "spills",
-        "shared",
-        "occ.",
-        "loads",
-        "stores",
-        "instr.",
-        "MB",
-    )
+    *("target", "kernel", "plan", "grid", "warps", "regs", "spills"),
+    *("shared", "occ.", "loads", "stores", "instr.", "MB"),
 )
 BOUND_COLUMNS = "{:<8}" + " {:>20}" * len(CONTENDERS)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("compiled", __doc__.partition(": ")[2].replace("\n", " "))
-    parser.prog = "python -m benchmarks.compiled"
+    parser = Parser("benchmarks.compiled", __doc__.partition(": ")[2].replace("\n", " "))
     add = parser.add_argument
     add("--target", choices=TARGETS, nargs="+", default=["sm_90"], metavar="T", help=f"{', '.join(TARGETS)} (sm_90)")
     add_chain_flags(parser)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from . import sync
 from .fused_norm import backward_kernel, forward_kernel, gradient_sums_kernel, statistics_kernel
 from .launch import Geometry, Kind, Plan, make_plan
-from .reference import move_, statistics_dtype
+from .reference import dropout_scale, move_, statistics_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -420,7 +420,7 @@ def _prepare(
 
 def _dropout(p: float) -> tuple[int, float]:
     """The share of dropped elements in units of 2^-31, and the scale of the kept ones."""
-    return round(p * 2**31), 0.0 if p == 1 else 1 / (1 - p)
+    return round(p * 2**31), dropout_scale(p)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
