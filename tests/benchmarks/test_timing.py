@@ -28,7 +28,7 @@ def test_every_round_runs_all_in_turning_order() -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_freed_memory_is_kept() -> None:
     # 2^14 pages, more than glibc ever keeps by itself. Aligning a tensor cuts a piece off its chunk, and glibc caches
-    # seven pieces of a size before it joins one to the chunk again: the first eight calls or so may find none that fits.
+    # seven pieces of a size before it joins one to the chunk again: the first calls, up to eight or so, may find none.
     code = """
 import resource, torch
 from benchmarks.timing import keep_freed_memory
