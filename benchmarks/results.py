@@ -84,15 +84,16 @@ def accuracy_table(rows: list[Row]) -> str:
 
 
 def layers_table(rows: list[Row]) -> str:
-    header = ("shapes", "norm", "dropout", "stock", "fused", "times as fast", "saved, stock", "saved, fused")
-    lines = []
+    dropouts = list(dict.fromkeys(row["dropout"] for row in rows))
+    lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         both = [row["contenders"][name] for name in ("stock", "fused")]
-        times = (f"{each['milliseconds']['median']:.1f} ms" for each in both)
-        saved = (f"{each['saved_bytes'] / 2**20:.1f} MB" for each in both)
-        ratio = spread(both[1]["times_as_fast_as"]["stock"])
-        lines.append((row["shapes"], row["norm"], f"{row['dropout']:g}", *times, ratio, *saved))
-    return markdown(header, lines)
+        times = " / ".join(f"{each['milliseconds']['median']:.1f}" for each in both)
+        saved = " / ".join(f"{each['saved_bytes'] / 2**20:.1f}" for each in both)
+        cells = lines.setdefault((row["shapes"], row["norm"]), [])
+        cells += [f"{times} ms", spread(both[1]["times_as_fast_as"]["stock"]), f"{saved} MB"]
+    header = ("shapes", "norm", *(cell for p in dropouts for cell in (f"dropout {p:g}", "times as fast", "saved")))
+    return markdown(header, ((*which, *cells) for which, cells in lines.items()))
 
 
 def ladder_table(rows: list[Row]) -> str:
