@@ -47,6 +47,8 @@ CACHE_LINE = 64
 BEARABLE_MEAN = 4.0
 # The same for x * rstd - mean * rstd, as torch's batch norm takes it: the result is off by 2^-24 of it.
 BEARABLE_PRODUCT = 2.0**16
+# The sizes of a weight by which the output can be divided to get back what was normalized: neither overflows.
+DIVISIBLE = (2.0**-60, 2.0**60)
 # Elements that are taken at a time, so that the temporaries stay in the outermost cache.
 PART = 2**20
 
@@ -253,11 +255,15 @@ def layer_norm_backward(
     normalized_shape: tuple[int, ...],
     weight: Tensor | None,
     bias: Tensor | None,
+    output: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias, the way that is exact and fast for these rows; not on a CPU, torch's."""
+    """Gradients of input, weight and bias, the way that is exact and fast for these rows; not on a CPU, torch's.
+
+    `output` is xhat * weight + bias wherever `grad` is not 0, if there is such a tensor.
+    """
     if _has_rows(input, normalized_shape, VECTOR - 1, SHORT_ROWS_ELEMENTS):
         return _short_rows_backward(grad, input, weight, mean, rstd, needs)
     per_row = (*mean.shape, *(1 for _ in normalized_shape))
@@ -265,10 +271,11 @@ def layer_norm_backward(
     sums = _sums(input, normalized_shape, needs[1], needs[2])
     if sums == "own":
         grad_input, _, _ = _native_backward(*arguments, [needs[0], False, False])
-        return grad_input, *_row_sums(grad, input, mean, rstd, normalized_shape, needs)
+        sums_of_output = None if output is None or weight is None else _output_sums(grad, output, weight, bias)
+        return grad_input, *(sums_of_output or _row_sums(grad, input, mean, rstd, normalized_shape, needs))
     if sums == "torch's, one by one":
         grad_input, grad_weight, _ = _native_backward(*arguments, [needs[0], True, False])
-        return grad_input, grad_weight, _column_sums(grad.view(-1, input.shape[-1]))
+        return grad_input, grad_weight, _column_sums(grad.view(-1, input.shape[-1]))[0]
     return _native_backward(*arguments, list(needs[:3]))
 
 
@@ -295,6 +302,26 @@ def _short_rows_backward(
     return grad_input, grad_weight, grad_bias
 
 
+def _output_sums(grad: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The gradients of weight and bias, both of one dimension, from the output; None where that is not exact enough.
+
+    It needs no statistics of the rows: sum(grad * xhat) = (sum(grad * output) - bias * sum(grad)) / weight.
+    """
+    if output.dtype != weight.dtype:  # half precision
+        return None
+    biases = [0.0] * len(weight) if bias is None else bias.tolist()
+    if not all(
+        DIVISIBLE[0] <= abs(factor) <= DIVISIBLE[1] and abs(offset) <= BEARABLE_MEAN * abs(factor)
+        for factor, offset in zip(weight.tolist(), biases, strict=True)
+    ):
+        return None
+    shape = (-1, len(weight))
+    grad_bias, products = _column_sums(grad.reshape(shape), output.reshape(shape))
+    if bias is not None:
+        products.addcmul_(bias, grad_bias, value=-1)
+    return products.div_(weight), grad_bias
+
+
 def _row_sums(
     grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, normalized_shape: tuple[int, ...], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -308,27 +335,36 @@ def _row_sums(
     for part in (slice(first, first + count) for first in range(0, len(rows), count)):
         grads = grad[part].to(mean.dtype)
         if grad_weight is not None:
-            grad_weight.add_(_column_sums((rows[part] - mean[part]).mul_(rstd[part]).mul_(grads)))
+            grad_weight.add_(_column_sums((rows[part] - mean[part]).mul_(rstd[part]).mul_(grads))[0])
         if grad_bias is not None:
-            grad_bias.add_(_column_sums(grads))
+            grad_bias.add_(_column_sums(grads)[0])
     sums = (None if each is None else each.view(normalized_shape) for each in (grad_weight, grad_bias))
     return tuple(sums)  # type: ignore[return-value]
 
 
-def _column_sums(values: Tensor) -> Tensor:
-    """The sum of the rows of a matrix, of float32 or float64.
+def _column_sums(values: Tensor, factors: Tensor | None = None) -> list[Tensor]:
+    """The sum of the rows of a matrix, of float32 or float64, and where there are factors, of its product with them.
 
-    Short rows are added up as the bias's gradient of torch's layer norm, several times as fast as by Tensor.sum: as
-    many at a time as make a wide row of whole cache lines for each thread. It reads no mean, rstd and weight.
+    Short rows are added up as the gradients of torch's layer norm, several times as fast as by Tensor.sum: as many at a
+    time as make a wide row of whole cache lines for each thread.
     """
     rows, length = values.shape
     line = CACHE_LINE // values.element_size()
     several = line * max(1, WIDE_ROW // (line * length))
     if length > LONG_CONTENDED_ROW or rows < several:
-        return values.sum(0)
+        return _plain_sums(values, factors)
     rest = rows % several
-    wide = values[: rows - rest].reshape(-1, several * length)
-    weight, mean = wide.new_empty(several * length), wide.new_empty(len(wide), 1)
-    _, _, sums = _native_backward(wide, wide, weight.shape, mean, mean, weight, weight, [False, False, True])
-    total = sums.view(several, length).sum(0)
-    return total.add_(values[-rest:].sum(0)) if rest > 0 else total
+    matrices = (values, values if factors is None else factors)
+    wide, wide_factors = (each[: rows - rest].reshape(-1, several * length) for each in matrices)
+    zeros, weight = wide.new_zeros(len(wide), 1), wide.new_empty(several * length)  # the weight is not read
+    arguments = (wide, wide_factors, weight.shape, zeros, zeros + 1, weight, weight)
+    _, products, sums = _native_backward(*arguments, [False, factors is not None, True])
+    totals = [each.view(several, length).sum(0) for each in (sums, products) if each is not None]
+    if rest > 0:
+        of_rest = _plain_sums(values[-rest:], None if factors is None else factors[-rest:])
+        totals = [total.add_(each) for total, each in zip(totals, of_rest, strict=True)]
+    return totals
+
+
+def _plain_sums(values: Tensor, factors: Tensor | None) -> list[Tensor]:
+    return [values.sum(0)] if factors is None else [values.sum(0), (values * factors).sum(0)]

@@ -236,9 +236,10 @@ def layer_norm_backward(
     )
     gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[:3]):
-        scaled_weight, _ = _scaled_affine(input, weight, None, normalized_shape, dropout_p)
+        scaled_weight, scaled_bias = _scaled_affine(input, weight, bias, normalized_shape, dropout_p)
+        normalized = None if has_residual else output
         gradients = cpu.layer_norm_backward(
-            grad, input, normalized_shape, scaled_weight, _as_statistics(input, bias), mean, rstd, needs
+            grad, input, normalized_shape, scaled_weight, scaled_bias, normalized, mean, rstd, needs
         )
     return (*_affine_gradients(gradients, (weight, bias), needs, dropout_p), grad_residual)
 

@@ -22,11 +22,12 @@ def gradients_of(output: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Te
     return torch.autograd.grad(output, inputs, grad)
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("length", [3, 5, 7, 8, 9, 15, 16, 22, 24, 31, 32, 33, 56, 128, 129])
-def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
+def test_layer_norm_of_many_rows(length, threads, offset, affine, activation, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "MANY_LONG_ROWS", cpu.MANY_ROWS)
     monkeypatch.setattr(cpu, "PART", (cpu.MANY_ROWS - 1) * length)
@@ -36,9 +37,11 @@ def test_layer_norm_of_many_rows(length, threads, offset, affine, monkeypatch):
     inputs += [torch.rand(length) + 0.5, torch.randn(length)] if affine else []
     inputs = [tensor.requires_grad_() for tensor in inputs]
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    output = layer_norm_relu(inputs[0], (length,), *inputs[1:], activation="identity")
+    output = layer_norm_relu(inputs[0], (length,), *inputs[1:], activation=activation)
     exact = torch.nn.functional.layer_norm(exact_inputs[0], (length,), *exact_inputs[1:])
     grad = torch.randn_like(output) + 0.3
+    if activation == "relu":  # as the output says, which rounding may have put on the other side of 0
+        exact = exact * (output > 0)
     close(output, exact, offset)
     expected = gradients_of(exact, exact_inputs, grad.double())
     for actual, each in zip(gradients_of(output, inputs, grad), expected, strict=True):
@@ -78,7 +81,12 @@ def test_column_sums(length, dtype, rows, transposed):
     values = values.t().contiguous().t() if transposed else values
     # Sums of up to 5,001 numbers around 3, one after the other in each of two threads.
     rtol = 2500 * torch.finfo(dtype).eps
-    torch.testing.assert_close(cpu._column_sums(values).double(), values.double().sum(0), rtol=rtol, atol=0)
+    (total,) = cpu._column_sums(values)
+    torch.testing.assert_close(total.double(), values.double().sum(0), rtol=rtol, atol=0)
+    factors = torch.rand(rows, length, dtype=dtype)
+    total, products = cpu._column_sums(values.abs(), factors)
+    torch.testing.assert_close(total.double(), values.abs().double().sum(0), rtol=rtol, atol=0)
+    torch.testing.assert_close(products.double(), (values.abs() * factors).double().sum(0), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("length", [5, 26, 56])
@@ -102,7 +110,8 @@ def test_layer_norm_of_many_rows_takes_only_the_gradients_asked_for(length, monk
 
 
 # Gradients asked of torch's backward.
-INPUT, INPUT_AND_WEIGHT, BIAS, ALL = [True, False, False], [True, True, False], [False, False, True], [True, True, True]
+INPUT, INPUT_AND_WEIGHT, BIAS = [True, False, False], [True, True, False], [False, False, True]
+PARAMETERS, ALL = [False, True, True], [True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +119,8 @@ INPUT, INPUT_AND_WEIGHT, BIAS, ALL = [True, False, False], [True, True, False], 
     [
         (7, cpu.SHORT_ROWS_ELEMENTS // 7 + 1, 2, []),
         (7, cpu.SHORT_ROWS_ELEMENTS // 7, 2, None),
-        (9, cpu.MANY_ROWS, 2, [(9, INPUT), (112 * 9, BIAS), (112 * 9, BIAS)]),
-        (26, cpu.MANY_ROWS, 2, [(26, INPUT), (32 * 26, BIAS), (32 * 26, BIAS)]),
+        (9, cpu.MANY_ROWS, 2, [(9, INPUT), (112 * 9, PARAMETERS)]),
+        (26, cpu.MANY_ROWS, 2, [(26, INPUT), (32 * 26, PARAMETERS)]),
         (33, cpu.MANY_LONG_ROWS, 2, [(33, INPUT_AND_WEIGHT), (16 * 33, BIAS)]),
         (72, cpu.MANY_LONG_ROWS + 1, 2, [(72, INPUT_AND_WEIGHT), (16 * 72, BIAS)]),
         (9, cpu.MANY_ROWS - 1, 2, None),
@@ -151,6 +160,59 @@ def test_threads_do_not_add_up_in_the_same_cache_lines(length, rows, threads, ca
         assert "_Fused" not in differentiate(False, False)
     if calls and length > 32:
         assert "_Fused" not in differentiate(True, False)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize(
+    ("weight", "bias", "taken"),
+    [
+        (-0.7, 2.7, True),
+        (0.7, None, True),
+        (2.0**-59, 0.0, True),
+        (2.0**-62, 0.0, False),
+        (2.0**61, 0.0, False),
+        (0.0, 0.0, False),
+        (0.0, 1.0, False),
+        (0.7, -3.0, False),
+        (float("nan"), 0.0, False),
+    ],
+)
+def test_parameters_gradients_from_the_output(weight, bias, taken, dropout_p, monkeypatch):
+    """`weight` and `bias` are the ones of a single column, by which the output there may say too little."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = []
+    output_sums = cpu._output_sums
+    monkeypatch.setattr(cpu, "_output_sums", lambda *arguments: found.append(output_sums(*arguments)) or found[-1])
+    torch.manual_seed(0)
+    x = torch.randn(cpu.MANY_ROWS + 5, 26) * 3 + 1
+    parameters = [torch.rand(26) + 0.5] + ([] if bias is None else [torch.rand(26)])
+    for tensor, value in zip(parameters, (weight, bias), strict=False):
+        tensor[3] = value
+    inputs = [x, *(parameter.requires_grad_() for parameter in parameters)]
+    output = layer_norm_relu(inputs[0], (26,), *inputs[1:], dropout_p=dropout_p)
+    grad = torch.randn_like(output) + 0.3
+    actual = gradients_of(output, inputs[1:], grad)
+    assert [each is not None for each in found] == [taken]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = torch.nn.functional.layer_norm(exact_inputs[0], (26,), *exact_inputs[1:])
+    mask = ~(output <= 0) / (1 - dropout_p)
+    for each, expected in zip(actual, gradients_of(exact * mask, exact_inputs[1:], grad.double()), strict=True):
+        close(each, expected, 0)
+
+
+def test_with_a_residual_the_output_does_not_tell_the_parameters_gradients(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu, "_output_sums", None)  # which cannot be called
+    x, residual = torch.randn(2, cpu.MANY_ROWS, 26)
+    parameters = [torch.rand(26).requires_grad_(), torch.rand(26).requires_grad_()]
+    output = layer_norm_relu(x, (26,), *parameters, residual=residual)
+    exact_parameters = [parameter.detach().double().requires_grad_() for parameter in parameters]
+    exact = torch.nn.functional.layer_norm(x.double(), (26,), *exact_parameters)
+    grad = torch.randn_like(output) * (output > 0)
+    for each, expected in zip(
+        gradients_of(output, parameters, grad), gradients_of(exact, exact_parameters, grad.double()), strict=True
+    ):
+        close(each, expected, 0)
 
 
 @pytest.mark.parametrize("value", [0.3, 3.0, 1000.1, 1e6, 1e7])
