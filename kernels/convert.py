@@ -148,9 +148,8 @@ def fuse(
 
     for norm, chain in chains.items():
         _fuse_norm(result.get_submodule(norm), chain.dropout_p, "relu")
-        for path in (chain.dropout, chain.relu):
-            if path is not None and norm not in owners:
-                _absorb(result.get_submodule(path), norm)
+    for path, norms in _taken_in(chains, findings).items():
+        _absorb(result.get_submodule(path), norms)
     for path, rewritten in forwards.items():
         _turn_into(result.get_submodule(path), rewritten)
     if process_group is not None:
@@ -309,6 +308,14 @@ def _rewrite_forwards(
         reasons |= failed
 
 
+def _taken_in(chains: dict[str, Chain], findings: Findings) -> dict[str, list[str]]:
+    """The ReLU and dropout modules of which every use is a part of a fused chain, with the norms of these."""
+    norms: dict[str, list[str]] = {}
+    for path, chain in findings.uses:
+        norms.setdefault(path, []).append(chain.norm if chain else "")
+    return {path: list(dict.fromkeys(of)) for path, of in norms.items() if chains.keys() >= set(of)}
+
+
 def _try_to_rewrite(
     model: nn.Module, owner: str, owned: _Owned, chains: dict[str, Chain], findings: Findings
 ) -> type[nn.Module] | str:
@@ -379,13 +386,13 @@ def sum_relu(layer: FusedLayer, input: Tensor, residual: Any, in_place: bool) ->
 
 
 class Absorbed(nn.Identity):
-    """Stands where a ReLU or dropout was that is now a part of the fused layer at `norm`; unfuse puts it back."""
+    """Stands where a ReLU or dropout was that is now a part of the fused layers at `norms`; unfuse puts it back."""
 
     absorbed: type[nn.Module]
-    norm: str
+    norms: list[str]
 
     def extra_repr(self) -> str:
-        return f"{self.absorbed.__name__}, part of {self.norm}"
+        return f"{self.absorbed.__name__}, part of {', '.join(self.norms)}"
 
 
 def _turn_into(module: Any, kind: type[nn.Module]) -> None:
@@ -393,14 +400,13 @@ def _turn_into(module: Any, kind: type[nn.Module]) -> None:
     module.__class__ = kind
 
 
-def _absorb(module: nn.Module, norm: str) -> None:
-    if not isinstance(module, Absorbed):  # one ReLU may serve several norms
-        vars(module).update(absorbed=type(module), norm=norm)
-        _turn_into(module, Absorbed)
+def _absorb(module: nn.Module, norms: list[str]) -> None:
+    vars(module).update(absorbed=type(module), norms=norms)
+    _turn_into(module, Absorbed)
 
 
 def _restore(module: Absorbed) -> None:
-    del module.norm
+    del module.norms
     _turn_into(module, vars(module).pop("absorbed"))
 
 

@@ -902,6 +902,30 @@ def test_structure_parameters_and_modes_stay():
     assert stock.layer1[0].conv1.weight.grad is None
 
 
+class DropoutModuleThenFunction(Chains):
+    def forward(self, x):
+        return F.relu(self.drop(self.norm1(self.conv1(x))))
+
+
+@pytest.mark.parametrize(
+    ("network", "absorbed"),
+    [
+        (DropoutModuleThenFunction, {"drop": "Dropout, part of norm1"}),
+        (SharedReLU, {"relu": "ReLU, part of norm1, norm2"}),
+        (PartlySharedReLU, {"eval_relu": "ReLU, part of norm2"}),
+        (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.ReLU()), {"1": "Dropout", "2": "ReLU"}),
+    ],
+)
+def test_a_dropout_or_relu_that_is_no_longer_called_is_not_found(network, absorbed):
+    stock = network()
+    model = fuse(stock)
+    found = [path for path, module in model.named_modules() if isinstance(module, (nn.Dropout, nn.ReLU))]
+    members = [path for path, module in stock.named_modules() if isinstance(module, (nn.Dropout, nn.ReLU))]
+    assert found == [path for path in members if path not in absorbed]
+    assert all(what in repr(model.get_submodule(path)) for path, what in absorbed.items())
+    assert repr(unfuse(model)) == repr(stock)
+
+
 def test_checkpoints_move_both_ways(tmp_path):
     stock, other = Sum(), Sum()
     model = fuse(stock)
