@@ -11,6 +11,7 @@ from torch import Tensor
 from mnistnorm.errors import UserError
 from mnistnorm.kernels import launchers
 from mnistnorm.kernels.launch import Kind
+from mnistnorm.kernels.reference import Gradients
 
 from .cases import NUM_GROUPS, Shape
 
@@ -155,7 +156,7 @@ class Chain:
 
     def fused_backward(
         self, tensors: Tensors, forward: tuple[Tensor, Tensor, Tensor], plan: Kind | None = None
-    ) -> launchers.Gradients:
+    ) -> Gradients:
         """The launches of the backward, for all gradients that there are."""
         output, mean, rstd = forward
         backward = getattr(launchers, f"{self.norm}_norm_backward")

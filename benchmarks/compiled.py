@@ -15,10 +15,11 @@ from unittest import mock
 import torch
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, output_file, run_program
+from mnistnorm.cli import Parser, command_of, output_file, run_program
 from mnistnorm.errors import UserError
 from mnistnorm.kernels import launchers
 from mnistnorm.kernels.launchers import Launch
+from mnistnorm.machine import describe_machine
 
 from . import compilation
 from .chain import Chain
@@ -26,7 +27,6 @@ from .compilation import TARGETS, Compiled, compiler_processes
 from .counting import Phases, launch_traffic, total
 from .gpus import GPU, GPUS
 from .inductor import inductor
-from .machine import command_of, describe_machine
 from .traffic import CONTENDERS, add_chain_flags, chains, compare, count_fused
 
 # The lines of the kernels that move activations; what else they move are a few values of each slab or channel.
@@ -53,7 +53,6 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--target", choices=TARGETS, nargs="+", default=["sm_90"], metavar="T", help=f"{', '.join(TARGETS)} (sm_90)")
     add_chain_flags(parser)
-    add("--plan", choices=["resident", "split"], help="of the fused kernels (the one that they choose)")
     bounds = argparse.BooleanOptionalAction
     add("--bounds", action=bounds, default=True, help="print the bounds as well, which takes Inductor a while (on)")
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
@@ -189,7 +188,12 @@ def compiled(argv: Sequence[str] | None) -> int:
         rows = print_kernels(pool, wanted, args)
         bounded = print_bounds(pool, fused_kernels) if args.bounds else []
     if args.json:
-        document = {"command": command_of("compiled", argv), "machine": machine, "kernels": rows, "bounds": bounded}
+        document = {
+            "command": command_of("benchmarks.compiled", argv),
+            "machine": machine,
+            "kernels": rows,
+            "bounds": bounded,
+        }
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     if baseline is None:
         return 0

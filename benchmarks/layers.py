@@ -18,12 +18,14 @@ from mnistnorm.cli import (
     Parser,
     at_least,
     choose_device,
+    command_of,
     fraction,
     output_file,
     refuse_same_file,
     run_program,
     thread_count,
 )
+from mnistnorm.machine import describe_machine
 from mnistnorm.plots import png
 
 from .cases import DTYPES, NORMS, NUM_GROUPS, Shape, shape_sets
@@ -38,7 +40,6 @@ from .contenders import (
     prepare,
     unavailable,
 )
-from .machine import command_of, describe_machine
 from .timing import Clock, Spread, clock_of, copy_bandwidth, interleaved, ratio
 
 DEFAULT_SHAPES = ("network-128", "network-512", "32x64x56x56")
@@ -303,7 +304,12 @@ def layers(argv: Sequence[str] | None) -> int:
             print(*lines(row), sep="\n", flush=True)
             rows.append(row)
     if args.json:
-        document = {"command": command_of("layers", argv), "machine": machine, "skipped": skipped, "rows": rows}
+        document = {
+            "command": command_of("benchmarks.layers", argv),
+            "machine": machine,
+            "skipped": skipped,
+            "rows": rows,
+        }
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     if args.plot:
         write_atomically(args.plot, png(plot(rows)))

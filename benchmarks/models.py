@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from mnistnorm import fuse
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program, thread_count
+from mnistnorm.cli import Parser, at_least, choose_device, command_of, fraction, output_file, run_program, thread_count
 from mnistnorm.kernels import FusionReport
+from mnistnorm.machine import describe_machine
 
-from .machine import command_of, describe_machine
 from .memory import bytes_beyond, saved_storages
 from .timing import Spread, clock_of, interleaved, ratio
 
@@ -164,7 +164,7 @@ def models(argv: Sequence[str] | None) -> int:
             print(line(rows[-1]), flush=True)
     if args.json:
         settings = {"batch_size": args.batch_size, "image_size": args.image_size}
-        document = {"command": command_of("models", argv), "machine": machine, **settings, "rows": rows}
+        document = {"command": command_of("benchmarks.models", argv), "machine": machine, **settings, "rows": rows}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     return 0
 

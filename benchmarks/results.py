@@ -4,7 +4,6 @@ What was measured is kept in docs/results/, from which the tables can be written
 """
 
 import argparse
-import datetime
 import json
 import os
 import re
@@ -22,7 +21,6 @@ from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, run_program
 from mnistnorm.errors import UserError
 
-from .machine import describe_machine
 from .timing import Spread
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +65,8 @@ def span(low: float, high: float) -> str:
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
 
 
-def accuracy_rows(document: list[Row]) -> list[Row]:
-    return [{name: row[name] for name in ("norm", "parameters", "seeds", "accuracies")} for row in document]
+def accuracy_rows(document: Any) -> list[Row]:
+    return [{name: row[name] for name in ("norm", "parameters", "seeds", "accuracies")} for row in document["results"]]
 
 
 def accuracy_table(rows: list[Row]) -> str:
@@ -324,7 +322,7 @@ def run(name: str) -> Path:
     """
     part, folder = PARTS[name], RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
-    words = f"{part.command} {part.output.format(folder)}".split()
+    words = [*part.command.split(), *(word.format(folder) for word in part.output.split())]
     print(f"\n{part.command}", flush=True)
     if subprocess.run([sys.executable, *words[1:]], cwd=ROOT).returncode:
         raise UserError(f"{name} is left as it was, since its command failed: {part.command}")
@@ -344,12 +342,7 @@ def keep(name: str, path: Path) -> None:
         part.table(rows)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what {part.command} writes") from error
-    said = document if isinstance(document, dict) else {}
-    date = datetime.date.fromtimestamp(path.stat().st_mtime)
-    kept = {
-        "command": said.get("command", part.command),
-        "machine": said.get("machine", describe_machine(None, date)),
-    }
+    kept = {"command": document.get("command", part.command), "machine": document["machine"]}
     lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
     text = json.dumps(kept, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n'
     RESULTS.mkdir(exist_ok=True)

@@ -16,9 +16,19 @@ from matplotlib.figure import Figure
 from triton.backends.compiler import GPUTarget
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, fraction, output_file, print_error, refuse_same_file, run_program
+from mnistnorm.cli import (
+    Parser,
+    at_least,
+    command_of,
+    fraction,
+    output_file,
+    print_error,
+    refuse_same_file,
+    run_program,
+)
 from mnistnorm.errors import UserError
 from mnistnorm.kernels.launch import Kind
+from mnistnorm.machine import describe_machine
 from mnistnorm.plots import COLORS, png
 
 from .cases import DTYPES, NORMS, shape
@@ -27,7 +37,6 @@ from .compilation import TARGETS, compiler_processes, interpreter_process
 from .counting import Phases, eager, fused, interpreted, launches, once, total
 from .gpus import GPUS
 from .inductor import inductor
-from .machine import command_of, describe_machine
 
 # Elements of an activation up to which the launches also run in the interpreter, to be counted one by one.
 INTERPRETED = 2**16
@@ -72,7 +81,6 @@ def get_parser() -> argparse.ArgumentParser:
     add_chain_flags(parser)
     add = parser.add_argument
     add("--gpu", choices=[gpu.name for gpu in GPUS], default="H100", help="what code is generated for (%(default)s)")
-    add("--plan", choices=["resident", "split"], help="of the fused kernels (the one that they choose)")
     add("--tensors", action="store_true", help="print the bytes of each tensor in each fused launch as well")
     add("--json", type=output_file, metavar="FILE", help="write all counts there as well")
     add("--plot", type=output_file, metavar="FILE", help="write a bar chart, a PNG file")
@@ -80,7 +88,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def add_chain_flags(parser: argparse.ArgumentParser, shapes: str = "64x256x56x56") -> None:
-    """Adds the flags that say which chains."""
+    """Adds the flags that say which chains, and by what plan the fused kernels take them."""
     add = parser.add_argument
     add("--shape", type=shape, nargs="+", default=[shape(s) for s in shapes.split()], help=f"N x C x H x W ({shapes})")
     add("--dtype", choices=DTYPES, default="float32", help="of everything but statistics (%(default)s)")
@@ -89,6 +97,7 @@ def add_chain_flags(parser: argparse.ArgumentParser, shapes: str = "64x256x56x56
     add("--dropout", type=fraction, default=0.0, metavar="P", help="(%(default)s)")
     add("--residual", action="store_true", help="add a residual before the ReLU")
     add("--channels-last", action="store_true", help="layer norm is then over (C, H, W), not over W")
+    add("--plan", choices=["resident", "split"], help="of the fused kernels (the one that they choose)")
 
 
 def chains(args: argparse.Namespace) -> list[Chain]:
@@ -225,7 +234,12 @@ def traffic(argv: Sequence[str] | None) -> int:
             results.append((chain, contenders))
             documents.append(as_json(chain, contenders, chain in seen))
     if args.json:
-        document = {"command": command_of("traffic", argv), "machine": machine, "gpu": gpu.name, "chains": documents}
+        document = {
+            "command": command_of("benchmarks.traffic", argv),
+            "machine": machine,
+            "gpu": gpu.name,
+            "chains": documents,
+        }
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     if args.plot:
         write_atomically(args.plot, png(bar_chart(results, gpu.name)))

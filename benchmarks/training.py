@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from mnistnorm.checkpoint import write_atomically
-from mnistnorm.cli import Parser, at_least, choose_device, fraction, output_file, run_program, thread_count
+from mnistnorm.cli import Parser, at_least, choose_device, command_of, fraction, output_file, run_program, thread_count
 from mnistnorm.data import Augmentation, Dataset, load_dataset
 from mnistnorm.errors import UserError
+from mnistnorm.machine import describe_machine
 from mnistnorm.model import CNN
 from mnistnorm.run import build_trainer
 from mnistnorm.training import LEARNING_RATES, Settings, Trainer, log_probabilities, score
 
 from .cases import NORMS
-from .machine import command_of, describe_machine
 from .memory import peak_bytes
 from .timing import Spread, interleaved, ratio, wall_clock_of
 
@@ -262,7 +262,7 @@ def training(argv: Sequence[str] | None) -> int:
         rows.append({"norm": norm, "dropout": dropout, "loops": figures})
         print(*lines(rows[-1]), sep="\n", flush=True)
     if args.json:
-        document = {"command": command_of("training", argv), "machine": machine, "rows": rows}
+        document = {"command": command_of("benchmarks.training", argv), "machine": machine, "rows": rows}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     return 0
 

@@ -38,16 +38,16 @@ def batch_norm_relu(
 
     Args:
         input: (N, C, ...) of 2 to 5 dimensions; float16, bfloat16, float32 or float64; any strides.
-        running_mean, running_var: (C,), both or neither. Updated in place when `training`; used for the
-            normalization when not.
+        running_mean, running_var: (C,), both or neither, in a dtype that `weight` may have. Updated in place when
+            `training`; used for the normalization when not.
         weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
         training: normalize with the statistics of this batch.
         momentum: weight of this batch in the running statistics; a number or a 0-dim tensor.
         eps: added to the variance.
         residual: added before the activation; of the input's shape, dtype (nothing is promoted) and device.
-        dropout_p: probability to zero an element of the normalized tensor, applied as given. A zeroed element is 0
-            whatever it was, NaN included. Under torch.compile, torch.export and torch.func the mask follows
-            torch.manual_seed as well, but is not that of an eager call.
+        dropout_p: probability to zero an element of the normalized tensor, whatever `training` is (the modules give
+            0 in eval mode). A zeroed element is 0 whatever it was, NaN included. Under torch.compile, torch.export
+            and torch.func the mask follows torch.manual_seed as well, but is not that of an eager call.
         activation: "relu" or "identity".
         process_group: take the batch statistics over the batches of all its processes, which must have as many
             channels each; one may have no samples. There is no second derivative then.
@@ -58,8 +58,11 @@ def batch_norm_relu(
         neither: what a convolution under it hands on in half precision is taken with the float32 parameters.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.batch_norm or F.dropout would, and for a residual of another shape,
-            dtype or device; before anything is computed or changed.
+        TypeError, ValueError, RuntimeError: where F.batch_norm or F.dropout would; before anything is computed or
+            changed, but for one value for each channel in the whole of a process group.
+        RuntimeError: a residual or a parameter has another shape, dtype or device than said above; impl="triton" does
+            not run on the device.
+        ValueError: an activation or impl that there is not.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
     """
@@ -119,8 +122,8 @@ def group_norm_relu(
         A tensor of the input's shape and dtype, under torch.autocast too, in its memory format where that is dense.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.group_norm or F.dropout would, and for a residual of another shape,
-            dtype or device; before anything is computed.
+        TypeError, ValueError, RuntimeError: where F.group_norm or F.dropout would, and otherwise as `batch_norm_relu`;
+            before anything is computed.
 
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
@@ -170,8 +173,8 @@ def layer_norm_relu(
         A tensor of the input's shape and dtype, under torch.autocast too.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.layer_norm or F.dropout would, and for a residual of another shape,
-            dtype or device; before anything is computed.
+        TypeError, ValueError, RuntimeError: where F.layer_norm or F.dropout would, and otherwise as `batch_norm_relu`;
+            before anything is computed.
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
     """
@@ -260,8 +263,7 @@ def choose_implementation(impl: Impl, device: torch.device) -> Literal["triton",
         ValueError: there is no such implementation.
         RuntimeError: it does not run on `device`.
     """
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
+    _check_impl(impl)
     if impl == "torch" or (impl == "auto" and device.type == "cpu"):
         return "torch"
     missing = _missing_for_triton(device)
@@ -331,6 +333,10 @@ def check_fused_options(dropout_p: float, activation: str, impl: str = "auto") -
         raise ValueError(f"dropout_p must be a probability between 0 and 1, got {dropout_p}")
     if activation not in ("relu", "identity"):
         raise ValueError(f'activation must be "relu" or "identity", got {activation!r}')
+    _check_impl(impl)
+
+
+def _check_impl(impl: str) -> None:
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
 

@@ -18,9 +18,7 @@ from triton.backends.compiler import GPUTarget
 from . import sync
 from .fused_norm import backward_kernel, forward_kernel, gradient_sums_kernel, statistics_kernel
 from .launch import Geometry, Kind, Plan, make_plan
-from .reference import dropout_scale, move_, statistics_dtype
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+from .reference import Gradients, dropout_scale, move_, statistics_dtype
 
 # What the interpreter, which runs on a CPU, makes plans for.
 INTERPRETED_TARGET = GPUTarget("cuda", 90, 32)
@@ -242,7 +240,7 @@ def _laid_out_like(input: Tensor, tensor: Tensor | None) -> Tensor | None:
 def _batch_moments(geometry: Geometry, input: Tensor) -> Tensor:
     """The moments of each channel as in sync.py, by the first launch of a split plan."""
     target = current_target(input.device)
-    plan, sizes, _ = _prepare(geometry, input.element_size(), target, False, False, True, "split", False, False)
+    plan, sizes, _ = _prepare(geometry, input.element_size(), target, reduces=True, kind="split")
     partials = input.new_empty((3, plan.splits, geometry.slabs), dtype=statistics_dtype(input))
     run([_statistics_launch(plan, sizes, input, partials)], input.device)
     return torch.stack(sync.merge_moments(partials))
@@ -273,7 +271,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     target = current_target(input.device)
     chosen, sizes, constants = _prepare(
-        geometry, input.element_size(), target, False, residual is not None, reduces, plan, dropout_p > 0, relu
+        *(geometry, input.element_size(), target),
+        residual=residual is not None,
+        dropout=dropout_p > 0,
+        relu=relu,
+        reduces=reduces,
+        kind=plan,
     )
     mean = input.new_empty(statistics_shape, dtype=statistics_dtype(input))
     rstd = torch.empty_like(mean)
@@ -321,7 +324,13 @@ def _backward(
     plan = plan if process_group is None else "split"
     target = current_target(input.device)
     chosen, sizes, constants = _prepare(
-        geometry, input.element_size(), target, True, has_residual, reduces, plan, dropout_p > 0, relu
+        *(geometry, input.element_size(), target),
+        backward=True,
+        residual=has_residual,
+        dropout=dropout_p > 0,
+        relu=relu,
+        reduces=reduces,
+        kind=plan,
     )
     grad_input = torch.empty_like(input) if needs_input else None
     grad_residual = torch.empty_like(input) if needs_residual and relu else None
@@ -396,12 +405,13 @@ def _prepare(
     geometry: Geometry,
     itemsize: int,
     target: GPUTarget,
-    backward: bool,
-    residual: bool,
+    *,
     reduces: bool,
     kind: Kind | None,
-    dropout: bool,
-    relu: bool,
+    backward: bool = False,
+    residual: bool = False,
+    dropout: bool = False,
+    relu: bool = False,
 ) -> _Prepared:
     plan = make_plan(
         geometry, itemsize, target, backward=backward, residual=residual, dropout=dropout, reduces=reduces, kind=kind

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import GroupName
 
 from . import sync
+from .reference import statistics_dtype
 
 
 class _Formula(NamedTuple):
@@ -169,9 +170,9 @@ def _number(seed: Tensor | None) -> int:
 def _batch_norm_forward(*tensors: Any, use_batch_stats: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward, and the variance that moves the running one: unbiased."""
     *inputs, seed, running_mean, running_var = tensors
-    statistics_dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(inputs[0])
     if use_batch_stats:
-        running_mean, running_var = inputs[0].new_zeros(2, inputs[0].shape[1], dtype=statistics_dtype)
+        running_mean, running_var = inputs[0].new_zeros(2, inputs[0].shape[1], dtype=dtype)
     output, mean, rstd = _launchers().batch_norm_forward(
         *inputs,
         running_mean,
@@ -181,7 +182,7 @@ def _batch_norm_forward(*tensors: Any, use_batch_stats: bool, **options: Any) ->
         seed=_number(seed),
         **options,
     )
-    return output, mean, rstd, running_var.to(statistics_dtype, copy=True)
+    return output, mean, rstd, running_var.to(dtype, copy=True)
 
 
 def _forward_of(norm: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -207,7 +208,7 @@ def _fake_forward(
         statistics_shape = (input.shape[0], num_groups)
     else:
         statistics_shape = input.shape[: _leading(input, normalized_shape)]
-    mean = input.new_empty(statistics_shape, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+    mean = input.new_empty(statistics_shape, dtype=statistics_dtype(input))
     statistics = [torch.empty_like(mean) for _ in range(2 if use_batch_stats is None else 3)]
     return (torch.empty_like(_dense(input, normalized_shape)), *statistics)
 

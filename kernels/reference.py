@@ -3,8 +3,8 @@
 Every function here takes arguments that `functional.py` has checked. Formulas:
 
     xhat = (x - mean) * rstd,  y = relu(dropout(xhat * weight + bias) + residual)        (Ioffe & Szegedy 2015, eq. 1-4)
-    g = dy * [y > 0] * keep / (1 - p),  dweight = sum(g * xhat),  dbias = sum(g)
-    dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat))
+    g = dy * [y > 0] * keep / (1 - p),  dweight = sum(g * xhat),  dbias = sum(g),  h = g * weight
+    dx = rstd * (h - mean(h) - xhat * mean(h * xhat)), the means over what has one mean of x
 
 The 1 / (1 - p) of the dropout is folded into weight and bias, and with a ReLU and no residual the sign of y tells both
 what the ReLU and what the dropout removed, so nothing but x, y, mean and rstd is kept for the backward.

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -72,6 +73,18 @@ def _make_streams_bear_everything() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def command_of(module: str, argv: Sequence[str] | None) -> str:
+    """What was typed to run a program, without the files that --json and --plot write to."""
+    words: list[str] = []
+    given = iter(sys.argv[1:] if argv is None else argv)
+    for word in given:
+        if word in ("--json", "--plot"):
+            next(given)
+        elif not word.startswith(("--json=", "--plot=")):
+            words.append(word)
+    return shlex.join(["python", "-m", module, *words])
 
 
 def print_error(message: object) -> None:

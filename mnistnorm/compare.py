@@ -16,6 +16,7 @@ from . import distributed, plots
 from .checkpoint import write_atomically
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
 from .errors import UserError
+from .machine import describe_machine
 from .model import NORMS
 from .run import (
     COMPARISON_CONFIG,
@@ -187,7 +188,8 @@ def compare_runs(runs: Mapping[str, Sequence[Settings]], out: Path, *, resume: b
         write_atomically(out / GRAPH.format(metric), plots.png(plots.comparison_curves(histories, metric)))
     write_atomically(out / TABLE_TEXT, text_table(results))
     write_atomically(out / TABLE_MARKDOWN, markdown_table(results))
-    write_atomically(out / TABLE_JSON, json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    document = {"machine": describe_machine(trainer.device), "results": [asdict(result) for result in results]}
+    write_atomically(out / TABLE_JSON, json.dumps(document, indent=2) + "\n")
     print(text_table(results))
     print(f"files    {out}: comparison.txt, .md, .json; test-loss.png, test-accuracy.png; misclassified-NORM.png")
 

@@ -232,22 +232,24 @@ class Augmentation:
             uniform: what `draw` returned for N maps, on the device of `images`.
         """
         height, width = images.shape[2:]
-        angle, scale, shear, *shift = uniform[:5, :, None, None]  # [N, 1, 1] each
+        angle, scale, shear = uniform[:3, :, None, None]  # [N, 1, 1] each
         scale = 1 + scale * self.scale
         angle = angle * self.rotation
         cos, sin = scale * angle.cos(), scale * angle.sin()
 
-        def pixels(count: float) -> Tensor:
-            return uniform.new_tensor([2 * count / width, 2 * count / height]).view(2, 1, 1)
+        def pixels(count: float, moves: Tensor) -> Tensor:
+            """Moves along x and y, [2, ...], by up to `count` pixels in the units below."""
+            along_x, along_y = moves
+            return torch.stack([along_x * (2 * count / width), along_y * (2 * count / height)])
 
         # The centres of the pixels, in units where the image spans -1..1, and where each is taken from: [2, N, H, W].
         y = torch.arange(1 - height, height, 2, device=images.device).div(height).view(-1, 1)
         x = torch.arange(1 - width, width, 2, device=images.device).div(width) + (shear * self.shear) * y
         source = torch.stack([cos, sin]) * x
         source += torch.stack([-sin, cos]) * y
-        source += torch.stack(shift) * pixels(self.shift).unsqueeze(-1)
+        source += pixels(self.shift, uniform[3:5])[..., None, None]
         if self.elastic:
-            moves = uniform[5:].view(2, NODES**2, -1).transpose(1, 2) * pixels(self.elastic)
+            moves = pixels(self.elastic, uniform[5:].view(2, NODES**2, -1).transpose(1, 2))
             source += (moves.flatten(0, 1) @ _shares(height, width, images.device)).view_as(source)
         return F.grid_sample(images, source.permute(1, 2, 3, 0), align_corners=False)
 

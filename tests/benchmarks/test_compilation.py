@@ -11,10 +11,8 @@ from triton.tools.disasm import get_sass
 
 from benchmarks import compilation
 
-# One of each kind by default.
 TARGETS = [
-    target if target in ("sm_90", "gfx942") else pytest.param(target, marks=pytest.mark.slow)
-    for target in compilation.TARGETS
+    target if target == "sm_90" else pytest.param(target, marks=pytest.mark.slow) for target in compilation.TARGETS
 ]
 
 

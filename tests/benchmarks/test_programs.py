@@ -10,8 +10,8 @@ import torch
 from benchmarks import compiled, host, layers, models, results, traffic, training
 from benchmarks.chain import Chain
 from benchmarks.counting import Kernel, eager
-from benchmarks.machine import command_of
 from mnistnorm import fuse
+from mnistnorm.cli import command_of
 
 PROGRAMS = [traffic.main, compiled.main]
 BASELINE = Path(compiled.__file__).with_name("compiled.json")
@@ -48,7 +48,7 @@ def test_two_outputs_do_not_share_a_file(program, tmp_path, capsys) -> None:
     "argv", [["--json", "a.json", "--norms", "batch"], ["--norms", "batch", "--plot=a.png", "--json=a.json"]]
 )
 def test_the_command_is_told_without_the_files_it_writes(argv) -> None:
-    assert command_of("layers", argv) == "python -m benchmarks.layers --norms batch"
+    assert command_of("benchmarks.layers", argv) == "python -m benchmarks.layers --norms batch"
 
 
 @pytest.mark.parametrize("program", [layers, training, models, traffic, compiled, host, results])

@@ -151,18 +151,18 @@ def count_compilations(case, batch_sizes, plan):
     return counts
 
 
-def is_sampled(case):
-    """Whether the default run compiles it: the network's sizes for one target, the others for two."""
+def marks_of(case):
+    """Which run compiles it: `make test` two of the network's sizes and the prime one, `make test-slow` a few more."""
     if case.shape[0] == NETWORK[0]:
-        dtypes = (torch.float32, torch.bfloat16) if case.shape == NETWORK else (torch.float32,)
-        return (
-            case.target == "sm_90"
-            and case.dtype in dtypes
-            and not case.channels_last
-            and case.variant in ("plain", "dropout-residual")
-        )
-    sampled = case.target in ("sm_75", "gfx942") and case.dtype == torch.float32 and case.variant == "plain"
-    return sampled and (not case.channels_last or case.shape == (64, 256, 14, 14))
+        dtypes = {NETWORK: (torch.float32, torch.bfloat16), (128, 14, 7, 7): (torch.float32,)}.get(case.shape, ())
+        sampled = case.target == "sm_90" and case.dtype in dtypes and case.variant in ("plain", "dropout-residual")
+        sampled = sampled and not case.channels_last
+        marks = []
+    else:
+        sampled = case.target in ("sm_75", "gfx942") and case.dtype == torch.float32 and case.variant == "plain"
+        sampled = sampled and (not case.channels_last or case.shape == (64, 256, 14, 14))
+        marks = [] if case.shape == PRIME else [pytest.mark.slow]
+    return marks if sampled else [pytest.mark.exhaustive]
 
 
 def cases():
@@ -176,7 +176,7 @@ def cases():
         pytest.param(
             case,
             id=str(case),
-            marks=[pytest.mark.xdist_group(case.group), *([] if is_sampled(case) else [pytest.mark.exhaustive])],
+            marks=[pytest.mark.xdist_group(case.group), *marks_of(case)],
         )
         for case in matrix
     ]

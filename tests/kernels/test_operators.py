@@ -65,8 +65,9 @@ def test_opcheck(norm, options, device):
 
 @pytest.mark.slow
 @norms
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [*((layout, torch.float32) for layout in LAYOUTS), ("contiguous", torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("extras", [True, False], ids=["all", "bare"])
 def test_opcheck_of_layouts_and_dtypes(norm, options, layout, dtype, extras, device):
     extra = {"affine": extras, "residual": extras, "dropout_p": 0.3 if extras else 0.0}

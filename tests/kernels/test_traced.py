@@ -187,11 +187,14 @@ norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 
 @norms
 @impls
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS if dtype == torch.float32 or layout == "contiguous"],
+    ids=str,
+)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("layout", LAYOUTS)
 def test_traced_operations_match_torch(norm, impl, dtype, with_residual, layout, always_traced, device):
-    shape = (3, 4, 2, 5)
+    shape = (3, 4, 2, 3)
     parameters = affine(norm.affine_shape(shape), torch.float32 if dtype.itemsize == 2 else dtype)
     residual = make(shape, dtype, "transposed", offset=0.0) if with_residual else None
     compare(fused_of(norm, impl=impl), stock_of(norm), (make(shape, dtype, layout), *parameters, residual), dtype)

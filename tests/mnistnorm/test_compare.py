@@ -36,7 +36,9 @@ def test_every_norm_is_trained_with_every_seed(comparison: tuple[list[str], Path
 
 def test_the_table_is_text_markdown_and_json(comparison: tuple[list[str], Path]) -> None:
     out = comparison[1]
-    results = json.loads((out / "comparison.json").read_text())
+    document = json.loads((out / "comparison.json").read_text())
+    assert f"torch {torch.__version__}" in document["machine"]
+    results = document["results"]
     assert [(result["norm"], result["parameters"]) for result in results] == [("batch", 7652), ("layer", 7594)]
     for result in results:
         accuracies = [
@@ -62,13 +64,13 @@ def test_a_comparison_is_not_overwritten_but_resumed(
     comparison: tuple[list[str], Path], one_error: Callable[[], str]
 ) -> None:
     flags, out = comparison
-    before = (out / "comparison.json").read_bytes()
+    before = json.loads((out / "comparison.json").read_text())["results"]
     assert compare.main(flags) == 1
     assert "holds a comparison: continue it (--resume)" in one_error()
     assert compare.main([*flags, "--norms", "group"]) == 1
     assert "holds a comparison: continue it (--resume)" in one_error()
     assert compare.main([*flags, "--resume"]) == 0
-    assert (out / "comparison.json").read_bytes() == before
+    assert json.loads((out / "comparison.json").read_text())["results"] == before
 
 
 @pytest.mark.parametrize("flags", [["--no-fused", "--impl", "triton"], ["--val-split", "0.999"]], ids=str)
