@@ -304,6 +304,8 @@ def batch_norm_compose(
         or not _is_composable(input, (weight, bias, running_mean, running_var), residual, **rest)
         or 1 in input.shape  # gradients have to be made standard
         or cpu.has_batch_statistics(input)
+        # Behind rows, into which a large mean turns them, torch rounds what the gradient is made of to half precision.
+        or (input.dtype != statistics_dtype(input) and cpu.adds_one_by_one(input))
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])

@@ -169,6 +169,21 @@ def test_half_input_with_float32_parameters(norm, dtype):
     compare(fused_of(norm), stock_of(norm), inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_gradient_that_all_but_cancels(dtype):
+    # Of two values that differ; their mean, larger than their deviation, changes the way.
+    torch.manual_seed(0)
+    x = (torch.randn(1, 6) + 1 + torch.tensor([[0.0], [0.25]])).to(dtype).requires_grad_()
+    weight, bias = affine((6,), torch.float32)
+    output = batch_norm_relu(x, None, None, weight, bias, training=True, activation="identity")
+    grad = torch.randn(2, 6).to(dtype)
+    (gradient,) = torch.autograd.grad(output, x, grad)
+    exact = x.detach().double().requires_grad_()
+    expected = F.batch_norm(exact, None, None, weight.double(), bias.double(), True)
+    (expected,) = torch.autograd.grad(expected, exact, grad.double())
+    close(gradient, expected, 1e-4)
+
+
 @norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
