@@ -8,7 +8,7 @@ DEV = [
     "build",
     "hypothesis",
     "mypy",
-    "pytest<9.2",  # with which pytest-xdist 3.8 overlooks its groups
+    "pytest<9.2",  # under 9.2 pytest-xdist 3.8 overlooks its groups
     "pytest-benchmark",
     "pytest-xdist",
     "ruff",

@@ -96,7 +96,7 @@ class Findings:
         self.first_path = {module: path for path, module in self.model.named_modules()}
 
     def path(self, root: str, path: str) -> str:
-        """The path in the model of what is at `path` in the module at `root`."""
+        """The first path in the model of the module that is at `path` in the one at `root`."""
         return self.first_path[self.model.get_submodule(join(root, path))]
 
 
@@ -379,7 +379,7 @@ def _scope(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def join(root: str, path: str) -> str:
-    """The path in the model of what is at `path` in the module at `root`."""
+    """One path of two, of which the outer or the inner may be empty."""
     return ".".join(part for part in (root, path) if part)
 
 

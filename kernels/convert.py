@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 
-from .chains import SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, match_chains
+from .chains import FUSIBLE, SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, match_chains
 from .forwards import (
     NORMS,
     Forward,
@@ -32,13 +32,8 @@ from .forwards import (
 from .functional import Activation
 from .modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, FusedLayer, GroupNormReLU, LayerNormReLU
 
-_FUSED: dict[type[nn.Module], type[FusedLayer]] = {
-    nn.BatchNorm1d: BatchNormReLU1d,
-    nn.BatchNorm2d: BatchNormReLU2d,
-    nn.BatchNorm3d: BatchNormReLU3d,
-    nn.GroupNorm: GroupNormReLU,
-    nn.LayerNorm: LayerNormReLU,
-}
+_FUSED_LAYERS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, GroupNormReLU, LayerNormReLU)
+_FUSED: dict[type[nn.Module], type[FusedLayer]] = dict(zip(FUSIBLE, _FUSED_LAYERS, strict=True))
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {fused: stock for stock, fused in _FUSED.items()}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FUSED_BATCH_NORMS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d)
@@ -88,7 +83,7 @@ class FusionReport:
             if chain.rewritten is not None:
                 line += f", in the forward of {chain.rewritten or 'the model'}"
             lines.append(line)
-        lines += [f"  {norm.norm}: {norm.kind} left alone: {norm.reason}" for norm in self.left]
+        lines += [f"  {norm.norm or 'the model'}: {norm.kind} left alone: {norm.reason}" for norm in self.left]
         return "\n".join(lines)
 
 

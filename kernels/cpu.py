@@ -28,10 +28,10 @@ MANY_CHANNELS = 24
 MANY_SAMPLES = 2**12
 
 # Short rows go ways of their own where they are enough to make up for the time that an autograd.Function takes.
-# Rows of fewer elements than a vector register holds are slow in torch's layer norm; on one thread, in the forward,
-# those of fewer than two.
+# Rows that do not fill a vector register are slow in torch's layer norm; in its forward on one thread also those that
+# do not fill two.
 VECTOR = 8
-SHORT_ROW = 15
+SHORT_ROW = 2 * VECTOR - 1
 SHORT_ROWS_ELEMENTS = 2**14
 # In rows up to this length several threads of torch's backward spend most of their time on the cache lines in which two
 # of them add up parameters' gradients. Own sums avoid that; for longer rows, and more of them, it helps to ask for one

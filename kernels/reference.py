@@ -25,9 +25,9 @@ from . import cpu, sync
 
 _aten = torch.ops.aten
 
-# Up to this probability dropout draws the elements that it drops, beyond it a random word for each element: for so many
-# elements at a time that what is drawn stays small, and the words in the cache.
+# Up to this probability dropout draws which elements it drops, beyond it a random byte for each element.
 SPARSE = 0.125
+# The elements that the one and the other way take at a time: what is drawn stays small, and the bytes in the cache.
 SPARSE_CHUNK = 2**22
 CHUNK = 2**18
 

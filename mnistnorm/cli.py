@@ -169,7 +169,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--elastic",
         type=at_least(0, float),
         metavar="X",
-        help="pixels that elastic maps bend by (with group and layer norm 1, else 0)",
+        help="pixels that elastic maps bend by (chosen by norm)",
     )
 
     add = parser.add_argument_group("data").add_argument

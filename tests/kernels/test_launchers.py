@@ -212,7 +212,9 @@ def test_layouts(norm, plan, layout, device):
         assert problem.backward()[0].stride() == problem.x.stride()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("norm", SMALL, ids=str)
 def test_dtypes(norm, plan, dtype, device):
@@ -222,7 +224,7 @@ def test_dtypes(norm, plan, dtype, device):
 
 
 @pytest.mark.parametrize(("weight", "bias", "residual", "relu"), list(itertools.product([False, True], repeat=4)))
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["resident", pytest.param("split", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("norm", SMALL, ids=str)
 def test_options(norm, plan, weight, bias, residual, relu, device):
     check(Problem(norm, device, plan=plan, weight=weight, bias=bias, residual=residual, relu=relu))

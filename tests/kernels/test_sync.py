@@ -125,10 +125,14 @@ def group(tmp_path) -> Iterator[ProcessGroup]:
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"dropout_p": 0.3}, {"dropout_p": 0.3, "activation": "identity"}, {"residual": True, "dropout_p": 0.3}],
+    ("dtype", "options"),
+    [
+        (torch.float64, {}),
+        (torch.float64, {"dropout_p": 0.3}),
+        (torch.float64, {"dropout_p": 0.3, "activation": "identity"}),
+        *((dtype, {"residual": True, "dropout_p": 0.3}) for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+    ],
     ids=str,
 )
 def test_a_group_of_one_is_a_batch(impl, layout, dtype, options, group, device):

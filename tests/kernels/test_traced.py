@@ -70,8 +70,10 @@ def check_steps(module, oracle, call, batch_sizes):
 
 
 @modules
-@impls
-@training_modes
+@pytest.mark.parametrize(
+    ("impl", "training"),
+    [("torch", True), ("torch", False), ("triton", True), pytest.param("triton", False, marks=pytest.mark.slow)],
+)
 def test_compiles_whole_and_once_more_for_other_batch_sizes(fused, stock, impl, training, device):
     module = randomized(fused(impl=impl, device=device)).train(training)
     oracle = randomized(stock()).double().train(training)
@@ -188,11 +190,13 @@ norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 @norms
 @impls
 @pytest.mark.parametrize(
-    ("dtype", "layout"),
-    [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS if dtype == torch.float32 or layout == "contiguous"],
+    ("dtype", "layout", "with_residual"),
+    [
+        *((dtype, "contiguous", True) for dtype in DTYPES),
+        *((torch.float32, layout, layout == "channels_last") for layout in LAYOUTS),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 def test_traced_operations_match_torch(norm, impl, dtype, with_residual, layout, always_traced, device):
     shape = (3, 4, 2, 3)
     parameters = affine(norm.affine_shape(shape), torch.float32 if dtype.itemsize == 2 else dtype)
