@@ -51,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# In place of what has these arguments; a mock would take microseconds for itself.
+# In place of functional._missing_for_triton and of launchers.run; mocks would take microseconds for themselves.
 def _miss_nothing(device: torch.device) -> None: ...
 def _leave_out(launches: Sequence[launchers.Launch], device: torch.device) -> None: ...
 

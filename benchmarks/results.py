@@ -340,9 +340,9 @@ def keep(name: str, path: Path) -> None:
         document = json.loads(path.read_text())
         rows = part.rows(document)
         part.table(rows)
+        kept = {"command": document.get("command", part.command), "machine": document["machine"]}
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what {part.command} writes") from error
-    kept = {"command": document.get("command", part.command), "machine": document["machine"]}
     lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
     text = json.dumps(kept, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n'
     RESULTS.mkdir(exist_ok=True)

@@ -149,10 +149,12 @@ def _trace_both_modes(module: nn.Module, opaque: dict[str, str]) -> list[Tracer]
         try:
             tracer.trace(scratch)
         except Exception as error:
-            if tracer.failed is None:
+            if tracer.failed is None or tracer.failed in opaque:  # it is called with what no trace can record
                 raise
             failed = type(module.get_submodule(tracer.failed))
-            opaque |= {path: first_line(error) for path, child in module.named_modules() if type(child) is failed}
+            opaque |= {
+                path: first_line(error) for path, child in module.named_modules() if path and type(child) is failed
+            }
             tracers.clear()
         else:
             tracers.append(tracer)
@@ -379,7 +381,7 @@ def _scope(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def join(root: str, path: str) -> str:
-    """One path of two, of which the outer or the inner may be empty."""
+    """Two paths as one; either may be empty."""
     return ".".join(part for part in (root, path) if part)
 
 

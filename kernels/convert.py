@@ -103,9 +103,10 @@ def fuse(
     A module whose forward calls F.relu, a sum or a shared ReLU gets a traced forward: Python attributes read there,
     other than `training` and tensors, are as they were. A sum is fused where both sides have the same shape and dtype,
     which is checked at each call; other sums are computed apart. Submodules are taken to be used as traced: calling a
-    fused norm by hand gives the whole chain. A dropout that is a part of one keeps its p, follows the norm's mode, and
-    is, like the norm, no longer found by its class. Under CUDA's autocast stock layer and group norms return float32,
-    fused ones the input's dtype. No other thread may run a model meanwhile: torch.fx patches nn.Module to trace.
+    fused norm by hand gives the whole chain, and a ReLU or dropout taken into it does nothing any more. A dropout that
+    is a part of one keeps its p, follows the norm's mode, and is, like the norm, no longer found by its class. Under
+    CUDA's autocast stock layer and group norms return float32, fused ones the input's dtype. No other thread may run a
+    model meanwhile: torch.fx patches nn.Module to trace.
 
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.
@@ -136,14 +137,15 @@ def fuse(
             _turn_into(module, module.fused)
     with keeping_generators():
         findings = find_chains(result, inputs)
-        chains, reasons = _decide(result, findings)
-        owned, forwards = _rewrite_forwards(result, chains, reasons, findings)
+        users = _users(result, findings.first_path)
+        chains, reasons = _decide(result, users, findings)
+        owned, forwards = _rewrite_forwards(result, chains, reasons, users, findings)
     owners = {norm: owner for owner, part in owned.items() for norm in part.norms}
     vars(result)["fusion_report"] = _report(result, chains, owners, reasons)
 
     for norm, chain in chains.items():
         _fuse_norm(result.get_submodule(norm), chain.dropout_p, "relu")
-    for path, norms in _taken_in(chains, findings).items():
+    for path, norms in _taken_in(result, chains, owners, findings).items():
         _absorb(result.get_submodule(path), norms)
     for path, rewritten in forwards.items():
         _turn_into(result.get_submodule(path), rewritten)
@@ -186,11 +188,12 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be given before it is wrapped or compiled, got {type(model).__name__}")
 
 
-def _decide(model: nn.Module, findings: Findings) -> tuple[dict[str, Chain], dict[str, str]]:
+def _decide(
+    model: nn.Module, users: dict[str, set[str]], findings: Findings
+) -> tuple[dict[str, Chain], dict[str, str]]:
     """Which norms are certain to begin one and the same chain at every call, and why the others are not."""
     chains: dict[str, Chain] = {}
     reasons: dict[str, str] = {}
-    users = _users(model, findings.first_path)
     for path, module in model.named_modules():
         if not isinstance(module, NORMS):
             if "running_var" in module._buffers:  # such as torchvision's FrozenBatchNorm2d
@@ -258,8 +261,8 @@ class _Owned:
     """The modules inside whose forward becomes a part of it."""
 
 
-def _split(chains: dict[str, Chain], findings: Findings) -> dict[str, _Owned]:
-    """The chains that need a rewritten forward, by the module whose forward that is.
+def _split(chains: dict[str, Chain], users: dict[str, set[str]], findings: Findings) -> dict[str, _Owned]:
+    """The chains that need a rewritten forward, by the modules whose forward that is.
 
     The others are sequences of modules, of which no part is used for anything else.
     """
@@ -270,23 +273,37 @@ def _split(chains: dict[str, Chain], findings: Findings) -> dict[str, _Owned]:
         if not divided:
             break
         simple -= divided
+    rewritten = {norm: chain for norm, chain in chains.items() if norm not in simple}
+    inside: dict[str, set[str]] = {}
+    for chain in rewritten.values():
+        inside.setdefault(chain.owner, {chain.owner}).update(chain.opened)
+
+    def owners(path: str) -> set[str]:
+        """Whose forwards call what the module at `path` calls: of those that open it, and its own."""
+        opening = {owner for owner, opened in inside.items() if path != owner and path in opened}
+        outer = {found for owner in opening for found in owners(owner)}
+        called_elsewhere = users[path] - {user for owner in opening for user in inside[owner]}
+        return outer | {path} if not outer or called_elsewhere else outer
+
     owned: dict[str, _Owned] = {}
-    # Outer modules first: what they open they also rewrite.
-    for norm, chain in sorted(chains.items(), key=lambda item: item[1].owner.count(".") if item[1].owner else -1):
-        if norm not in simple:
-            owner = next((path for path, outer in owned.items() if chain.owner in outer.opened), chain.owner)
+    for norm, chain in rewritten.items():
+        for owner in sorted(owners(chain.owner)):
             entry = owned.setdefault(owner, _Owned())
             entry.norms.add(norm)
-            entry.opened |= chain.opened | ({chain.owner} - {owner})
+            entry.opened |= inside[chain.owner] - {owner}
     return owned
 
 
 def _rewrite_forwards(
-    model: nn.Module, chains: dict[str, Chain], reasons: dict[str, str], findings: Findings
+    model: nn.Module,
+    chains: dict[str, Chain],
+    reasons: dict[str, str],
+    users: dict[str, set[str]],
+    findings: Findings,
 ) -> tuple[dict[str, _Owned], dict[str, type[nn.Module]]]:
     """What is rewritten and as what class, by path. Chains that cannot be had move from `chains` to `reasons`."""
     while True:
-        owned_by = _split(chains, findings)
+        owned_by = _split(chains, users, findings)
         forwards: dict[str, type[nn.Module]] = {}
         failed: dict[str, str] = {}
         for owner, owned in owned_by.items():
@@ -303,12 +320,22 @@ def _rewrite_forwards(
         reasons |= failed
 
 
-def _taken_in(chains: dict[str, Chain], findings: Findings) -> dict[str, list[str]]:
-    """The ReLU and dropout modules of which every use is a part of a fused chain, with the norms of these."""
+def _taken_in(
+    model: nn.Module, chains: dict[str, Chain], owners: dict[str, str], findings: Findings
+) -> dict[str, list[str]]:
+    """The modules that are to be stand-ins, each with the norms of the chains that its uses are parts of.
+
+    Those are the ReLUs and dropouts that no rewritten forward avoids, and dropouts that only rewritten ones did call:
+    whoever looks for dropouts, to switch them on, is to find none without effect.
+    """
     norms: dict[str, list[str]] = {}
     for path, chain in findings.uses:
         norms.setdefault(path, []).append(chain.norm if chain else "")
-    return {path: list(dict.fromkeys(of)) for path, of in norms.items() if chains.keys() >= set(of)}
+    return {
+        path: list(dict.fromkeys(of))
+        for path, of in norms.items()
+        if chains.keys() >= set(of) and (isinstance(model.get_submodule(path), nn.Dropout) or not owners.keys() & of)
+    }
 
 
 def _try_to_rewrite(

@@ -59,7 +59,7 @@ def batch_norm_relu(
 
     Raises:
         TypeError, ValueError, RuntimeError: where F.batch_norm or F.dropout would; before anything is computed or
-            changed, but for one value for each channel in the whole of a process group.
+            changed, except that a process group with one value for each channel in all is found by its exchange.
         RuntimeError: a residual or a parameter has another shape, dtype or device than said above; impl="triton" does
             not run on the device.
         ValueError: an activation or impl that there is not.

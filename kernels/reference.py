@@ -298,14 +298,16 @@ def batch_norm_compose(
     **rest: Any,
 ) -> Tensor | None:
     """`batch_norm_forward` by operations that autograd records, where that is the fastest and they can express it."""
+    # Autograd takes a gradient of another layout, or of the rows that a large mean makes of channels side by side, to a
+    # kernel of torch that rounds what it is made of to half precision.
+    half = input.dtype != statistics_dtype(input)
     if (
         process_group is not None
         or not use_batch_stats
         or not _is_composable(input, (weight, bias, running_mean, running_var), residual, **rest)
         or 1 in input.shape  # gradients have to be made standard
         or cpu.has_batch_statistics(input)
-        # Behind rows, into which a large mean turns them, torch rounds what the gradient is made of to half precision.
-        or (input.dtype != statistics_dtype(input) and cpu.adds_one_by_one(input))
+        or (half and (not input.is_contiguous() or cpu.adds_one_by_one(input)))
     ):
         return None
     weight, bias = _scaled_affine(input, weight, bias, (input.shape[1],), rest["dropout_p"])

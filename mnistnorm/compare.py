@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def text_table(results: Sequence[Result]) -> str:
 def markdown_table(results: Sequence[Result]) -> str:
     rows = [HEADER, ("---",) * len(HEADER), *(result.cells() for result in results)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def write_json(results: Sequence[Result], device: torch.device, path: Path) -> None:
+    """Writes the results and what they were reached on, unless the same ones are there already, from an earlier day."""
+    rows = [asdict(result) for result in results]
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        if json.loads(path.read_text())["results"] == rows:
+            return
+    write_atomically(path, json.dumps({"machine": describe_machine(device), "results": rows}, indent=2) + "\n")
 
 
 def compare(argv: Sequence[str] | None) -> int:
@@ -188,8 +198,7 @@ def compare_runs(runs: Mapping[str, Sequence[Settings]], out: Path, *, resume: b
         write_atomically(out / GRAPH.format(metric), plots.png(plots.comparison_curves(histories, metric)))
     write_atomically(out / TABLE_TEXT, text_table(results))
     write_atomically(out / TABLE_MARKDOWN, markdown_table(results))
-    document = {"machine": describe_machine(trainer.device), "results": [asdict(result) for result in results]}
-    write_atomically(out / TABLE_JSON, json.dumps(document, indent=2) + "\n")
+    write_json(results, trainer.device, out / TABLE_JSON)
     print(text_table(results))
     print(f"files    {out}: comparison.txt, .md, .json; test-loss.png, test-accuracy.png; misclassified-NORM.png")
 

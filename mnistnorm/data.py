@@ -264,8 +264,9 @@ def _shares(height: int, width: int, device: torch.device) -> Tensor:
 class TrainingBatches:
     """The training split in shuffled, augmented and normalized batches, epoch after epoch.
 
-    An iteration runs to the end of the epoch. The position in it is part of the state: an iterator made after
-    load_state_dict continues where the one that was running at state_dict stood.
+    An iteration runs to the end of the epoch and yields images, float32 of (n, 1, 28, 28), with their labels, int64 of
+    (n,). The position in it is part of the state: an iterator made after load_state_dict continues where the one that
+    was running at state_dict stood.
 
     Args:
         split: the images and labels, on the device that the batches are made on.

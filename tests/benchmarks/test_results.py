@@ -128,7 +128,9 @@ def test_drift_is_found(copy: Path, capsys) -> None:
     assert readme() == text
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": 3}', json.dumps({"rows": LAYERS["rows"]})]
+)
 def test_other_documents_are_refused(content: str, copy: Path, capsys) -> None:
     file = copy / "measured.json"
     file.write_text(content)

@@ -869,6 +869,95 @@ def test_modules_shared_by_traced_calls():
         same_step(model.train(training), expected.train(training), image())
 
 
+class EndsInside(nn.Module):
+    """Ends the chain of whoever calls it, and holds one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = F.relu(x)
+        return F.relu(self.norm(x) + x)
+
+
+class BeginsOutside(nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.norm, self.inside = nn.BatchNorm2d(3), inside
+
+    def forward(self, x):
+        return self.inside(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    "calls", ["first", "inside first", "first inside", "first second", "second first inside"], ids=str
+)
+@pytest.mark.parametrize("order", [["inside", "first", "second"], ["second", "first", "inside"]], ids="-".join)
+def test_a_chain_inside_what_other_chains_open_is_rewritten_wherever_it_is_called(calls, order):
+    torch.manual_seed(0)
+    inside = EndsInside()
+    modules = {"inside": inside, "first": BeginsOutside(inside), "second": BeginsOutside(inside)}
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in order:
+                setattr(self, name, modules[name])
+
+        def forward(self, x):
+            for name in calls.split():
+                x = getattr(self, name)(x)
+            return x
+
+    stock = Root().double()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    called = set(calls.split()) - {"inside"}
+    assert counts(model) == (1 + len(called), 1, 2 - len(called)), str(model.fusion_report)
+    for training in (True, False):
+        same_step(model.train(training), expected.train(training), image())
+    assert repr(unfuse(model)) == repr(stock)
+
+
+class Recursive(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.inner = Recursive(depth - 1) if depth else None
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x)))
+        if self.inner is None:
+            return x if x.sum() > 0 else -x
+        return self.inner(x)
+
+
+class Calls(nn.Module):
+    """Calls what cannot be traced, with what no trace can record."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm2d(3), DataDependent()
+
+    def forward(self, x):
+        return self.inner(F.relu(self.norm(x)), object())
+
+
+@pytest.mark.parametrize(
+    ("network", "expected_counts", "reason"),
+    [
+        (lambda: Recursive(2), (1, 0, 2), "symbolically traced variables cannot be used"),
+        (Calls, (0, 0, 3), "argument of type"),
+    ],
+    ids=["recursive", "called with an object"],
+)
+def test_what_cannot_be_traced_ends_and_is_reported(network, expected_counts, reason):
+    model = fuse(network())
+    assert counts(model) == expected_counts, str(model.fusion_report)
+    assert reason in str(model.fusion_report)
+
+
 # What stays as it is
 
 
@@ -907,11 +996,17 @@ class DropoutModuleThenFunction(Chains):
         return F.relu(self.drop(self.norm1(self.conv1(x))))
 
 
+class SharedDropout(Chains):
+    def forward(self, x):
+        x = F.relu(self.drop(self.norm1(self.conv1(x))))
+        return self.relu(self.drop(self.norm2(self.conv2(x))))
+
+
 @pytest.mark.parametrize(
     ("network", "absorbed"),
     [
         (DropoutModuleThenFunction, {"drop": "Dropout, part of norm1"}),
-        (SharedReLU, {"relu": "ReLU, part of norm1, norm2"}),
+        (SharedDropout, {"drop": "Dropout, part of norm1, norm2"}),
         (PartlySharedReLU, {"eval_relu": "ReLU, part of norm2"}),
         (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.ReLU()), {"1": "Dropout", "2": "ReLU"}),
     ],

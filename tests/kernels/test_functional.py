@@ -170,10 +170,15 @@ def test_half_input_with_float32_parameters(norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_gradient_that_all_but_cancels(dtype):
+@pytest.mark.parametrize(
+    "laid_out",
+    [torch.clone, lambda x: x.t().contiguous().t(), lambda x: torch.stack([x, x], -1)[..., 1]],
+    ids=["contiguous", "transposed", "sliced"],
+)
+def test_half_precision_gradient_that_all_but_cancels(laid_out, dtype):
     # Of two values that differ; their mean, larger than their deviation, changes the way.
     torch.manual_seed(0)
-    x = (torch.randn(1, 6) + 1 + torch.tensor([[0.0], [0.25]])).to(dtype).requires_grad_()
+    x = laid_out((torch.randn(1, 6) + 1 + torch.tensor([[0.0], [0.25]])).to(dtype)).requires_grad_()
     weight, bias = affine((6,), torch.float32)
     output = batch_norm_relu(x, None, None, weight, bias, training=True, activation="identity")
     grad = torch.randn(2, 6).to(dtype)
