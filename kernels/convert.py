@@ -50,7 +50,7 @@ class FusedChain:
     residual: bool
     """Whether a sum is part of it."""
     rewritten: str | None
-    """The path of the module whose forward was rewritten for it, "" for the model itself; None where none was."""
+    """The path of a module whose forward was rewritten for it, "" for the model itself; None where none was."""
 
 
 @dataclass(frozen=True)
@@ -325,8 +325,8 @@ def _taken_in(
 ) -> dict[str, list[str]]:
     """The modules that are to be stand-ins, each with the norms of the chains that its uses are parts of.
 
-    Those are the ReLUs and dropouts that no rewritten forward avoids, and dropouts that only rewritten ones did call:
-    whoever looks for dropouts, to switch them on, is to find none without effect.
+    Every use of them is a part of a fused chain. A dropout becomes one also where a rewritten forward no longer calls
+    it: whoever looks for dropouts, to switch them on, is to find none without effect. Such a ReLU stays as it is.
     """
     norms: dict[str, list[str]] = {}
     for path, chain in findings.uses:

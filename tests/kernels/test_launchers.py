@@ -328,7 +328,8 @@ def kept_by_output(problem):
     return problem.forward()
 
 
-@pytest.mark.parametrize(("residual", "relu"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("norm", MEDIUM, ids=str)
 def test_dropout(norm, plan, residual, relu, device):

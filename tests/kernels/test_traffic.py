@@ -105,7 +105,7 @@ def test_dropout_moves_nothing(norm):
     ("norm", "shape"),
     [
         pytest.param(norm, shape, marks=[] if (norm, shape) == ("batch", NETWORK) else [pytest.mark.slow])
-        for norm, shape in [*product(NORMS, [NETWORK]), ("batch", LARGE)]
+        for norm, shape in product(NORMS, (NETWORK, LARGE))
     ],
 )
 def test_resident_plan_is_chosen_and_moves_little_else(norm, shape):
