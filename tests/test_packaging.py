@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.slow
+# In one process: setuptools unpacks the sdist into the source tree, where two builds at once disturb each other.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 USE = """
 import kernels, mnistnorm, torch
