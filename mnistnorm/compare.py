@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,16 @@ def compare(argv: Sequence[str] | None) -> int:
     describe_implementation(first)
     build_trainer(first)
     with locked(out):
-        flags = {name: getattr(args, name) for name in sorted(flag_names())}
-        flags |= {"device": first.device, "threads": first.threads}
-        write_atomically(out / COMPARISON_CONFIG, json.dumps(flags, indent=2) + "\n")
-        if args.overwrite:  # all at once, so that --resume takes none of the earlier runs for one of these
-            remove_files(out, RESULTS)
+        with ExitStack() as locks:  # a run may be under way on its own
             for folder in folders:
-                remove_files(folder, RUN_FILES)
+                locks.enter_context(locked(folder))
+            flags = {name: getattr(args, name) for name in sorted(flag_names())}
+            flags |= {"device": first.device, "threads": first.threads}
+            write_atomically(out / COMPARISON_CONFIG, json.dumps(flags, indent=2) + "\n")
+            if args.overwrite:  # all at once, so that --resume takes none of the earlier runs for one of these
+                remove_files(out, RESULTS)
+                for folder in folders:
+                    remove_files(folder, RUN_FILES)
         compare_runs(runs, out, resume=args.resume, overwrite=args.overwrite)
     return 0
 
@@ -156,9 +159,11 @@ def saved_flags(out: Path) -> dict[str, Any]:
         flags = json.loads(path.read_text())
         if flags.keys() != flag_names():
             raise ValueError("it has other flags")
+        if not (flags["norms"] and flags["seeds"]):
+            raise ValueError("it names no norm or no seed")
         for norm, seed in itertools.product(flags["norms"], flags["seeds"]):
             common = {name: value for name, value in flags.items() if name not in ("norms", "seeds")}
-            by_norm = {name: common[name] or 0.0 for name in ("lr", "elastic")}
+            by_norm = {name: 0.0 for name in ("lr", "elastic") if common[name] is None}
             Settings(**common | by_norm | {"norm": norm, "seed": seed})
     except (AttributeError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not of a comparison, or is damaged: start again with --overwrite") from error

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from mnistnorm import compare
 from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.errors import UserError
+from mnistnorm.run import locked
 from mnistnorm.training import Settings, Trainer
 
 # In one process, which trains for all of them once.
@@ -136,7 +138,8 @@ def test_flags_that_are_none_of_a_comparison_are_refused(
     comparison: tuple[list[str], Path], tmp_path: Path, one_error: Callable[[], str]
 ) -> None:
     flags = json.loads((comparison[1] / "comparison-config.json").read_text())
-    for content in ({"norms": ["batch"]}, [], flags | {"norms": ["none"]}, flags | {"seeds": 3}, flags | {"device": 1}):
+    damages = [{"norms": ["none"]}, {"norms": []}, {"seeds": 3}, {"seeds": []}, {"seeds": [2**70]}, {"lr": False}]
+    for content in ({"norms": ["batch"]}, [], flags | {"device": 1}, *(flags | damage for damage in damages)):
         (tmp_path / "comparison-config.json").write_text(json.dumps(content))
         assert compare.main(["--resume", "--out", str(tmp_path)]) == 1
         assert "comparison-config.json is not of a comparison, or is damaged" in one_error()
@@ -157,6 +160,20 @@ def test_overwrite_leaves_nothing_of_the_earlier_comparison(
     assert [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()] == ["comparison-config.json"]
     assert compare.main(["--resume", "--out", str(out)]) == 1
     assert "stopped" in one_error()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks")
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_run_that_is_under_way_loses_nothing(
+    flag: str, comparison: tuple[list[str], Path], tmp_path: Path, one_error: Callable[[], str]
+) -> None:
+    out = tmp_path / "comparison"
+    shutil.copytree(comparison[1], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with locked(out / "layer-seed3"):
+        assert compare.main([*comparison[0], flag, "--out", str(out)]) == 1
+    assert f"another run is writing to {out / 'layer-seed3'}" in one_error()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_the_folder_of_a_run_is_not_that_of_a_comparison(
