@@ -292,7 +292,7 @@ def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) 
         if getattr(settings, name) != getattr(saved, name)
     ]
     if changes:
-        yield f"note     resumed with {', '.join(changes)}: the result may differ from an uninterrupted run's in bits"
+        yield f"note     resumed with {', '.join(changes)}: rounding and random numbers may be others"
 
 
 def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], int]) -> None:

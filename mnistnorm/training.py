@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, get_args
@@ -33,7 +33,8 @@ ADAMW_SHARE = 0.2
 # The share of the steps in which the learning rate rises.
 WARMUP = 0.2
 
-# The settings that say where and how to compute, not what: they decide no more than the last bits of the result.
+# The settings that say where and how to compute, not what: of the result they decide the rounding and, but for threads
+# and data_dir, which random numbers are drawn.
 MACHINE_SETTINGS = ("impl", "device", "threads", "compile", "data_dir")
 
 
@@ -107,8 +108,8 @@ class Settings:
                 raise TypeError(f"{field.name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
         if min(self.epochs, self.batch_size, self.threads, self.processes) < 1:
             raise ValueError("epochs, batch_size, threads and processes must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to below 2^31, got {self.seed}")
         for name in ("lr", "weight_decay", "l1", "elastic"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
@@ -212,6 +213,21 @@ def score(log_probs: Tensor, labels: Tensor) -> Evaluation:
     """How good `log_probs`, float of (N, classes), are for `labels`, int64 of (N,)."""
     correct = log_probs.argmax(1).eq(labels).sum().item()
     return Evaluation(loss=F.nll_loss(log_probs, labels).item(), accuracy=correct / len(labels))
+
+
+def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of the random-number generators of the CPU and of `device`, by the device's type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Sets the generators of the CPU and of `device` to what rng_states returned, on whatever device."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 class Trainer:
@@ -331,8 +347,7 @@ class Trainer:
             "totals": self._totals.cpu(),
             "images": self._images,
             "seconds": self._seconds,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "rng": rng_states(self.device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -354,9 +369,7 @@ class Trainer:
         self._totals = state["totals"].to(self.device)
         self._images = state["images"]
         self._seconds = state["seconds"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        set_rng_states(state["rng"], self.device)
 
     def log_probabilities(self, split: Split) -> Tensor:
         """What the model, as it stands, says of a split's images: float32, (N, classes)."""

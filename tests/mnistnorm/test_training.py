@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from mnistnorm.training import (
     Trainer,
     build_optimizers,
     lr_factor,
+    rng_states,
     score,
+    set_rng_states,
 )
 
 
@@ -188,3 +191,20 @@ def test_a_trainer_continues_from_its_state_to_the_same_bits(norm: str, steps: i
         assert {key: expected[key] for key in expected if "second" not in key} == {
             key: actual[key] for key in actual if "second" not in key
         }
+
+
+def test_the_generators_of_cpu_and_device_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, others = torch.device("mps"), {torch.device("mps"): torch.tensor([7])}
+    module = SimpleNamespace(get_rng_state=others.get, set_rng_state=lambda state, where: others.update({where: state}))
+    monkeypatch.setattr(torch, "get_device_module", lambda where: {"mps": module}[where.type])
+    states = rng_states(device)
+    drawn = torch.rand(3)
+    others[device] = torch.tensor([8])
+    set_rng_states(states, torch.device("cpu"))
+    assert torch.rand(3).equal(drawn)
+    assert others[device].item() == 8
+    set_rng_states(states, device)
+    assert torch.rand(3).equal(drawn)
+    assert others[device].item() == 7
+    set_rng_states(rng_states(torch.device("cpu")), device)
+    assert others[device].item() == 7
