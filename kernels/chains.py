@@ -282,6 +282,8 @@ def _check_fusible(norm: fx.Node, modules: dict[str, nn.Module]) -> None:
 def _only_user(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
     if len(node.users) != 1:
         raise _NoChain(f"the output of {_name(node, modules)} is used {len(node.users)} times")
+    if "stored" in node.meta:
+        raise _NoChain(f"the output of {_name(node, modules)} is stored in an attribute")
     return next(iter(node.users))
 
 

@@ -98,7 +98,8 @@ def fuse(
     The result shares the parameters and buffers of `model`, which is not changed: train the one or the other. Paths,
     state_dict keys, modes, hooks and optimizers made before stay good. `result.fusion_report`, a `FusionReport`, says
     what was fused and what was left alone and why. Left alone is whatever is not certain: torch.fx must show that the
-    norm's output goes nowhere else, in train and in eval mode.
+    norm's output goes nowhere else, in train and in eval mode. Other Python values that this depends on, such as
+    flags, must stay as they are.
 
     A module whose forward calls F.relu, a sum or a shared ReLU gets a traced forward: Python attributes read there,
     other than `training` and tensors, are as they were. A sum is fused where both sides have the same shape and dtype,
@@ -386,25 +387,13 @@ def _fuse_nodes(graph: fx.Graph, match: Match) -> None:
     if match.sum is None:
         match.relu.replace_all_uses_with(match.norm)
     else:
+        arguments, in_place = (match.norm.args[0], match.residual), match.sum.target in SUMS_IN_PLACE
         with graph.inserting_before(match.sum):
-            norm = graph.create_node("get_attr", match.norm.target)
-            arguments = (norm, match.norm.args[0], match.residual, match.sum.target in SUMS_IN_PLACE)
-            match.relu.replace_all_uses_with(graph.call_function(sum_relu, arguments))
+            layer = graph.create_node("call_module", match.norm.target, arguments, {"_in_place": in_place})
+        match.relu.replace_all_uses_with(layer)
     for node in (match.relu, match.sum, match.dropout, match.norm):
         if node is not None and not node.users:
             graph.erase_node(node)
-
-
-def sum_relu(layer: FusedLayer, input: Tensor, residual: Any, in_place: bool) -> Tensor:
-    """`layer` with the residual, where it takes it; where the sum broadcasts or promotes, what the model computed."""
-    if isinstance(residual, Tensor) and (residual.shape, residual.dtype, residual.device) == (
-        input.shape,
-        input.dtype,
-        input.device,
-    ):
-        return layer(input, residual)
-    output = layer.before_activation(input)
-    return F.relu(output.add_(residual) if in_place else output + residual)
 
 
 class Absorbed(nn.Identity):

@@ -6,12 +6,13 @@ import operator
 import pickle
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from types import MethodType, ModuleType
+from types import BuiltinMethodType, MethodType, ModuleType
 from typing import Any, ClassVar, TypeVar
 from unittest.mock import patch
 
@@ -31,6 +32,7 @@ IN_PLACE_OPERATORS = (
     *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
 )
 _NUMPY_GENERATOR = np.random.mtrand._rand  # what the functions of np.random draw from
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
 class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
@@ -79,6 +81,7 @@ def has_hooks(module: nn.Module) -> bool:
 class Tracer(fx.Tracer):
     """Traces through all modules but torch.nn's own, norms and `opaque` ones; notes where it fails.
 
+    Notes in the meta of nodes what a graph does not show: the context, and "stored" where an attribute keeps the value.
     Raises what a trace cannot show: autograd Functions, whose gradient is their own, and random numbers, which may
     decide what is computed.
     """
@@ -130,11 +133,15 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        before = _generators()
+        before = _generators(_held(root))
         with patch.object(torch.autograd.Function, "apply", _refuse):
             graph = super().trace(root, concrete_args)
-        if _generators() != before:
+        self.held = _held(root)
+        if _generators(self.held) != before:
             raise Untraceable("it draws random numbers of its own")
+        for value in self.held:
+            if type(value) is _Proxy:
+                value.node.meta["stored"] = True
         return graph
 
 
@@ -187,7 +194,7 @@ class RewritingTracer(Tracer):
             for name, value in vars(module).items():
                 if name == "training" or isinstance(value, Tensor):
                     vars(module)[name] = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
-        self.before = _attributes(self.root)
+        self.before = _held(self.root)
         return result
 
     def get_fresh_qualname(self, prefix: str) -> str:
@@ -195,8 +202,7 @@ class RewritingTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         graph = super().trace(root, concrete_args)
-        after = _attributes(root)
-        if len(after) != len(self.before) or not all(map(operator.is_, after, self.before)):
+        if len(self.held) != len(self.before) or not all(map(operator.is_, self.held, self.before)):
             raise Untraceable("it changes attributes")
         if len({node.meta["context"] for node in graph.nodes}) > 1:
             raise Untraceable("it runs a part under another grad mode, autocast, checkpoint or saved-tensor hook")
@@ -219,19 +225,30 @@ def _context() -> tuple[Any, ...]:
     )
 
 
-def _attributes(root: nn.Module) -> list[Any]:
-    """The modules' attributes and what containers among them hold."""
-    attributes = []
-    for module in root.modules():
-        for name, value in vars(module).items():
-            attributes += [name, value]
-            if issubclass(type(value), (list, tuple, set, dict)):  # isinstance would ask a proxy
-                attributes += value.values() if isinstance(value, dict) else value
-    return attributes
+def _held(root: Any) -> list[Any]:
+    """What a module holds, to any depth: attributes and their names, elements of containers, objects of methods."""
+    held = [root]
+    seen: set[int] = set()
+    for value in held:  # which grows meanwhile
+        kind = type(value)  # isinstance would ask a proxy
+        if id(value) in seen or issubclass(kind, (fx.Proxy, ModuleType, type)):
+            continue
+        seen.add(id(value))
+        if issubclass(kind, dict):
+            held += [*value, *value.values()]
+        elif issubclass(kind, (list, tuple, set, frozenset, deque)):
+            held += value
+        elif issubclass(kind, (MethodType, BuiltinMethodType)):
+            held.append(value.__self__)
+        attributes = getattr(value, "__dict__", {})
+        held += [*attributes, *attributes.values()]
+    return held
 
 
-def _generators() -> bytes:
-    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), _NUMPY_GENERATOR.get_state(legacy=False)))
+def _generators(held: list[Any]) -> bytes:
+    """The states of the global random number generators and of those that a module holds."""
+    states = torch.get_rng_state().numpy(), random.getstate(), _NUMPY_GENERATOR.get_state(legacy=False)
+    return pickle.dumps((states, [value for value in held if issubclass(type(value), _GENERATORS)]))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The fused layers as modules: each takes the place of a torch.nn norm and of the dropout and ReLU behind it."""
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -7,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,13 +28,16 @@ class FusedLayer(nn.Module):
         check_fused_options(dropout_p, activation, impl)
         self.dropout_p, self.activation, self.impl = dropout_p, activation, impl
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Of the input's shape and dtype; `residual` of the same shape is added before the activation."""
-        return self._compute(input, self._arguments(residual, self.activation))
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, _in_place: bool | None = None) -> Tensor:
+        """Of the input's shape and dtype; `residual` of the same shape is added before the activation.
 
-    def before_activation(self, input: Tensor) -> Tensor:
-        """dropout(norm(input)), whatever the activation."""
-        return self._compute(input, self._arguments(None, "identity"))
+        With `_in_place`, which fuse passes, a residual of another shape or dtype is added as well, as torch does.
+        """
+        if _in_place is None or _fits(residual, input):
+            return self._compute(input, self._arguments(residual, self.activation))
+        output = self._compute(input, self._arguments(None, "identity"))
+        output = (operator.iadd if _in_place else operator.add)(output, residual)
+        return F.relu(output) if self.activation == "relu" else output
 
     def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
         raise NotImplementedError
@@ -47,6 +52,15 @@ class FusedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}, activation={self.activation}, impl={self.impl}"
+
+
+def _fits(residual: Any, input: Tensor) -> bool:
+    """Whether the operation can add it."""
+    return isinstance(residual, Tensor) and (residual.shape, residual.dtype, residual.device) == (
+        input.shape,
+        input.dtype,
+        input.device,
+    )
 
 
 class _CopiedGroup:

@@ -7,6 +7,7 @@ import random
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, library, nn
+from torch.nn.utils import prune
 
 from mnistnorm import (
     BatchNormReLU1d,
@@ -187,6 +189,14 @@ class BroadcastSum(Chains):
         return F.relu(self.norm2(self.conv2(x)) + x.mean((2, 3), keepdim=True))
 
 
+class BroadcastSumInPlace(Chains):
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(x))
+        out += x.mean((2, 3), keepdim=True)
+        return F.relu(out)
+
+
 class WideningSum(Chains):
     def forward(self, x):
         x = F.relu(self.norm1(self.conv1(x)))
@@ -278,6 +288,7 @@ SMALL = [
     (SumMethod, (2, 1, 0)),
     (SumOfNorms, (1, 1, 1)),
     (BroadcastSum, (2, 1, 0)),
+    (BroadcastSumInPlace, (2, 1, 0)),
     (WideningSum, (2, 1, 0)),
     (PromotingSum, (2, 1, 0)),
     (Counting, (1, 0, 1)),
@@ -530,6 +541,71 @@ class LayerDrop(Chains):
         return self.relu(x) if self.draw() > -1 else x
 
 
+class OwnGenerator(Chains):
+    def __init__(self, generator, draw, relu=None) -> None:
+        super().__init__()
+        self.generators, self.draw = {"depth": [generator]}, draw
+        self.act = relu or self.relu
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        return self.act(x) if self.draw(self.generators["depth"][0]) > -1 else x
+
+
+class StoresNorm(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        self.features = x
+        return self.relu(x)
+
+
+class StoresDropout(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = {"dropped": []}
+
+    def forward(self, x):
+        x = self.drop(self.norm1(self.conv1(x)))
+        self.log["dropped"].append(x)
+        return self.relu(x)
+
+
+class Store:
+    def __init__(self) -> None:
+        self.values = []
+
+    def add(self, value):
+        self.values.append(value)
+
+
+class StoresByMethod(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = Store().add
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        self.store(x)
+        return self.relu(x)
+
+
+class StoresInside(nn.Module):
+    """Stores what the module inside hands over."""
+
+    class Inner(Chains):
+        def forward(self, x):
+            x = self.norm1(self.conv1(x))
+            return self.relu(x), x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x):
+        x, self.features = self.inner(x)
+        return x
+
+
 class GradModeChanges(Chains):
     def forward(self, x):
         x = self.norm1(self.conv1(x))
@@ -595,6 +671,27 @@ class Remembers(Chains):
         x = F.relu(self.norm1(self.conv1(x)))
         self.seen["shape"] = x.shape
         return x
+
+
+class RemembersDeep(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"shapes": []}
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        self.seen["shapes"].append(x.shape)
+        return x
+
+
+class CountsElsewhere(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = SimpleNamespace(calls=0)
+
+    def forward(self, x):
+        self.statistics.calls += 1
+        return F.relu(self.norm1(self.conv1(x)))
 
 
 class RandomBranch(Chains):
@@ -720,6 +817,19 @@ LEFT = [
     (lambda: LayerDrop(random.random), "random numbers"),
     (lambda: LayerDrop(draw_from_numpy), "random numbers"),
     (lambda: LayerDrop(lambda: torch.rand(())), "random numbers"),
+    (lambda: LayerDrop(random.Random(0).random), "random numbers"),
+    (lambda: LayerDrop(np.random.default_rng(0).random), "random numbers"),
+    (lambda: OwnGenerator(torch.Generator(), lambda own: torch.rand((), generator=own)), "random numbers"),
+    (lambda: OwnGenerator(random.Random(0), random.Random.random), "random numbers"),
+    (lambda: OwnGenerator(np.random.PCG64(0), np.random.PCG64.random_raw), "random numbers"),
+    (lambda: OwnGenerator(np.random.default_rng(0), np.random.Generator.random), "random numbers"),
+    (lambda: OwnGenerator(np.random.default_rng(0), np.random.Generator.random, F.relu), "random numbers"),
+    (lambda: OwnGenerator(np.random.RandomState(0), np.random.RandomState.random_sample), "random numbers"),
+    (lambda: OwnGenerator(SimpleNamespace(own=random.Random(0)), lambda held: held.own.random()), "random numbers"),
+    (StoresNorm, "the output of norm1 .BatchNorm2d. is stored in an attribute"),
+    (StoresDropout, "the output of drop .Dropout. is stored in an attribute"),
+    (StoresByMethod, "stored in an attribute"),
+    (StoresInside, "stored in an attribute"),
     (GradModeChanges, "what follows runs under another grad mode"),
     (AsksForType, "asks for the type of a value"),
     (GetsDictionary, "a module it calls returns something else"),
@@ -727,6 +837,8 @@ LEFT = [
     (BranchOnModeOfAnother, "cannot be rewritten: symbolically traced variables"),
     (NewBuffer, "changes attributes"),
     (Remembers, "changes attributes"),
+    (RemembersDeep, "changes attributes"),
+    (CountsElsewhere, "changes attributes"),
     (replaced_relu, "followed by 2 .ReLU."),
     (Counter, "changes attributes"),
     (OwnTensor, "makes a tensor"),
@@ -758,6 +870,31 @@ def test_left_alone(network, reason):
     assert repr(model) == repr(expected)
     if network is not replaced_forward:  # its forward is that of the model it was made for
         same_step(model, expected, image())
+
+
+class StoresEnds(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.log = 0, []
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.conv1(x)
+        self.log.append(x)
+        self.result = self.relu(self.norm1(x))
+        return self.result
+
+
+def test_a_forward_may_store_what_goes_into_a_chain_and_comes_out():
+    stock = StoresEnds()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    assert counts(model) == (1, 0, 1)
+    x = torch.randn(IMAGE)
+    for stores in (model, expected):
+        stores(x)
+    assert (model.calls, expected.calls, stock.calls) == (1, 1, 0)
+    torch.testing.assert_close([*model.log, model.result], [*expected.log, expected.result])
 
 
 def test_other_norms_are_left_alone_and_reported():
@@ -1047,6 +1184,41 @@ def test_hooks_around_a_chain_still_run():
     model.layer1[0].conv1.register_forward_hook(lambda module, args, output: seen.append("conv"))
     model(torch.randn(2, 3, 32, 32))
     assert seen == ["conv", "block", "layer1"]
+
+
+@pytest.mark.parametrize("network", [Sum, SumInPlace, BroadcastSum, BroadcastSumInPlace, WideningSum, PromotingSum])
+def test_hooks_on_a_layer_run_whatever_the_residual(network):
+    torch.manual_seed(0)
+    stock = network().double()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    for module in (model, expected):
+        prune.custom_from_mask(module.norm2, "weight", torch.tensor([1, 0, 1, 1]))
+        with torch.no_grad():
+            module.norm2.weight_orig.mul_(3)
+    same_step(model, expected, image())
+
+    seen = []
+    model.norm2.register_forward_hook(lambda module, args, output: seen.append((len(args), output)))
+    output = model(image())
+    assert len(seen) == 1
+    assert seen[0][0] == 2
+    assert torch.equal(seen[0][1], output)
+
+
+def test_a_sum_in_place_that_would_widen_fails_as_before():
+    class WideningSumInPlace(Chains):
+        def forward(self, x):
+            out = self.norm1(self.conv1(x).mean((2, 3), keepdim=True))
+            out += x[:, :1]
+            return F.relu(out)
+
+    stock = WideningSumInPlace()
+    model = fuse(stock)
+    assert counts(model) == (1, 1, 1)
+    for module in (model, stock):
+        with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+            module(torch.randn(IMAGE))
 
 
 class Recorder:
