@@ -81,6 +81,12 @@ class _Columns(NamedTuple):
         return means.view(-1, self.channels).mean(0) if self.channels_last else means.view(self.channels, -1).mean(1)
 
 
+def _has_exact_products(dtype: torch.dtype) -> bool:
+    """Whether matrix products of `dtype` are computed in it, not as torch.set_float32_matmul_precision may have it."""
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return dtype != torch.float32 or products.fp32_precision not in ("bf16", "tf32")
+
+
 def has_columns(input: Tensor) -> bool:
     """Whether `scale_and_shift` and `batch_norm_backward` take `input`."""
     return (
@@ -92,6 +98,7 @@ def has_columns(input: Tensor) -> bool:
         and input.shape[1] * input.element_size() % CACHE_LINE != 0
         and CHANNELS_LAST_ELEMENTS <= input.numel() <= MANY_SAMPLES * input[0].numel()
         and input.movedim(1, -1).is_contiguous()
+        and _has_exact_products(input.dtype)
     )
 
 
@@ -104,7 +111,12 @@ def has_batch_statistics(input: Tensor) -> bool:
     one_thread = torch.get_num_threads() == 1
     return (one_thread or input.numel() >= BATCH_STATISTICS_ELEMENTS) and (
         _has_large_planes(input)
-        or (one_thread and input.shape[0] <= MANY_SAMPLES and input.dtype in (torch.float32, torch.float64))
+        or (
+            one_thread
+            and input.shape[0] <= MANY_SAMPLES
+            and input.dtype in (torch.float32, torch.float64)
+            and _has_exact_products(input.dtype)
+        )
     )
 
 
@@ -264,7 +276,7 @@ def layer_norm_backward(
 
     `output` is xhat * weight + bias wherever `grad` is not 0, if there is such a tensor.
     """
-    if _has_rows(input, normalized_shape, VECTOR - 1, SHORT_ROWS_ELEMENTS):
+    if _has_rows(input, normalized_shape, VECTOR - 1, SHORT_ROWS_ELEMENTS) and _has_exact_products(input.dtype):
         return _short_rows_backward(grad, input, weight, mean, rstd, needs)
     per_row = (*mean.shape, *(1 for _ in normalized_shape))
     arguments = (grad, input, normalized_shape, mean.view(per_row), rstd.view(per_row), weight, bias)

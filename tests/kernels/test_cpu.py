@@ -71,6 +71,43 @@ def test_layer_norm_sums_half_precision_in_float32(normalized_shape, dtype, affi
         torch.testing.assert_close(each.double(), expected, rtol=rtol, atol=TOLERANCE * expected.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    ("norm", "memory_format"),
+    [("batch", torch.channels_last), ("batch", torch.contiguous_format), ("layer", torch.contiguous_format)],
+    ids=str,
+)
+def test_sums_are_exact_whatever_the_precision_of_matrix_products(norm, memory_format, monkeypatch):
+    product = torch.mv
+
+    def in_bfloat16(matrix: Tensor, vector: Tensor) -> Tensor:  # as CPUs with AMX do
+        assert matrix.dtype == torch.float32
+        return product(matrix.bfloat16().float(), vector.bfloat16().float())
+
+    monkeypatch.setattr(torch, "mv", in_bfloat16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.manual_seed(0)
+    shape = (200, 8, 13, 13) if norm == "batch" else (2000, 4, 5)
+    size = shape[1] if norm == "batch" else shape[-1]
+    inputs = [torch.randn(shape).contiguous(memory_format=memory_format), torch.rand(size) + 0.5, torch.randn(size)]
+    exact_inputs = [tensor.double().requires_grad_() for tensor in inputs]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        if norm == "batch":
+            output = batch_norm_relu(inputs[0], None, None, *inputs[1:], training=True, activation="identity")
+            exact = torch.nn.functional.batch_norm(exact_inputs[0], None, None, *exact_inputs[1:], training=True)
+        else:
+            output = layer_norm_relu(inputs[0], (size,), *inputs[1:], activation="identity")
+            exact = torch.nn.functional.layer_norm(exact_inputs[0], (size,), *exact_inputs[1:])
+        grad = torch.randn_like(output) + 0.3
+        actual = gradients_of(output, inputs, grad)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    close(output, exact, 0)
+    for each, expected in zip(actual, gradients_of(exact, exact_inputs, grad.double()), strict=True):
+        close(each, expected, 0)
+
+
 @pytest.mark.parametrize("rows", [1, 100, 4096, 4100, 5001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("length", [2, 26, 128, 129])
