@@ -61,7 +61,7 @@ def batch_norm_relu(
         TypeError, ValueError, RuntimeError: where F.batch_norm or F.dropout would; before anything is computed or
             changed, except that a process group with one value for each channel in all is found by its exchange.
         RuntimeError: a residual or a parameter has another shape, dtype or device than said above; impl="triton" does
-            not run on the device.
+            not run on the device; a CUDA graph is captured with dropout.
         ValueError: an activation or impl that there is not.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
@@ -222,12 +222,13 @@ def _run(
         options["normalized_shape"] = tuple(map(int, options["normalized_shape"]))
     # Imported when first needed: Triton takes time to import, and is not there on every platform.
     operation = _TORCH_OPERATIONS[norm] if implementation == "torch" else _triton_operation(norm)
-    options |= {"dropout_p": dropout_p, "seed": _draw_seed() if dropout_p > 0 else 0, "relu": relu}
+    options |= {"dropout_p": dropout_p, "seed": _draw_seed(input) if dropout_p > 0 else 0, "relu": relu}
     return apply(operation, input, weight, bias, residual, options, forward_options)
 
 
-def _draw_seed() -> int:
+def _draw_seed(input: Tensor) -> int:
     """A seed for one call's dropout mask, from torch's default generator: torch.manual_seed governs it."""
+    reference.refuse_capture(input)
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import GroupName
 
 from . import sync
-from .reference import statistics_dtype
+from .reference import refuse_capture, statistics_dtype
 
 
 class _Formula(NamedTuple):
@@ -84,7 +84,7 @@ def _register(norm: str, buffers: str, option: str) -> None:
     def backward(grad_output: Tensor, *tensors: Any, needs: Sequence[bool], **options: Any) -> list[Tensor]:
         *saved, seed = tensors
         gradients = getattr(_launchers(), f"{norm}_backward")(
-            grad_output, *saved, seed=_number(seed), needs=needs, **options
+            grad_output, *saved, seed=_number(seed, grad_output), needs=needs, **options
         )
         # An operator's results share no memory; sums over partial ones come as the halves of one tensor.
         return [tensor.clone() if tensor.storage_offset() > 0 else tensor for tensor in gradients if tensor is not None]
@@ -163,8 +163,11 @@ def _launchers() -> ModuleType:
     return import_module(".launchers", __package__)
 
 
-def _number(seed: Tensor | None) -> int:
-    return 0 if seed is None else int(seed)
+def _number(seed: Tensor | None, input: Tensor) -> int:
+    if seed is None:
+        return 0
+    refuse_capture(input)
+    return int(seed)
 
 
 def _batch_norm_forward(*tensors: Any, use_batch_stats: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -179,7 +182,7 @@ def _batch_norm_forward(*tensors: Any, use_batch_stats: bool, **options: Any) ->
         running_var,
         use_batch_stats=use_batch_stats,
         momentum=1.0,
-        seed=_number(seed),
+        seed=_number(seed, inputs[0]),
         **options,
     )
     return output, mean, rstd, running_var.to(dtype, copy=True)
@@ -188,7 +191,7 @@ def _batch_norm_forward(*tensors: Any, use_batch_stats: bool, **options: Any) ->
 def _forward_of(norm: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def forward(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, seed = tensors
-        return getattr(_launchers(), f"{norm}_forward")(*inputs, seed=_number(seed), **options)
+        return getattr(_launchers(), f"{norm}_forward")(*inputs, seed=_number(seed, inputs[0]), **options)
 
     return forward
 

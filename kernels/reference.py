@@ -478,6 +478,15 @@ def statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def refuse_capture(input: Tensor) -> None:
+    """Raises while a CUDA graph is captured: it would keep a dropout's seed, a number of the host, for every replay."""
+    if input.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dropout_p must be 0 while a CUDA graph is captured, as each replay would drop the same elements: "
+            "capture without dropout or in eval mode"
+        )
+
+
 def move_(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     """Moves a running statistic by `momentum` towards the batch's."""
     weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
@@ -575,7 +584,8 @@ def _drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float,
     flat = (values if memory_format == torch.contiguous_format else values.movedim(1, -1)).view(-1)
     if flat.device.type != "cpu":
         generator = torch.Generator(flat.device).manual_seed(seed)
-        flat.masked_fill_(torch.rand(flat.shape, generator=generator, device=flat.device) < dropout_p, 0)
+        uniform = torch.rand(flat.shape, generator=generator, device=flat.device, dtype=torch.float32)
+        flat.masked_fill_(uniform < dropout_p, 0)
         return
     random = _seeded_random(seed)
     if dropout_p <= SPARSE:
