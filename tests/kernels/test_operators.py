@@ -28,14 +28,16 @@ def parameter_shape(options):
     return options.get("normalized_shape", SHAPE[1:2])
 
 
-def sample(norm, options, layout="contiguous", dtype=torch.float32, affine=True, residual=True, dropout_p=0.3):
+def sample(norm, options, device, layout="contiguous", dtype=torch.float32, affine=True, residual=True, dropout_p=0.3):
     """Arguments of the forward operator."""
     torch.manual_seed(0)
-    x, other = (LAYOUTS[layout](torch.randn(SHAPE).to(dtype)).requires_grad_() for _ in range(2))
-    parameters = [torch.rand(parameter_shape(options)).requires_grad_() if affine else None for _ in range(2)]
+    x, other = (LAYOUTS[layout](torch.randn(SHAPE).to(device, dtype)).requires_grad_() for _ in range(2))
+    shape = parameter_shape(options)
+    parameters = [torch.rand(shape, device=device).requires_grad_() if affine else None for _ in range(2)]
+    # Seeds are on the CPU.
     tensors = [x, *parameters, other if residual else None, torch.tensor(2**40 + 3) if dropout_p > 0 else None]
     if norm == "batch_norm":
-        tensors += [torch.randn(4), torch.rand(4) + 0.5]
+        tensors += [torch.randn(4, device=device), torch.rand(4, device=device) + 0.5]
     return tensors, {"eps": 1e-5, "dropout_p": dropout_p, "relu": True, **options}
 
 
@@ -58,7 +60,7 @@ def check(name, tensors, options):
 @pytest.mark.slow
 @norms
 def test_opcheck(norm, options, device):
-    tensors, options = sample(norm, options)
+    tensors, options = sample(norm, options, device)
     check(f"{norm}_relu", tensors, options)
     check(f"{norm}_relu_backward", *sample_backward(norm, tensors, options, [True, True, True, True]))
 
@@ -71,7 +73,7 @@ def test_opcheck(norm, options, device):
 @pytest.mark.parametrize("extras", [True, False], ids=["all", "bare"])
 def test_opcheck_of_layouts_and_dtypes(norm, options, layout, dtype, extras, device):
     extra = {"affine": extras, "residual": extras, "dropout_p": 0.3 if extras else 0.0}
-    tensors, options = sample(norm, options, layout, dtype, **extra)
+    tensors, options = sample(norm, options, device, layout, dtype, **extra)
     check(f"{norm}_relu", tensors, options)
     needs = [True, extras, False, extras]
     check(f"{norm}_relu_backward", *sample_backward(norm, tensors, options, needs))
@@ -79,7 +81,7 @@ def test_opcheck_of_layouts_and_dtypes(norm, options, layout, dtype, extras, dev
 
 @norms
 def test_second_derivative_is_refused(norm, options, device):
-    tensors, options = sample(norm, options)
+    tensors, options = sample(norm, options, device)
     output = operators.call(f"{norm}_relu", tensors, options)[0]
     (grad,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(NotImplementedError, match='a second derivative is there only with impl="torch"'):

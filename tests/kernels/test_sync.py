@@ -22,9 +22,9 @@ from mnistnorm.kernels import sync
 SHAPE = (6, 4, 5, 3)
 
 
-def data():
+def data(device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    x, residual, grad = (torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(3))
+    x, residual, grad = (torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(device) for _ in range(3))
     return x * 3 + 1, residual, grad
 
 
@@ -42,9 +42,9 @@ def join(rank: int, size: int, folder: Path) -> ProcessGroup:
     return dist.group.WORLD
 
 
-def step(module, part):
+def step(module, part, device):
     """What one process computes of its share of a step."""
-    x, residual, grad = (t[part] for t in data())
+    x, residual, grad = (t[part] for t in data(device))
     x.requires_grad_()
     output = module(x, residual)
     output.backward(grad)
@@ -56,30 +56,30 @@ def step(module, part):
 CASES = list(itertools.product(((3, 3), (5, 1), (6, 0)), ("torch", "triton")))
 
 
-def train_parts(rank: int, folder: Path, compiled: bool) -> None:
+def train_parts(rank: int, folder: Path, device: str, compiled: bool) -> None:
     """One process's share of all cases."""
     group = join(rank, 2, folder)
     results = []
     for sizes, impl in CASES:
         first = sum(sizes[:rank])
-        module = layer(process_group=group, impl=impl)
+        module = layer(process_group=group, impl=impl, device=device)
         if compiled:
             module.compile(fullgraph=True, backend="aot_eager")
-        results.append(step(module, slice(first, first + sizes[rank])))
+        results.append(step(module, slice(first, first + sizes[rank]), device))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_two_processes_are_one(compiled, tmp_path, run_two_processes):
-    run_two_processes(train_parts, tmp_path, compiled)
+def test_two_processes_are_one(compiled, tmp_path, run_two_processes, device):
+    run_two_processes(train_parts, tmp_path, device, compiled)
     results = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
 
-    x, residual, grad = data()
+    x, residual, grad = data(device)
     x.requires_grad_()
-    module = layer()
-    running = torch.zeros(SHAPE[1], dtype=torch.float64), torch.ones(SHAPE[1], dtype=torch.float64)
+    module = layer(device=device)
+    running = torch.zeros_like(module.bias), torch.ones_like(module.bias)
     output = F.relu(F.batch_norm(x, *running, module.weight, module.bias, True, 0.3) + residual)
     output.backward(grad)
 
@@ -98,20 +98,20 @@ def test_two_processes_are_one(compiled, tmp_path, run_two_processes):
             assert part["num_batches_tracked"] == 1
 
 
-def call_with_other_channels(rank: int, folder: Path) -> None:
+def call_with_other_channels(rank: int, folder: Path, device: str) -> None:
     group = join(rank, 2, folder)
     for impl in ("torch", "triton"):
-        module = BatchNormReLU2d(4 + rank, process_group=group, impl=impl)
+        module = BatchNormReLU2d(4 + rank, process_group=group, impl=impl, device=device)
         for _ in range(2):
             with pytest.raises(ValueError, match=f"got {4 + rank} here and {5 - rank} in process {1 - rank}"):
-                module(torch.randn(3, 4 + rank, 2, 2))
+                module(torch.randn(3, 4 + rank, 2, 2, device=device))
         assert module.num_batches_tracked == 0
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_processes_with_other_channels_are_told_so(tmp_path, run_two_processes):
-    run_two_processes(call_with_other_channels, tmp_path)
+def test_processes_with_other_channels_are_told_so(tmp_path, run_two_processes, device):
+    run_two_processes(call_with_other_channels, tmp_path, device)
 
 
 # A group of one process synchronises by the same code.
@@ -166,12 +166,12 @@ def test_a_group_of_one_is_a_batch(impl, layout, dtype, options, group, device):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_gradients_that_are_not_needed(impl, group, device):
-    x, _, grad = (tensor.to(device) for tensor in data())
-    whole = layer(process_group=group, impl=impl).to(device)
+    x, _, grad = data(device)
+    whole = layer(process_group=group, impl=impl, device=device)
     leaf = x.clone().requires_grad_()
     expected = torch.autograd.grad(whole(leaf), (leaf, whole.weight, whole.bias), grad)
     for index in range(3):
-        module = layer(process_group=group, impl=impl).to(device)
+        module = layer(process_group=group, impl=impl, device=device)
         leaves = (x.clone(), module.weight, module.bias)
         for number, leaf in enumerate(leaves):
             leaf.requires_grad_(number == index)
@@ -182,15 +182,15 @@ def test_gradients_that_are_not_needed(impl, group, device):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_one_collective_each_way(impl, compiled, group, device, monkeypatch):
-    module = layer(process_group=group, impl=impl).to(device)
-    module(data()[0].to(device))  # compares the channels, once
+    module = layer(process_group=group, impl=impl, device=device)
+    module(data(device)[0])  # compares the channels, once
     collectives = {name: mock.Mock(wraps=getattr(dist, name)) for name in ("all_gather_single", "all_reduce")}
     for name, collective in collectives.items():
         monkeypatch.setattr(dist, name, collective)
     if compiled:
         torch._dynamo.reset()
         module.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # which may compute again in the backward
-    output = module(data()[0].to(device).requires_grad_())
+    output = module(data(device)[0].requires_grad_())
     assert [collective.call_count for collective in collectives.values()] == [1, 0]
     output.sum().backward()
     assert [collective.call_count for collective in collectives.values()] == [1, 1]
@@ -211,16 +211,16 @@ def test_merged_moments_survive_a_large_mean():
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_whole_and_once_more_for_other_batch_sizes(impl, group, device):
     counter = CompileCounterWithBackend("aot_eager")
-    module, alone = (layer(process_group=group, impl=impl).to(device) for group in (group, None))
+    module, alone = (layer(process_group=group, impl=impl, device=device) for group in (group, None))
     torch._dynamo.reset()
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    module.compile(backend=counter, fullgraph=True)
     for samples in (5, 6, 3):
-        x, residual, grad = (tensor[:samples].to(device) for tensor in data())
+        x, residual, grad = (tensor[:samples] for tensor in data(device))
         results = []
-        for call in (compiled, alone):
+        for each in (module, alone):
             leaf = x.clone().requires_grad_()
-            output = call(leaf, residual)
-            results.append((output, torch.autograd.grad(output, leaf, grad), dict(alone.named_buffers())))
+            output = each(leaf, residual)
+            results.append((output, torch.autograd.grad(output, leaf, grad), dict(each.named_buffers())))
         torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
     assert counter.frame_count <= 2
 
@@ -228,18 +228,18 @@ def test_compiles_whole_and_once_more_for_other_batch_sizes(impl, group, device)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.export's own
 def test_exports(impl, group, device):
-    module, alone = (layer(process_group=group, impl=impl).to(device) for group in (group, None))
-    x = data()[0].to(device)
+    module, alone = (layer(process_group=group, impl=impl, device=device) for group in (group, None))
+    x = data(device)[0]
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.testing.assert_close(program.module()(x[:4]), alone(x[:4]))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_gradients_by_torch_func(impl, group, device):
-    x, residual, _ = (tensor.to(device) for tensor in data())
+    x, residual, _ = data(device)
 
     def gradient(process_group):
-        module = layer(process_group=process_group, impl=impl, track_running_stats=False).to(device)
+        module = layer(process_group=process_group, impl=impl, track_running_stats=False, device=device)
         return torch.func.grad(lambda x: module(x, residual).square().sum())
 
     torch.testing.assert_close(gradient(group)(x), gradient(None)(x), atol=1e-10, rtol=1e-10)
@@ -251,7 +251,7 @@ def test_gradients_by_torch_func(impl, group, device):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_opcheck(layout, group, device):
-    x, residual, grad = (tensor.contiguous(memory_format=layout).to(device) for tensor in data())
+    x, residual, grad = (tensor.contiguous(memory_format=layout) for tensor in data(device))
     x.requires_grad_()
     mean, var = torch.randn(2, SHAPE[1], dtype=torch.float64, device=device)
     over = {"process_group": group.group_name}
@@ -301,7 +301,7 @@ def test_unpickled_without_torch_distributed(tmp_path):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_one_value_per_channel_in_all_processes(impl, group, device):
-    module = layer(process_group=group, impl=impl).to(device)
+    module = layer(process_group=group, impl=impl, device=device)
     for samples in (0, 1):
         with pytest.raises(ValueError, match=f"more than 1 value per channel over the process group, got {samples}"):
             module(torch.randn(samples, SHAPE[1], 1, 1, dtype=torch.float64, device=device))
