@@ -78,9 +78,9 @@ def batch_norm_forward(
         if cpu.has_columns(input):
             cpu.scale_and_shift(input, weight, bias, mean, rstd, output)
         elif input.numel() > 0:
-            nothing = mean.new_empty(0)
             statistics = {"running_mean": mean, "running_var": var, "training": False, "momentum": 0.0, "eps": eps}
-            out = {"out": output, "save_mean": nothing, "save_invstd": nothing}
+            # Two tensors: on a GPU torch writes mean and rstd there and reads them again.
+            out = {"out": output, "save_mean": mean.new_empty(0), "save_invstd": mean.new_empty(0)}
             _aten.native_batch_norm.out(input, weight, bias, **statistics, **out)
     return _drop_add_relu_(output, _memory_format(input), residual, dropout_p, seed, relu), mean, rstd
 
@@ -430,14 +430,14 @@ def _of_rows(rows: Tensor, input: Tensor) -> Tensor:
 def _native_group_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.native_group_norm in the output's format, without the cancellation in torch's kernel for channels last."""
+    """torch.native_group_norm in the output's format, and without the cancellation in torch's kernel for channels last."""
     memory_format, sizes = _memory_format(input), _group_sizes(input)
     dense = input.contiguous(memory_format=memory_format)
     output, mean, rstd = torch.native_group_norm(dense, weight, bias, *sizes, num_groups, eps)
     if memory_format != torch.contiguous_format and cpu.cancels(mean, rstd):
         output, mean, rstd = torch.native_group_norm(input.contiguous(), weight, bias, *sizes, num_groups, eps)
-        output = output.contiguous(memory_format=memory_format)
-    return output, mean, rstd
+    # Not on a CPU, torch's result is always contiguous.
+    return output.contiguous(memory_format=memory_format), mean, rstd
 
 
 def _native_layer_norm(

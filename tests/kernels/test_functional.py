@@ -14,6 +14,7 @@ import triton
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -551,6 +552,21 @@ def test_dropout_is_governed_by_manual_seed(norm):
     assert not torch.equal(first, draw())
     assert torch.equal(first, draw(0))
     assert not torch.equal(first, draw(1))
+
+
+@norms
+def test_dropout_is_not_captured_in_a_cuda_graph(norm, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        input = torch.empty(4, 6, 9, 8, device="cuda")
+    with pytest.raises(RuntimeError, match="dropout_p must be 0 while a CUDA graph is captured"):
+        reference.refuse_capture(input)
+    x = make((4, 6, 9, 8))
+    reference.refuse_capture(x)
+    monkeypatch.setattr(reference, "refuse_capture", mock.Mock(side_effect=RuntimeError("captured")))
+    norm.fused(x, None, None)
+    with pytest.raises(RuntimeError, match="captured"):
+        norm.fused(x, None, None, dropout_p=0.5)
 
 
 @norms
