@@ -430,7 +430,7 @@ def _of_rows(rows: Tensor, input: Tensor) -> Tensor:
 def _native_group_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.native_group_norm in the output's format, and without the cancellation in torch's kernel for channels last."""
+    """torch.native_group_norm in the output's format, and without the cancellation of its kernel for channels last."""
     memory_format, sizes = _memory_format(input), _group_sizes(input)
     dense = input.contiguous(memory_format=memory_format)
     output, mean, rstd = torch.native_group_norm(dense, weight, bias, *sizes, num_groups, eps)
