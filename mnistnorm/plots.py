@@ -116,7 +116,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, np.ndarray], label: str) -> None
         if len(values) > 1:
             axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="last epoch", alignment="left", frameon=False)

@@ -38,6 +38,7 @@ def test_a_runs_curves_are_drawn_for_each_split(epochs: int) -> None:
         assert [len(line.get_xdata()) for line in axes.get_lines()] == [epochs, epochs]
         low, high = axes.get_ylim()
         assert all(low <= line.get_ydata()[-1] <= high for line in axes.get_lines())
+        assert all(tick == round(tick) for tick in axes.get_xticks())
     assert plots.png(figure).startswith(b"\x89PNG")
 
 
