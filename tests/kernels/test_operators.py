@@ -57,6 +57,18 @@ def check(name, tensors, options):
     assert set(library.opcheck(getattr(torch.ops.mnistnorm, name).default, tensors, options).values()) == {"SUCCESS"}
 
 
+@norms
+def test_dropout_is_not_captured_in_a_cuda_graph(norm, options, device, monkeypatch):
+    for dropout_p, times in ((0.3, 1), (0.0, 0)):
+        tensors, given = sample(norm, options, device, dropout_p=dropout_p)
+        saved, given_back = sample_backward(norm, tensors, given, [True] * 4)
+        checked = []
+        monkeypatch.setattr(operators, "refuse_capture", checked.append)
+        getattr(torch.ops.mnistnorm, f"{norm}_relu")(*tensors, **given)
+        getattr(torch.ops.mnistnorm, f"{norm}_relu_backward")(*saved, **given_back)
+        assert [tensor.device.type for tensor in checked] == 2 * times * [device]
+
+
 @pytest.mark.slow
 @norms
 def test_opcheck(norm, options, device):
