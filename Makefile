@@ -32,7 +32,7 @@ test-slow: setup
 
 test-exhaustive: setup
 	$(PYTEST) -m exhaustive --junit-xml=.pytest_cache/exhaustive.xml $(ARGS)
-	$(RUN) -m tests.kernels.test_compiled .pytest_cache/exhaustive.xml
+	$(RUN) -m tests.kernels.triton_impl.test_compile_matrix .pytest_cache/exhaustive.xml
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -10,23 +10,21 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, command_of, output_file, run_program
 from mnistnorm.errors import UserError
-from mnistnorm.kernels import launchers
-from mnistnorm.kernels.launchers import Launch
 from mnistnorm.machine import describe_machine
 
-from . import compilation
-from .chain import Chain
-from .compilation import TARGETS, Compiled, compiler_processes
-from .counting import Phases, launch_traffic, total
-from .gpus import GPU, GPUS
-from .inductor import inductor
+from .instruments import machine_code
+from .instruments.chain import Chain
+from .instruments.launching import CaughtLaunch, launches_caught, planned_for
+from .instruments.machine_code import TARGETS, Compiled, compiler_processes
+from .instruments.counting import Phases, launch_traffic, total
+from .instruments.gpus import GPU, GPUS
+from .instruments.inductor import inductor
 from .traffic import CONTENDERS, add_chain_flags, chains, compare, count_fused
 
 # The lines of the kernels that move activations; what else they move are a few values of each slab or channel.
@@ -66,28 +64,29 @@ def compile_chain(chain: Chain, target: str, plan: Any) -> list[dict[str, Any]]:
     """A row for each launch of the fused chain, forward and backward, compiled for a target."""
     gpu = TARGETS[target].gpu
     tensors = chain.tensors("meta")
-    collected: list[Launch] = []
-    with (
-        torch.no_grad(),
-        mock.patch.object(launchers, "current_target", return_value=gpu),
-        mock.patch.object(launchers, "run", lambda launches, device: collected.extend(launches)),
-    ):
-        forward = chain.fused_forward(tensors, plan)
+    collected: list[CaughtLaunch] = []
+    with torch.no_grad(), planned_for(gpu), launches_caught(collected.append):
+        operation = chain.operation(tensors, plan)
+        saved = chain.fused_forward(tensors, operation)
         forward_launches = len(collected)
-        chain.fused_backward(tensors, forward, plan)
-    with compilation.capture(target) as captured:
+        chain.fused_backward(tensors, operation, saved)
+    with machine_code.capture(target) as captured:
         for launch in collected:
-            launch.kernel[launch.grid](*launch.arguments, **launch.constants)
+            launch.run()
     phases = ["forward"] * forward_launches + ["backward"] * (len(collected) - forward_launches)
-    # The last launch of a phase says how the phase reduces.
-    reductions = {phase: launch.constants.get("REDUCTION") for phase, launch in zip(phases, collected, strict=True)}
+    # One launch of each phase says how the phase reduces.
+    reductions = {
+        phase: launch.constants["REDUCTION"]
+        for phase, launch in zip(phases, collected, strict=True)
+        if "REDUCTION" in launch.constants
+    }
     return [
         {"target": target, "chain": chain.title, "plan": reductions[phase], "phase": phase} | figures(compiled, launch)
         for phase, compiled, launch in zip(phases, captured.reports(), collected, strict=True)
     ]
 
 
-def figures(compiled: Compiled, launch: Launch) -> dict[str, Any]:
+def figures(compiled: Compiled, launch: CaughtLaunch) -> dict[str, Any]:
     """What is said of one launch; `load_bits` and `store_bits` are the narrowest access to an activation."""
 
     def narrowest(kind: Any, lines: tuple[str, ...]) -> int | None:

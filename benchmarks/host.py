@@ -21,11 +21,12 @@ from torch import Tensor
 from mnistnorm import batch_norm_relu, group_norm_relu, layer_norm_relu
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, command_of, fraction, output_file, run_program
-from mnistnorm.kernels import functional, launchers
+from mnistnorm.kernels import functional, implementations
+from mnistnorm.kernels.triton_impl.launches import Launch
 from mnistnorm.machine import describe_machine
 
-from .cases import NORMS, NUM_GROUPS
-from .timing import Spread, interleaved, ratio
+from .instruments.cases import NORMS, NUM_GROUPS
+from .instruments.timing import Spread, interleaved, ratio
 
 # One element per channel and sample; batch norm needs two samples.
 SHAPE = (2, 8, 1, 1)
@@ -51,18 +52,26 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# In place of functional._missing_for_triton and of launchers.run; mocks would take microseconds for themselves.
+# In place of implementations.missing_for_triton and of Launch.run; mocks would take microseconds for themselves.
 def _miss_nothing(device: torch.device) -> None: ...
-def _leave_out(launches: Sequence[launchers.Launch], device: torch.device) -> None: ...
+def _leave_out(launch: Launch, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None: ...
+
+
+@contextmanager
+def triton_on_the_cpu() -> Iterator[None]:
+    """Makes impl="triton" accept tensors on the CPU, and forgets afterwards what was prepared for them."""
+    with (
+        mock.patch.object(implementations, "missing_for_triton", _miss_nothing),
+        mock.patch.dict(implementations._prepared, clear=True),
+        mock.patch.dict(functional._ready, clear=True),
+    ):
+        yield
 
 
 @contextmanager
 def launches_left_out() -> Iterator[None]:
-    """Makes impl="triton" take tensors on the CPU, and do everything for them but launch."""
-    with (
-        mock.patch.object(functional, "_missing_for_triton", _miss_nothing),
-        mock.patch.object(launchers, "run", _leave_out),
-    ):
+    """Makes impl="triton" accept tensors on the CPU, and do everything for them but launch."""
+    with triton_on_the_cpu(), mock.patch.object(Launch, "run", _leave_out):
         yield
 
 

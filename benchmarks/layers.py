@@ -28,9 +28,9 @@ from mnistnorm.cli import (
 from mnistnorm.machine import describe_machine
 from mnistnorm.plots import png
 
-from .cases import DTYPES, NORMS, NUM_GROUPS, Shape, shape_sets
-from .chain import Chain
-from .contenders import (
+from .instruments.cases import DTYPES, NORMS, NUM_GROUPS, Shape, shape_sets
+from .instruments.chain import Chain
+from .instruments.contenders import (
     CONTENDERS,
     NOT_INSTALLED,
     Case,
@@ -40,7 +40,7 @@ from .contenders import (
     prepare,
     unavailable,
 )
-from .timing import Clock, Spread, clock_of, copy_bandwidth, interleaved, ratio
+from .instruments.timing import Clock, Spread, clock_of, copy_bandwidth, interleaved, ratio
 
 DEFAULT_SHAPES = ("network-128", "network-512", "32x64x56x56")
 LAYOUTS = ("contiguous", "channels_last")

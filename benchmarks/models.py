@@ -19,8 +19,8 @@ from mnistnorm.cli import Parser, at_least, choose_device, command_of, fraction,
 from mnistnorm.kernels import FusionReport
 from mnistnorm.machine import describe_machine
 
-from .memory import bytes_beyond, saved_storages
-from .timing import Spread, clock_of, interleaved, ratio
+from .instruments.memory import bytes_beyond, saved_storages
+from .instruments.timing import Spread, clock_of, interleaved, ratio
 
 MODELS = (
     *("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "vgg16_bn"),

@@ -21,7 +21,7 @@ from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, run_program
 from mnistnorm.errors import UserError
 
-from .timing import Spread
+from .instruments.timing import Spread
 
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS, RUNS = (ROOT / name for name in ("docs", "docs/results", "runs/results"))

@@ -27,16 +27,16 @@ from mnistnorm.cli import (
     run_program,
 )
 from mnistnorm.errors import UserError
-from mnistnorm.kernels.launch import Kind
+from mnistnorm.kernels.triton_impl.plans import Kind
 from mnistnorm.machine import describe_machine
 from mnistnorm.plots import COLORS, png
 
-from .cases import DTYPES, NORMS, shape
-from .chain import Chain, default_groups
-from .compilation import TARGETS, compiler_processes, interpreter_process
-from .counting import Phases, eager, fused, interpreted, launches, once, total
-from .gpus import GPUS
-from .inductor import inductor
+from .instruments.cases import DTYPES, NORMS, shape
+from .instruments.chain import Chain, default_groups
+from .instruments.machine_code import TARGETS, compiler_processes, interpreter_process
+from .instruments.counting import Phases, eager, fused, interpreted, launches, once, total
+from .instruments.gpus import GPUS
+from .instruments.inductor import inductor
 
 # Elements of an activation up to which the launches also run in the interpreter, to be counted one by one.
 INTERPRETED = 2**16

@@ -24,13 +24,13 @@ from mnistnorm.cli import Parser, at_least, choose_device, command_of, fraction,
 from mnistnorm.data import Augmentation, Dataset, load_dataset
 from mnistnorm.errors import UserError
 from mnistnorm.machine import describe_machine
-from mnistnorm.model import CNN
+from mnistnorm.cnn import CNN
 from mnistnorm.run import build_trainer
-from mnistnorm.training import LEARNING_RATES, Settings, Trainer, log_probabilities, score
+from mnistnorm.engine import LEARNING_RATES, Settings, Trainer, log_probabilities, score
 
-from .cases import NORMS
-from .memory import peak_bytes
-from .timing import Spread, interleaved, ratio, wall_clock_of
+from .instruments.cases import NORMS
+from .instruments.memory import peak_bytes
+from .instruments.timing import Spread, interleaved, ratio, wall_clock_of
 
 T = TypeVar("T")
 

@@ -1,18 +1,40 @@
-"""Normalization, dropout, residual add and ReLU as one operation forward and one backward."""
+"""Normalization, dropout, residual add and activation as one operation forward and one backward."""
 
-if __name__ == "kernels":  # in a checkout: beside mnistnorm.kernels everything would be there twice
+if __name__ == "kernels":  # in a checkout: beside mnistnorm.kernels everything would exist twice
     raise ImportError("import mnistnorm.kernels instead")
 
-from .convert import FusionReport, fuse, unfuse
 from .functional import batch_norm_relu, group_norm_relu, layer_norm_relu
-from .modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, GroupNormReLU, LayerNormReLU
+from .fusion import FusionReport, fuse, unfuse
+from .modules import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    BatchNormReLU1d,
+    BatchNormReLU2d,
+    BatchNormReLU3d,
+    GroupNormAct,
+    GroupNormReLU,
+    InstanceNormAct1d,
+    InstanceNormAct2d,
+    InstanceNormAct3d,
+    LayerNormAct,
+    LayerNormReLU,
+)
 
 __all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
     "FusionReport",
+    "GroupNormAct",
     "GroupNormReLU",
+    "InstanceNormAct1d",
+    "InstanceNormAct2d",
+    "InstanceNormAct3d",
+    "LayerNormAct",
     "LayerNormReLU",
     "batch_norm_relu",
     "fuse",

@@ -1,73 +1,32 @@
-"""The one autograd.Function behind the three norms: what is saved, and how it is differentiated once and twice."""
+"""The one autograd.Function of the fused operation: what is saved, and how it is differentiated once and twice."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
-
-class FusedOperation(NamedTuple):
-    """One norm in one implementation.
-
-    forward(input, weight, bias, residual, **options, **forward_options) returns (output, mean, rstd);
-    backward(grad_output, input, weight, bias, output, mean, rstd, **options, has_residual, needs) returns gradients;
-    normalize(input, weight, bias, mean, rstd, all_options) is norm and affine alone, differentiable without end.
-    """
-
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor | None, ...]]
-    normalize: Callable[..., Tensor]
-    # Whether backward reads the mask of every ReLU from the output; else it does so behind a residual only.
-    keeps_output: bool
-    # compose(input, weight, bias, residual, **options, **forward_options) is the output, recorded by torch's own
-    # autograd, or None where forward and backward are faster or torch's operations cannot express it.
-    compose: Callable[..., Tensor | None] | None = None
-    # Whether an input has to be converted to float32 first.
-    widens: Callable[[Tensor], bool] | None = None
+from .contract import Needs, Operation, Saved, gradients_of
+from .norms import Buffers
+from .torch_impl.differentiable import normalize
 
 
 def apply(
-    operation: FusedOperation,
+    operation: Operation,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    options: dict[str, Any],
-    forward_options: dict[str, Any],
+    buffers: Buffers,
+    seed: int,
+    requires_grad: bool,
 ) -> Tensor:
-    """Runs `operation`, recorded by autograd where a gradient can be asked for."""
-    if torch.is_autocast_enabled(input.device.type):
-        # Statistics are kept in float32 and outputs in the input's dtype whatever autocast does to torch's operations.
-        with torch.autocast(input.device.type, enabled=False):
-            return apply(operation, input, weight, bias, residual, options, forward_options)
-    if operation.widens is not None and operation.widens(input):
-        weight, bias, residual = _float(weight), _float(bias), _float(residual)
-        return apply(operation, input.float(), weight, bias, residual, options, forward_options).to(input.dtype)
-    if input.numel() == 0 and options.get("process_group") is None:
-        return empty_output(input, weight, bias, residual)
-    if operation.compose is not None:
-        output = operation.compose(input, weight, bias, residual, **options, **forward_options)
-        if output is not None:
-            return output
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, residual)
-    ):
-        return _Fused.apply(input, weight, bias, residual, operation, options, forward_options)
-    return operation.forward(input, weight, bias, residual, **options, **forward_options)[0]
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
-
-
-def empty_output(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """An output of no elements, with gradients of zero."""
-    output = input.clone()
-    for parameter in (weight, bias):
-        if parameter is not None:
-            output = output + 0 * parameter.sum().to(output.dtype)
-    return output if residual is None else output + residual
+    """Runs an operation, recorded by autograd if gradients are enabled; `requires_grad`: whether a tensor asks for one."""
+    if requires_grad and torch.is_grad_enabled() and not operation.is_recorded_by_torch(input, weight, bias):
+        output: Tensor = _Fused.apply(input, weight, bias, residual, operation, buffers, seed)
+        return output
+    return operation.forward(input, weight, bias, residual, buffers, seed)[0]
 
 
 class _Fused(torch.autograd.Function):
@@ -78,83 +37,69 @@ class _Fused(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        operation: FusedOperation,
-        options: dict[str, Any],
-        forward_options: dict[str, Any],
+        operation: Operation,
+        buffers: Buffers,
+        seed: int,
     ) -> Tensor:
-        output, mean, rstd = operation.forward(input, weight, bias, residual, **options, **forward_options)
-        ctx.operation, ctx.options, ctx.forward_options = operation, options, forward_options
-        ctx.has_residual = residual is not None
-        keeps_output = options["relu"] and (ctx.has_residual or operation.keeps_output)
-        ctx.input_strides = input.stride()
-        ctx.save_for_backward(input, weight, bias, output if keeps_output else None, mean, rstd)
+        output, statistics = operation.forward(input, weight, bias, residual, buffers, seed)
+        ctx.operation, ctx.seed = operation, seed
+        keeps = operation.keeps
+        if keeps is None:
+            ctx.save_for_backward(input, weight, bias, *statistics)
+        else:
+            ctx.save_for_backward(input, weight, bias, *statistics, output if keeps == "output" else residual)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:4]
+        operation, needs, saved = ctx.operation, ctx.needs_input_grad[:4], ctx.saved_tensors
+        if saved[0].stride() != operation.input_strides:
+            saved = (_in_strides(saved[0], operation.input_strides), *saved[1:])
         if torch.is_grad_enabled():
-            gradients = _differentiable_backward(ctx, grad_output, needs)
-        elif _is_batched(grad_output):
+            gradients = _differentiable_backward(operation, needs, ctx.seed, grad_output, saved)
+        elif is_batchedtensor(grad_output) or is_legacy_batchedtensor(grad_output):
+            # is_grads_batched=True, or torch.func.vmap of torch.autograd.grad: the gradient stands for several.
             with torch.enable_grad():
-                gradients = _differentiable_backward(ctx, grad_output, needs)
+                gradients = _differentiable_backward(operation, needs, ctx.seed, grad_output, saved)
+        elif needs[3]:
+            compute = partial(operation.backward, seed=ctx.seed, grad_output=grad_output, saved=saved)
+            gradients = gradients_of(operation.epilogue, needs, grad_output, compute)
         else:
-            gradients = ctx.operation.backward(
-                grad_output, *_saved_tensors(ctx), **ctx.options, has_residual=ctx.has_residual, needs=needs
-            )
+            gradients = operation.backward(needs, ctx.seed, grad_output, saved)
         return (*gradients, None, None, None)
 
 
-def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """The saved tensors, the input in the layout that forward saw: a mask of dropout follows it."""
-    input, *others = ctx.saved_tensors
-    if input.stride() != ctx.input_strides:
-        # A hook for saved tensors has packed it.
-        if any(stride == 0 and n > 1 for stride, n in zip(ctx.input_strides, input.shape, strict=True)):
-            input = input.contiguous()  # what overlaps was in no dense format
-        else:
-            like_input = {"dtype": input.dtype, "device": input.device}
-            input = torch.empty_strided(input.shape, ctx.input_strides, **like_input).copy_(input)
-    return (input, *others)
+def _in_strides(input: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A saved input that a hook for saved tensors has packed, in the layout that forward saw: dropout depends on it."""
+    if any(stride == 0 and n > 1 for stride, n in zip(strides, input.shape, strict=True)):
+        return input.contiguous()  # what overlaps is in no dense format
+    return torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device).copy_(input)
 
 
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for several tensors, by is_grads_batched=True or torch.func.vmap of torch.autograd.grad."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
-
-
-def _differentiable_backward(ctx: Any, grad_output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients again, built of differentiable PyTorch operations: what create_graph=True asks for."""
-    input, weight, bias, output, mean, rstd = _saved_tensors(ctx)
+def _differentiable_backward(
+    operation: Operation, needs: Needs, seed: int, grad_output: Tensor, saved: Saved
+) -> tuple[Tensor | None, ...]:
+    """The gradients again, by differentiable operations of torch: what create_graph=True asks for."""
+    unpacked = operation.unpack(saved)
+    epilogue, activation = operation.epilogue, operation.epilogue.activation
     # Views, so that the gradients are those of this operation alone where one input was computed from another.
-    input, weight, bias = _view(input), _view(weight), _view(bias)
-    options = ctx.options
-    value = ctx.operation.normalize(input, weight, bias, mean, rstd, {**options, **ctx.forward_options})
-    if options["dropout_p"] > 0:
-        value = value * _dropout_factor(ctx, input)
-    if options["relu"]:
-        sign = value if output is None else output
-        grad_output = torch.ops.aten.threshold_backward.default(grad_output, sign.detach(), 0)
-    wanted = [tensor for tensor, needed in zip((input, weight, bias), needs[:3], strict=True) if needed]
+    input, weight, bias, residual = (
+        None if tensor is None else tensor.view_as(tensor)
+        for tensor in (*unpacked[:3], unpacked.kept if operation.keeps == "residual" else None)
+    )
+    assert input is not None
+    value = normalize(operation.norm, input, weight, bias, unpacked.mean, unpacked.rstd)
+    if epilogue.dropout_p > 0:
+        value = value * operation.dropout_factor(input, seed)
+    if activation.gradient_from_output:
+        sign = unpacked.kept if operation.keeps == "output" else value
+        assert sign is not None
+        grad_residual = grad_output = activation.backward(grad_output, sign.detach())
+    else:
+        value = activation.forward(value if residual is None else value + residual)
+    tensors = (input, weight, bias, residual)
+    wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed and tensor is not None]
     gradients = iter(torch.autograd.grad(value, wanted, grad_output, create_graph=True) if wanted else ())
-    grad_residual = grad_output if needs[3] else None
-    return (*(next(gradients) if needed else None for needed in needs[:3]), grad_residual)
-
-
-def _view(tensor: Any) -> Any:
-    return None if tensor is None else tensor.view_as(tensor)
-
-
-def _dropout_factor(ctx: Any, input: Tensor) -> Tensor:
-    """0 where forward dropped and 1 / (1 - p) where it kept: the operation itself with weight 0 and bias 1."""
-    # In the input's own strides, whose gaps zeros_like would close.
-    last = sum((length - 1) * stride for length, stride in zip(input.shape, input.stride(), strict=True))
-    zeros = input.new_zeros(last + 1).as_strided(input.shape, input.stride())
-    weight = input.new_zeros(ctx.options.get("normalized_shape", input.shape[1:2]))
-    # Whose statistics, and which eps, does not matter, as long as they are finite.
-    options = {**ctx.options, **ctx.forward_options, "relu": False, "eps": 1.0}
-    if "use_batch_stats" in options:
-        mean, var = (None, None) if options["use_batch_stats"] else (weight, torch.ones_like(weight))
-        options |= {"running_mean": mean, "running_var": var}
-    with torch.no_grad():
-        return ctx.operation.forward(zeros, weight, torch.ones_like(weight), None, **options)[0]
+    if activation.gradient_from_output:
+        return (*(next(gradients) if needed else None for needed in needs[:3]), grad_residual if needs[3] else None)
+    return tuple(next(gradients) if needed else None for needed in needs)

@@ -1,21 +1,24 @@
-"""The three public functions: they check their arguments and choose the implementation."""
+"""The three public functions: they check their arguments, and keep what they prepared for calls of the same kind."""
 
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
-from importlib import import_module
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import reference, traced
-from .autograd import FusedOperation, apply
+from . import compiler
+from .activations import Activation
+from .autograd import apply
+from .compiler import composition
+from .contract import Epilogue, Inputs, Operation
+from .implementations import Impl, Implementation, check_impl, choose_implementation, prepare, remember
+from .norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm
+from .seeds import draw_seed
 
-Activation = Literal["relu", "identity"]
-Impl = Literal["auto", "triton", "torch"]
+ActivationLike = str | nn.Module | Activation
 
 
 def batch_norm_relu(
@@ -30,70 +33,72 @@ def batch_norm_relu(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    activation: Activation = "relu",
+    activation: ActivationLike = "relu",
     process_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """relu(dropout(batch_norm(input)) + residual) as one operation; the first eight arguments are F.batch_norm's.
+    """activation(dropout(batch_norm(input)) + residual) as one operation; the first eight arguments are F.batch_norm's.
 
     Args:
         input: (N, C, ...) of 2 to 5 dimensions; float16, bfloat16, float32 or float64; any strides.
         running_mean, running_var: (C,), both or neither, in a dtype that `weight` may have. Updated in place when
-            `training`; used for the normalization when not.
+            `training`; used for the normalization otherwise.
         weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
         training: normalize with the statistics of this batch.
         momentum: weight of this batch in the running statistics; a number or a 0-dim tensor.
         eps: added to the variance.
         residual: added before the activation; of the input's shape, dtype (nothing is promoted) and device.
-        dropout_p: probability to zero an element of the normalized tensor, whatever `training` is (the modules give
-            0 in eval mode). A zeroed element is 0 whatever it was, NaN included. Under torch.compile, torch.export
-            and torch.func the mask follows torch.manual_seed as well, but is not that of an eager call.
-        activation: "relu" or "identity".
-        process_group: take the batch statistics over the batches of all its processes, which must have as many
-            channels each; one may have no samples. There is no second derivative then.
-        impl: "triton", "torch", or "auto" (Triton on a device it compiles for, PyTorch elsewhere).
+        dropout_p: probability to zero an element of the normalized tensor, whatever `training` is (the modules pass 0
+            in eval mode). A zeroed element is 0 whatever it was, NaN included. Under torch.compile, torch.export and
+            torch.func the mask follows torch.manual_seed as well, but is not that of an eager call.
+        activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu", "gelu_tanh", "hardswish", "identity", or
+            a module of torch.nn that computes one of them, whose parameters count: nn.LeakyReLU(0.2).
+        process_group: compute the batch statistics over the batches of all its processes, which must have the same
+            number of channels; a process may have no samples. Second derivatives are not available then.
+        impl: "triton", "torch", or "auto" (Triton on a device that it compiles for, PyTorch elsewhere).
 
     Returns:
         A tensor of the input's shape and dtype, in its memory format where that is dense. torch.autocast changes
-        neither: what a convolution under it hands on in half precision is taken with the float32 parameters.
+        neither: half-precision outputs of a convolution under autocast work with float32 parameters.
 
     Raises:
         TypeError, ValueError, RuntimeError: where F.batch_norm or F.dropout would; before anything is computed or
-            changed, except that a process group with one value for each channel in all is found by its exchange.
-        RuntimeError: a residual or a parameter has another shape, dtype or device than said above; impl="triton" does
-            not run on the device; a CUDA graph is captured with dropout.
-        ValueError: an activation or impl that there is not.
+            changed, except that a process group with one value per channel in all is detected only during the
+            collective.
+        RuntimeError: a residual or parameter has another shape, dtype or device than documented above; impl="triton"
+            does not run on the device; a CUDA graph is captured with dropout.
+        ValueError: unknown activation or impl.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
     """
-    implementation = _implementation(impl, input)
-    if not 2 <= input.dim() <= 5:
-        raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
-    channels = input.shape[1]
-    _check(input, weight, bias, (channels,), residual, dropout_p, activation)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-        if buffer is not None:
-            _check_parameter(name, buffer, input, (channels,))
-            if buffer.requires_grad:
-                raise RuntimeError(f"{name} must not require a gradient: batch_norm_relu does not differentiate it")
-    if not training and running_mean is None:
-        raise RuntimeError("running_mean and running_var must be given when training=False")
-    if eps < 0 or (training and eps == 0):
-        raise ValueError(f"eps must be positive, or 0 when not training, got {eps}")
-    if momentum is None:
-        raise TypeError("momentum must be a number, got None (which BatchNormReLU2d takes, for a cumulative average)")
-    if process_group is not None and not isinstance(process_group, ProcessGroup):
-        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
-    # Within, a group goes by its name: torch.compile puts that in a graph.
-    group_name = process_group.group_name if training and process_group is not None else None
-    if training and group_name is None and channels > 0 and input.numel() == channels:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
-    options = {"use_batch_stats": training, "process_group": group_name}
-    forward_options = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "eps": eps}
-    return _run(
-        "batch_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, forward_options
+    if has_torch_function_unary(input):
+        arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        result: Tensor = handle_torch_function(
+            batch_norm_relu,
+            (input,),
+            *arguments,
+            residual=residual,
+            dropout_p=dropout_p,
+            activation=activation,
+            process_group=process_group,
+            impl=impl,
+        )
+        return result
+    return batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        None,
+        residual,
+        dropout_p,
+        activation,
+        process_group,
+        impl,
     )
 
 
@@ -106,14 +111,14 @@ def group_norm_relu(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    activation: Activation = "relu",
+    activation: ActivationLike = "relu",
     impl: Impl = "auto",
 ) -> Tensor:
-    """relu(dropout(group_norm(input)) + residual) as one operation; the first five arguments are F.group_norm's.
+    """activation(dropout(group_norm(input)) + residual) as one operation; the first five arguments are F.group_norm's.
 
     Args:
         input: (N, C, ...); float16, bfloat16, float32 or float64; any strides.
-        num_groups: number of groups that the C channels are divided into.
+        num_groups: number of groups that the C channels are divided into; C of them make it instance norm.
         weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
         eps: added to the variance.
         residual, dropout_p, activation, impl: as for `batch_norm_relu`.
@@ -127,25 +132,18 @@ def group_norm_relu(
 
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
-    implementation = _implementation(impl, input)
-    if input.dim() < 2:
-        raise RuntimeError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
-    channels = input.shape[1]
-    if not hasattr(num_groups, "__index__"):
-        raise TypeError(f"num_groups must be an int, got {num_groups!r}")
-    num_groups = operator.index(num_groups)
-    if num_groups <= 0 or channels % num_groups != 0:
-        raise RuntimeError(
-            f"num_groups must be positive and divide the channels, got num_groups={num_groups} for input of shape "
-            f"{tuple(input.shape)}"
+    if has_torch_function_unary(input):
+        result: Tensor = handle_torch_function(
+            group_norm_relu,
+            (input,),
+            *(input, num_groups, weight, bias, eps),
+            residual=residual,
+            dropout_p=dropout_p,
+            activation=activation,
+            impl=impl,
         )
-    _check(input, weight, bias, (channels,), residual, dropout_p, activation)
-    if input.numel() == num_groups:
-        raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
-    options = {"num_groups": num_groups}
-    return _run(
-        "group_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps}
-    )
+        return result
+    return group_norm(input, num_groups, weight, bias, eps, residual, dropout_p, activation, impl)
 
 
 def layer_norm_relu(
@@ -157,10 +155,10 @@ def layer_norm_relu(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    activation: Activation = "relu",
+    activation: ActivationLike = "relu",
     impl: Impl = "auto",
 ) -> Tensor:
-    """relu(dropout(layer_norm(input)) + residual) as one operation; the first five arguments are F.layer_norm's.
+    """activation(dropout(layer_norm(input)) + residual) as one operation; the first five arguments are F.layer_norm's.
 
     Args:
         input: (*, *normalized_shape); float16, bfloat16, float32 or float64; any strides.
@@ -178,6 +176,131 @@ def layer_norm_relu(
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
     """
+    if has_torch_function_unary(input):
+        result: Tensor = handle_torch_function(
+            layer_norm_relu,
+            (input,),
+            *(input, normalized_shape, weight, bias, eps),
+            residual=residual,
+            dropout_p=dropout_p,
+            activation=activation,
+            impl=impl,
+        )
+        return result
+    return layer_norm(input, normalized_shape, weight, bias, eps, residual, dropout_p, activation, impl)
+
+
+# What the public functions and the modules call. Each looks for what an earlier call of the same kind prepared, whose
+# arguments were checked: `_find` compares everything that the checks and the preparation depend on.
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    activation: ActivationLike,
+    process_group: ProcessGroup | None,
+    impl: Impl,
+) -> Tensor:
+    """`batch_norm_relu` that also counts the batch in `num_batches_tracked`."""
+    key = None
+    if process_group is None:
+        options = ("batch", training, momentum.__class__, eps, dropout_p, activation, impl)
+        key, ready = _find(options, input, weight, bias, residual, running_mean, running_var)
+        if ready is not None:
+            buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked)
+            seed = draw_seed(input) if dropout_p else 0
+            return apply(ready[0], input, weight, bias, residual, buffers, seed, ready[1])
+    implementation = _implementation(impl, input)
+    if not 2 <= input.dim() <= 5:
+        raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    epilogue = _check(input, weight, bias, (channels,), residual, dropout_p, activation)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is not None:
+            _check_parameter(name, buffer, input, (channels,))
+            if buffer.requires_grad:
+                raise RuntimeError(f"{name} must not require a gradient: batch_norm_relu does not differentiate it")
+    if not training and running_mean is None:
+        raise RuntimeError("running_mean and running_var must be given when training=False")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"eps must be positive, or 0 when not training, got {eps}")
+    if momentum is None:
+        raise TypeError("momentum must be a number, got None (which BatchNormAct2d accepts, for a cumulative average)")
+    if process_group is not None and not isinstance(process_group, ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
+    group_name = process_group.group_name if training and process_group is not None else None
+    if training and group_name is None and channels > 0 and input.numel() == channels:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
+    norm = BatchNorm(_number(eps), bool(training), group_name)
+    momentum = momentum if isinstance(momentum, Tensor) else _number(momentum)
+    buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked)
+    return _call(key, implementation, norm, epilogue, Inputs(input, weight, bias, residual), buffers)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    activation: ActivationLike,
+    impl: Impl,
+) -> Tensor:
+    """`group_norm_relu`."""
+    options = ("group", num_groups, num_groups.__class__, eps, dropout_p, activation, impl)
+    key, ready = _find(options, input, weight, bias, residual)
+    if ready is not None:
+        seed = draw_seed(input) if dropout_p else 0
+        return apply(ready[0], input, weight, bias, residual, NO_BUFFERS, seed, ready[1])
+    implementation = _implementation(impl, input)
+    if input.dim() < 2:
+        raise RuntimeError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    if not hasattr(num_groups, "__index__"):
+        raise TypeError(f"num_groups must be an int, got {num_groups!r}")
+    num_groups = operator.index(num_groups)
+    if num_groups <= 0 or channels % num_groups != 0:
+        raise RuntimeError(
+            f"num_groups must be positive and divide the channels, got num_groups={num_groups} for input of shape "
+            f"{tuple(input.shape)}"
+        )
+    epilogue = _check(input, weight, bias, (channels,), residual, dropout_p, activation)
+    if input.numel() == num_groups:
+        raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
+    norm = GroupNorm(num_groups, _number(eps))
+    return _call(key, implementation, norm, epilogue, Inputs(input, weight, bias, residual), NO_BUFFERS)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    activation: ActivationLike,
+    impl: Impl,
+) -> Tensor:
+    """`layer_norm_relu`."""
+    options = ("layer", normalized_shape, normalized_shape.__class__, eps, dropout_p, activation, impl)
+    key, ready = _find(options, input, weight, bias, residual)
+    if ready is not None:
+        seed = draw_seed(input) if dropout_p else 0
+        return apply(ready[0], input, weight, bias, residual, NO_BUFFERS, seed, ready[1])
     implementation = _implementation(impl, input)
     if isinstance(normalized_shape, int):
         raise TypeError(f"normalized_shape must be a tuple of ints, got the int {normalized_shape}")
@@ -186,120 +309,92 @@ def layer_norm_relu(
         raise RuntimeError("normalized_shape must have at least one dimension, got ()")
     if tuple(input.shape[-len(shape) :]) != shape:
         raise RuntimeError(f"input must have shape (*, {', '.join(map(str, shape))}), got {tuple(input.shape)}")
-    _check(input, weight, bias, shape, residual, dropout_p, activation)
-    options = {"normalized_shape": shape}
-    return _run(
-        "layer_norm", implementation, input, weight, bias, residual, dropout_p, activation, options, {"eps": eps}
-    )
+    epilogue = _check(input, weight, bias, shape, residual, dropout_p, activation)
+    norm = LayerNorm(tuple(map(_integer, shape)), _number(eps))
+    return _call(key, implementation, norm, epilogue, Inputs(input, weight, bias, residual), NO_BUFFERS)
 
 
-def _run(
-    norm: str,
-    implementation: Literal["triton", "torch"],
+Key = tuple[Any, ...]
+Ready = tuple[Operation, bool]
+
+_ready: dict[Key, Ready] = {}
+"""For each kind of call, the operation prepared for it and whether a tensor requires a gradient."""
+
+_kind = operator.attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
+
+
+def _find(
+    options: Key,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    dropout_p: float,
-    activation: Activation,
-    options: dict[str, Any],
-    forward_options: dict[str, Any],
-) -> Tensor:
-    relu = activation == "relu"
-    if weight is None and bias is not None:
-        # Without a weight torch's second derivatives of batch and layer norm leave out the bias's.
-        weight = torch.ones_like(bias)
-    # Torch's kernels for channels side by side go by no strides of a weight.
-    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-    if traced.is_traced(input):
-        return traced.apply(
-            norm, implementation, input, weight, bias, residual, dropout_p, relu, {**options, **forward_options}
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> tuple[Key | None, Ready | None]:
+    """A key of all that a call depends on but the elements of its tensors, and what was kept for it.
+
+    No key for a call that torch may trace, or that the checks will refuse.
+    """
+    if compiler.may_trace():
+        return None, None
+    try:
+        key = (
+            options,
+            _kind(input),
+            input.stride(),
+            None if weight is None else (_kind(weight), weight.stride()),
+            None if bias is None else (_kind(bias), bias.stride()),
+            None if residual is None else (_kind(residual), residual.stride()),
+            None if running_mean is None else (_kind(running_mean), running_mean.stride()),
+            None if running_var is None else (_kind(running_var), running_var.stride()),
         )
-    # What equals a number, such as NumPy's and tensors, becomes one: the kernels take no others.
-    dropout_p = float(dropout_p)
-    forward_options |= {name: float(forward_options[name]) for name in ("momentum", "eps") if name in forward_options}
-    if norm == "layer_norm":
-        options["normalized_shape"] = tuple(map(int, options["normalized_shape"]))
-    # Imported when first needed: Triton takes time to import, and is not there on every platform.
-    operation = _TORCH_OPERATIONS[norm] if implementation == "torch" else _triton_operation(norm)
-    options |= {"dropout_p": dropout_p, "seed": _draw_seed(input) if dropout_p > 0 else 0, "relu": relu}
-    return apply(operation, input, weight, bias, residual, options, forward_options)
+        return key, _ready.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # not a tensor, an option that is not hashable, no strides
+        return None, None
 
 
-def _draw_seed(input: Tensor) -> int:
-    """A seed for one call's dropout mask, from torch's default generator: torch.manual_seed governs it."""
-    reference.refuse_capture(input)
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+def _call(
+    key: Key | None, implementation: Implementation, norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers
+) -> Tensor:
+    """Runs a call whose arguments were checked; with a key, keeps what it prepares for the next one."""
+    input = inputs.input
+    if input.numel() == 0 and not (isinstance(norm, BatchNorm) and norm.process_group is not None):
+        buffers.count_()
+        return _empty_output(inputs)
+    if compiler.is_traced(input):
+        compute = composition.call_operator if implementation == "triton" else composition.compose
+        return compute(norm, epilogue, inputs, buffers)
+    operation = prepare(implementation, norm, epilogue, inputs, buffers)
+    requires_grad = any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    if key is not None and not any(isinstance(option, Tensor | nn.Module) for option in key[0]):  # which can change
+        remember(_ready, key, (operation, requires_grad))
+    seed = draw_seed(input) if epilogue.dropout_p > 0 else 0
+    return apply(operation, *inputs, buffers, seed, requires_grad)
 
 
-def _implementation(impl: Impl, input: Tensor) -> Literal["triton", "torch"]:
+def _empty_output(inputs: Inputs) -> Tensor:
+    """An output of no elements, with gradients of zero."""
+    output = inputs.input.clone()
+    for parameter in (inputs.weight, inputs.bias):
+        if parameter is not None:
+            output = output + 0 * parameter.sum().to(output.dtype)
+    return output if inputs.residual is None else output + inputs.residual
+
+
+def _number(value: Any) -> Any:
+    """A float of what is equal to one, such as NumPy's numbers and 0-dim tensors."""
+    return value if torch.compiler.is_compiling() else float(value)
+
+
+def _integer(value: Any) -> Any:
+    return value if torch.compiler.is_compiling() else int(value)
+
+
+def _implementation(impl: Impl, input: Tensor) -> Implementation:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     return choose_implementation(impl, input.device)
-
-
-def _operation_of(norm: str, module: ModuleType) -> FusedOperation:
-    return FusedOperation(
-        forward=getattr(module, f"{norm}_forward"),
-        backward=getattr(module, f"{norm}_backward"),
-        normalize=getattr(reference, f"{norm}_normalize"),
-        keeps_output=module is reference,
-        compose=getattr(module, f"{norm}_compose", None),
-        widens=getattr(module, "widens", None),
-    )
-
-
-_TORCH_OPERATIONS = {norm: _operation_of(norm, reference) for norm in ("batch_norm", "group_norm", "layer_norm")}
-
-
-@lru_cache
-def _triton_operation(norm: str) -> FusedOperation:
-    return _operation_of(norm, import_module(".launchers", __package__))
-
-
-def choose_implementation(impl: Impl, device: torch.device) -> Literal["triton", "torch"]:
-    """What `impl` means for tensors on `device`.
-
-    Raises:
-        ValueError: there is no such implementation.
-        RuntimeError: it does not run on `device`.
-    """
-    _check_impl(impl)
-    if impl == "torch" or (impl == "auto" and device.type == "cpu"):
-        return "torch"
-    missing = _missing_for_triton(device)
-    if impl == "auto":
-        return "torch" if missing else "triton"
-    if missing:
-        raise RuntimeError(f'impl="triton" does not run on {device}: {missing}; impl="torch" does')
-    return "triton"
-
-
-# torch.compile takes the answer as it stands instead of tracing how it is found; this is what
-# torch.compiler.assume_constant_result does, which would import the compiler.
-choose_implementation._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@lru_cache
-def _missing_for_triton(device: torch.device) -> str | None:
-    """What keeps the Triton kernels from running on `device`; None where nothing does."""
-    try:
-        import triton
-    except ImportError:
-        return "Triton is not installed (pip install triton)"
-    if device.type == "cpu":
-        if triton.knobs.runtime.interpret:
-            return None
-        return (
-            "Triton does not compile for it (TRITON_INTERPRET=1, set before Triton is imported, interprets the kernels)"
-        )
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return "there is no GPU"
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
-            return "the kernels need compute capability 7.5 or newer"
-        return None
-    return "Triton does not compile for it"
 
 
 def _check(
@@ -309,44 +404,49 @@ def _check(
     affine_shape: tuple[int, ...],
     residual: Tensor | None,
     dropout_p: float,
-    activation: str,
-) -> None:
-    """Raises for what the three functions have in common, in torch's error types."""
+    activation: ActivationLike,
+) -> Epilogue:
+    """Raises, in torch's error types, for what the three functions have in common."""
     if input.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        # torch's own error for such a dtype: a kind of RuntimeError.
+        # torch raises this for such a dtype: a kind of RuntimeError.
         raise NotImplementedError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    check_fused_options(dropout_p, activation)
+    epilogue = check_epilogue(dropout_p, activation)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             _check_parameter(name, parameter, input, affine_shape)
     if residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"residual must be a Tensor or None, got {type(residual).__name__}")
-        for attribute in ("shape", "dtype", "device"):
+        if residual.shape != input.shape:
+            raise RuntimeError(
+                f"residual must have the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
+            )
+        for attribute in ("dtype", "device"):
             expected, given = getattr(input, attribute), getattr(residual, attribute)
             if given != expected:
                 raise RuntimeError(f"residual must have the input's {attribute} {expected}, got {given}")
+    return epilogue
 
 
-def check_fused_options(dropout_p: float, activation: str, impl: str = "auto") -> None:
-    """Raises ValueError for what no norm takes."""
+def check_epilogue(dropout_p: float, activation: ActivationLike, impl: Impl = "auto") -> Epilogue:
+    """The epilogue of these options.
+
+    Raises:
+        ValueError: one of them is out of range or unknown.
+    """
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be a probability between 0 and 1, got {dropout_p}")
-    if activation not in ("relu", "identity"):
-        raise ValueError(f'activation must be "relu" or "identity", got {activation!r}')
-    _check_impl(impl)
-
-
-def _check_impl(impl: str) -> None:
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
+    check_impl(impl)
+    return Epilogue(_number(dropout_p), Activation.of(activation))
 
 
 def _check_parameter(name: str, parameter: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} must be a Tensor or None, got {type(parameter).__name__}")
     if parameter.shape != shape:
-        raise RuntimeError(f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
+        given = tuple(parameter.shape)
+        lengths = f": the input has {shape[0]} channels, the layer {given[0]}" if len(shape) == len(given) == 1 else ""
+        raise RuntimeError(f"{name} must have shape {shape}, got {given}{lengths}")
     if parameter.device != input.device:
         raise RuntimeError(f"{name} must be on the input's device {input.device}, got {parameter.device}")
     half = input.dtype in (torch.float16, torch.bfloat16)

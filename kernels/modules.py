@@ -1,4 +1,4 @@
-"""The fused layers as modules: each takes the place of a torch.nn norm and of the dropout and ReLU behind it."""
+"""The fused layers as modules: each replaces a norm of torch.nn and the dropout and activation behind it."""
 
 import operator
 import warnings
@@ -8,47 +8,70 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
 
-from . import sync, traced
-from .functional import Activation, Impl, batch_norm_relu, check_fused_options, group_norm_relu, layer_norm_relu
+from . import compiler, sync
+from .activations import Activation
+from .functional import (
+    ActivationLike,
+    batch_norm,
+    batch_norm_relu,
+    check_epilogue,
+    group_norm,
+    group_norm_relu,
+    layer_norm,
+    layer_norm_relu,
+)
+from .implementations import Impl
+
+_IDENTITY = Activation("identity")
 
 
 class FusedLayer(nn.Module):
     """What every fused layer adds to the norm that it extends: dropout, residual and activation."""
 
     dropout_p: float
-    activation: Activation
+    activation: ActivationLike
     impl: Impl
 
-    def set_options(self, dropout_p: float, activation: Activation, impl: Impl) -> None:
-        check_fused_options(dropout_p, activation, impl)
-        self.dropout_p, self.activation, self.impl = dropout_p, activation, impl
+    def set_options(self, dropout_p: float, activation: ActivationLike, impl: Impl) -> None:
+        """Sets and checks what a norm of torch.nn does not have."""
+        epilogue = check_epilogue(dropout_p, activation, impl)
+        self.dropout_p, self.activation, self.impl = dropout_p, epilogue.activation.short, impl
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, _in_place: bool | None = None) -> Tensor:
         """Of the input's shape and dtype; `residual` of the same shape is added before the activation.
 
-        With `_in_place`, which fuse passes, a residual of another shape or dtype is added as well, as torch does.
+        With `_in_place`, which fuse passes, a residual of another shape or dtype is added as well, as torch does it.
         """
+        if isinstance(input, fx.Proxy):
+            return self._record(input, residual, _in_place)
         if _in_place is None or _fits(residual, input):
-            return self._compute(input, self._arguments(residual, self.activation))
-        output = self._compute(input, self._arguments(None, "identity"))
+            return self._compute(input, residual, self.activation)
+        output = self._compute(input, None, _IDENTITY)
         output = (operator.iadd if _in_place else operator.add)(output, residual)
-        return F.relu(output) if self.activation == "relu" else output
+        return Activation.of(self.activation).forward(output)
 
-    def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
         raise NotImplementedError
 
-    def _arguments(self, residual: Tensor | None, activation: Activation) -> dict[str, Any]:
-        return {
-            "residual": residual,
-            "dropout_p": self.dropout_p if self.training else 0.0,
-            "activation": activation,
-            "impl": self.impl,
-        }
+    def _record(self, input: fx.Proxy, residual: Any, in_place: bool | None) -> Any:
+        """Records the call in a trace of torch.fx: as that of a leaf, or of a function where this is what is traced."""
+        path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        if path == "":
+            return self._record_function(input, residual)
+        options = {} if in_place is None else {"_in_place": in_place}
+        arguments = (input,) if residual is None else (input, residual)
+        return input.tracer.create_proxy("call_module", path, arguments, options)
+
+    def _record_function(self, input: Any, residual: Any) -> Any:
+        raise NotImplementedError
+
+    @property
+    def _dropout_now(self) -> float:
+        return self.dropout_p if self.training else 0.0
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}, activation={self.activation}, impl={self.impl}"
@@ -64,7 +87,7 @@ def _fits(residual: Any, input: Tensor) -> bool:
 
 
 class _CopiedGroup:
-    """Stands for a process group, of which there are no copies, where a module that has it is copied or pickled."""
+    """Stands for a process group, which cannot be copied, where a module that has one is copied or pickled."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
@@ -88,15 +111,15 @@ def _unpickled_group() -> _CopiedGroup:
     return _CopiedGroup(dist.group.WORLD)
 
 
-# The layers whose channels were compared, and the name of the group: not a part of them, to be copied or pickled.
+# The layers whose channels were compared, and the name of the group: kept apart so that it is not copied or pickled.
 _checked: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-class _BatchNormReLU(FusedLayer, _NormBase):
-    """The batch norms, which differ in the inputs that they take."""
+class _BatchNormAct(FusedLayer, _NormBase):
+    """The batch norms, which differ in the inputs that they accept."""
 
     layouts: ClassVar[dict[int, str]]
-    """The names of an input's dimensions, by the numbers of them that it may have."""
+    """The names of an input's dimensions, by their number."""
 
     def __init__(
         self,
@@ -108,7 +131,7 @@ class _BatchNormReLU(FusedLayer, _NormBase):
         *,
         bias: bool = True,
         dropout_p: float = 0.0,
-        activation: Activation = "relu",
+        activation: ActivationLike = "relu",
         process_group: ProcessGroup | None = None,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
@@ -132,61 +155,89 @@ class _BatchNormReLU(FusedLayer, _NormBase):
         group = self.process_group
         return super().extra_repr() + ("" if group is None else f", process_group={group.group_name}")
 
-    def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
         if input.dim() not in self.layouts:
             expected = " or ".join(f"{dim}D input {layout}" for dim, layout in self.layouts.items())
             raise ValueError(f"expected {expected}, got {input.dim()}D input of shape {tuple(input.shape)}")
-        training, group = self.training, self.process_group if self.training else None
-        running_mean, running_var = self.running_mean, self.running_var
-        counter = self.num_batches_tracked if training and self.track_running_stats else None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if counter is not None and self.momentum is None:
-            momentum = 1.0 / (counter + 1).double()
-        if isinstance(group, ProcessGroup) and not traced.is_traced(input) and _checked.get(self) != group.group_name:
+        training = self.training
+        group = self.process_group if training else None
+        if isinstance(group, ProcessGroup) and not compiler.is_traced(input) and _checked.get(self) != group.group_name:
             sync.check_channels(input, group)
             _checked[self] = group.group_name
-        # nn's rules: in training the running statistics are updated if tracked, in eval used if there.
+        running_mean, running_var = self.running_mean, self.running_var
+        # nn's rules: in training the running statistics are updated if tracked, in eval mode used if they exist.
         use_batch_stats = training or running_mean is None
-        if training and not self.track_running_stats:
+        momentum: float | Tensor | None = self.momentum
+        counter = None
+        if training and self.track_running_stats:
+            counter = self.num_batches_tracked
+            if momentum is None and counter is not None:
+                momentum = 1.0 / (counter + 1).double()
+        elif training:
             running_mean = running_var = None
-        output = batch_norm_relu(
+        return batch_norm(
             input,
             running_mean,
             running_var,
             self.weight,
             self.bias,
             use_batch_stats,
+            0.0 if momentum is None else momentum,
+            self.eps,
+            counter,
+            residual,
+            self.dropout_p if training else 0.0,
+            activation,
+            group,
+            self.impl,
+        )
+
+    def _record_function(self, input: Any, residual: Any) -> Any:
+        training = self.training
+        tracked = training and self.track_running_stats
+        running = (self.running_mean, self.running_var) if tracked or not training else (None, None)
+        momentum: Any = self.momentum or 0.0
+        if tracked:
+            counter = input.tracer.create_proxy("get_attr", "num_batches_tracked", (), {})
+            counter = counter.add_(1)
+            momentum = 1.0 / counter.double() if self.momentum is None else momentum
+        return batch_norm_relu(
+            input,
+            *running,
+            self.weight,
+            self.bias,
+            training or running[0] is None,
             momentum,
             self.eps,
-            process_group=group,
-            **options,
+            residual=residual,
+            dropout_p=self._dropout_now,
+            activation=self.activation,
+            process_group=self.process_group if training else None,
+            impl=self.impl,
         )
-        if counter is not None:
-            counter.add_(1)
-        return output
 
 
-class BatchNormReLU1d(_BatchNormReLU):
-    """relu(dropout(batch_norm(input)) + residual) over (N, C) or (N, C, L); otherwise as BatchNormReLU2d."""
+class BatchNormAct1d(_BatchNormAct):
+    """activation(dropout(batch_norm(input)) + residual) over (N, C) or (N, C, L); otherwise as BatchNormAct2d."""
 
     layouts: ClassVar = {2: "(N, C)", 3: "(N, C, L)"}
 
 
-class BatchNormReLU2d(_BatchNormReLU):
-    """relu(dropout(batch_norm(input)) + residual) over (N, C, H, W); the first five arguments are nn.BatchNorm2d's.
+class BatchNormAct2d(_BatchNormAct):
+    """activation(dropout(batch_norm(input)) + residual) over (N, C, H, W); first five arguments as nn.BatchNorm2d's.
 
     Parameters, buffers, state_dict keys and initialization are those of nn.BatchNorm2d: a state_dict of either loads
     into the other. It is not a subclass of it, because nn.SyncBatchNorm.convert_sync_batchnorm would replace it and
-    drop the ReLU: pass `process_group` for synchronised statistics.
+    drop the activation: pass `process_group` for synchronised statistics.
 
     Args:
         num_features: C.
         eps, momentum, affine, track_running_stats, bias: as for nn.BatchNorm2d; momentum=None is a cumulative average.
         dropout_p: probability to zero an element, in training mode only.
-        activation: "relu" or "identity".
-        process_group: take the batch statistics over all its processes, which must have as many channels: the first
-            call that is not compiled compares them. Copies of the layer share it; pickled, the layer belongs to the
-            default group of the process that loads it.
+        activation: a name or a module of torch.nn, as for `batch_norm_relu`.
+        process_group: compute the batch statistics over all its processes, which must have the same number of
+            channels: the first call that is not compiled compares them. Copies of the layer share the group; once
+            unpickled, the layer belongs to the default group of the process that loads it.
         impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
         device, dtype: of the parameters and buffers.
 
@@ -196,20 +247,32 @@ class BatchNormReLU2d(_BatchNormReLU):
     layouts: ClassVar = {4: "(N, C, H, W)"}
 
 
-class BatchNormReLU3d(_BatchNormReLU):
-    """relu(dropout(batch_norm(input)) + residual) over (N, C, D, H, W); otherwise as BatchNormReLU2d."""
+class BatchNormAct3d(_BatchNormAct):
+    """activation(dropout(batch_norm(input)) + residual) over (N, C, D, H, W); otherwise as BatchNormAct2d."""
 
     layouts: ClassVar = {5: "(N, C, D, H, W)"}
 
 
-class GroupNormReLU(FusedLayer, nn.GroupNorm):
-    """relu(dropout(group_norm(input)) + residual) over (N, C, ...); the first four arguments are nn.GroupNorm's.
+class BatchNormReLU1d(BatchNormAct1d):
+    """BatchNormAct1d, named for its default activation."""
+
+
+class BatchNormReLU2d(BatchNormAct2d):
+    """BatchNormAct2d, named for its default activation."""
+
+
+class BatchNormReLU3d(BatchNormAct3d):
+    """BatchNormAct3d, named for its default activation."""
+
+
+class GroupNormAct(FusedLayer, nn.GroupNorm):
+    """activation(dropout(group_norm(input)) + residual) over (N, C, ...); the first four arguments are nn.GroupNorm's.
 
     Args:
         num_groups, num_channels, eps, affine, bias: as for nn.GroupNorm.
         dropout_p: probability to zero an element, in training mode only.
-        activation: "relu" or "identity".
-        impl: "auto", "triton" or "torch", as for `group_norm_relu`.
+        activation: a name or a module of torch.nn, as for `batch_norm_relu`.
+        impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
         device, dtype: of the parameters.
 
     Called as layer(input, residual=None), with a residual of the input's shape and dtype.
@@ -224,7 +287,7 @@ class GroupNormReLU(FusedLayer, nn.GroupNorm):
         *,
         bias: bool = True,
         dropout_p: float = 0.0,
-        activation: Activation = "relu",
+        activation: ActivationLike = "relu",
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -232,18 +295,132 @@ class GroupNormReLU(FusedLayer, nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
-        return group_norm_relu(input, self.num_groups, self.weight, self.bias, self.eps, **options)
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
+        dropout_p = self.dropout_p if self.training else 0.0
+        groups, weight, bias = self.num_groups, self.weight, self.bias
+        return group_norm(input, groups, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
+
+    def _record_function(self, input: Any, residual: Any) -> Any:
+        return group_norm_relu(
+            *(input, self.num_groups, self.weight, self.bias, self.eps),
+            residual=residual,
+            dropout_p=self._dropout_now,
+            activation=self.activation,
+            impl=self.impl,
+        )
 
 
-class LayerNormReLU(FusedLayer, nn.LayerNorm):
-    """relu(dropout(layer_norm(input)) + residual) over (*, *normalized_shape); first four arguments as nn.LayerNorm's.
+class GroupNormReLU(GroupNormAct):
+    """GroupNormAct, named for its default activation."""
+
+
+class _InstanceNormAct(FusedLayer, _NormBase):
+    """The instance norms, which differ in the inputs that they accept: group norm with a group for each channel."""
+
+    layouts: ClassVar[dict[int, str]]
+    """The names of a batch's dimensions, by their number."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        activation: ActivationLike = "relu",
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if track_running_stats:
+            raise ValueError(
+                "track_running_stats must be False: the fused instance norms always use the statistics of the sample; "
+                "use the one of torch.nn for running statistics"
+            )
+        super().__init__(num_features, eps, momentum, affine, False, bias=bias, device=device, dtype=dtype)
+        self.set_options(dropout_p, activation, impl)
+
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
+        dim, channels = input.dim(), self.num_features
+        if dim + 1 in self.layouts:  # a sample without a batch
+            one = None if residual is None else residual.unsqueeze(0)
+            return self._compute(input.unsqueeze(0), one, activation).squeeze(0)
+        if dim not in self.layouts:
+            expected = " or ".join(f"{dim - 1}D or {dim}D input {layout}" for dim, layout in self.layouts.items())
+            raise ValueError(f"expected {expected}, got {dim}D input of shape {tuple(input.shape)}")
+        if input.shape[1] != channels and self.affine:
+            raise ValueError(f"expected input of {channels} channels, got {input.shape[1]}: shape {tuple(input.shape)}")
+        if input.shape[1] != channels:
+            warnings.warn(
+                f"input has {input.shape[1]} channels, num_features is {channels}: not used, as affine is False",
+                stacklevel=3,
+            )
+            channels = input.shape[1]
+        if self.training and input.shape[2:].numel() == 1:
+            raise ValueError(f"expected more than 1 spatial element when training, got input size {input.shape}")
+        dropout_p = self.dropout_p if self.training else 0.0
+        weight, bias = self.weight, self.bias
+        return group_norm(input, channels, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
+
+    def _record_function(self, input: Any, residual: Any) -> Any:
+        return group_norm_relu(
+            *(input, self.num_features, self.weight, self.bias, self.eps),
+            residual=residual,
+            dropout_p=self._dropout_now,
+            activation=self.activation,
+            impl=self.impl,
+        )
+
+
+class InstanceNormAct1d(_InstanceNormAct):
+    """activation(dropout(instance_norm(input)) + residual) over (N, C, L) or (C, L); otherwise as InstanceNormAct2d."""
+
+    layouts: ClassVar = {3: "(N, C, L)"}
+
+
+class InstanceNormAct2d(_InstanceNormAct):
+    """activation(dropout(instance_norm(input)) + residual) over (N, C, H, W) or (C, H, W).
+
+    The first five arguments, their defaults, the parameters and the state_dict are those of nn.InstanceNorm2d.
+
+    Args:
+        num_features: C.
+        eps, affine, bias: as for nn.InstanceNorm2d.
+        momentum: not used, as there are no running statistics.
+        track_running_stats: must be False.
+        dropout_p: probability to zero an element, in training mode only.
+        activation: a name or a module of torch.nn, as for `batch_norm_relu`.
+        impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
+        device, dtype: of the parameters.
+
+    Called as layer(input, residual=None), with a residual of the input's shape and dtype.
+
+    Raises:
+        ValueError: track_running_stats is True.
+
+    Source: Ulyanov, Vedaldi & Lempitsky 2016, "Instance Normalization", equation 4.
+    """
+
+    layouts: ClassVar = {4: "(N, C, H, W)"}
+
+
+class InstanceNormAct3d(_InstanceNormAct):
+    """activation(dropout(instance_norm(input)) + residual) over (N, C, D, H, W) or (C, D, H, W); see InstanceNormAct2d."""
+
+    layouts: ClassVar = {5: "(N, C, D, H, W)"}
+
+
+class LayerNormAct(FusedLayer, nn.LayerNorm):
+    """activation(dropout(layer_norm(input)) + residual) over (*, *normalized_shape).
 
     Args:
         normalized_shape, eps, elementwise_affine, bias: as for nn.LayerNorm.
         dropout_p: probability to zero an element, in training mode only.
-        activation: "relu" or "identity".
-        impl: "auto", "triton" or "torch", as for `layer_norm_relu`.
+        activation: a name or a module of torch.nn, as for `batch_norm_relu`.
+        impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
         device, dtype: of the parameters.
 
     Called as layer(input, residual=None), with a residual of the input's shape and dtype.
@@ -257,7 +434,7 @@ class LayerNormReLU(FusedLayer, nn.LayerNorm):
         bias: bool = True,
         *,
         dropout_p: float = 0.0,
-        activation: Activation = "relu",
+        activation: ActivationLike = "relu",
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -265,5 +442,20 @@ class LayerNormReLU(FusedLayer, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _compute(self, input: Tensor, options: dict[str, Any]) -> Tensor:
-        return layer_norm_relu(input, self.normalized_shape, self.weight, self.bias, self.eps, **options)
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
+        dropout_p = self.dropout_p if self.training else 0.0
+        shape, weight, bias = self.normalized_shape, self.weight, self.bias
+        return layer_norm(input, shape, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
+
+    def _record_function(self, input: Any, residual: Any) -> Any:
+        return layer_norm_relu(
+            *(input, self.normalized_shape, self.weight, self.bias, self.eps),
+            residual=residual,
+            dropout_p=self._dropout_now,
+            activation=self.activation,
+            impl=self.impl,
+        )
+
+
+class LayerNormReLU(LayerNormAct):
+    """LayerNormAct, named for its default activation."""

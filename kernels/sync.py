@@ -1,6 +1,6 @@
 """Batch statistics over the processes of a group: one collective forward, one backward.
 
-A group goes by its name, which torch.compile can put in a graph. Moments, [3, channels], are the count, the mean and
+Groups are passed by name, which torch.compile can put in a graph. Moments, [3, channels], are the count, the mean and
 the sum of squared deviations of each channel.
 """
 
@@ -13,10 +13,10 @@ from torch.distributed.distributed_c10d import GroupName
 
 
 def check_channels(input: Tensor, process_group: ProcessGroup) -> None:
-    """One collective, before the first of a layer: where messages differ in size, backends abort, hang or go on.
+    """Compares the channels by one collective, before a layer's first: with messages of unequal size, backends may hang.
 
     Raises:
-        ValueError: in all processes, if the inputs differ in channels.
+        ValueError: in all processes, if their numbers of channels differ.
     """
     channels = input.shape[1]
     here = torch.tensor([channels], device=input.device)
@@ -30,8 +30,12 @@ def check_channels(input: Tensor, process_group: ProcessGroup) -> None:
             )
 
 
+def _group(name: str) -> ProcessGroup:
+    return _resolve_process_group(GroupName(name))
+
+
 def count_of(input: Tensor) -> int:
-    """The elements of each channel here."""
+    """The elements of each channel in this process."""
     return input.shape[0] * input.shape[2:].numel()
 
 
@@ -53,31 +57,31 @@ def merge_moments(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, mean, (m2s + counts * (means - mean).square()).sum(0)
 
 
-def batch_statistics(moments: Tensor, count: int, process_group: GroupName) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased and unbiased variance of each channel over the batches of all processes; `count` is that here.
+def batch_statistics(moments: Tensor, count: int, process_group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased and unbiased variance of each channel over the batches of all processes; `count`: see `count_of`.
 
     Raises:
-        ValueError: there is one value for each channel, or none, in all of them together.
+        ValueError: all processes together have at most one value per channel.
     """
-    group = _resolve_process_group(process_group)
+    group = _group(process_group)
     gathered = moments.new_empty(group.size() * len(moments), moments.shape[1])
     dist.all_gather_single(gathered, moments, group=group)
     total, mean, m2 = merge_moments(gathered.view(-1, *moments.shape).transpose(0, 1))
-    # Where there are several values here, a GPU is not waited for.
+    # With several values here, skip the check: it would synchronise with the GPU.
     if count <= 1 and (total <= 1).any():
         raise ValueError(f"Expected more than 1 value per channel over the process group, got {int(total[0])}")
     return mean, m2 / total, m2 / (total - 1)
 
 
-def averages(sums: Tensor, count: int, process_group: GroupName) -> Tensor:
-    """`sums` over `count` elements here, summed over all processes and divided by the elements of all."""
+def averages(sums: Tensor, count: int, process_group: str) -> Tensor:
+    """`sums` over this process's `count` elements, added up over all processes and divided by all their elements."""
     message = torch.cat([sums.flatten(), sums.new_full((1,), count)])
-    dist.all_reduce(message, group=_resolve_process_group(process_group))
+    dist.all_reduce(message, group=_group(process_group))
     return message[:-1].view_as(sums) / message[-1]
 
 
 def statistics_backward(
-    input: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, *, process_group: GroupName
+    input: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, process_group: str
 ) -> Tensor:
     """The gradient of the input of `batch_statistics`, from this process's gradients of mean and biased variance."""
     per_channel = (1, -1) + (1,) * (input.dim() - 2)
@@ -93,7 +97,7 @@ def add_statistics_gradient_(
     rstd: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
-    process_group: GroupName,
+    process_group: str,
 ) -> None:
     """Adds to `grad_input` the share that flows through the mean and variance of the whole group's batch.
 

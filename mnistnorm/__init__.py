@@ -1,11 +1,19 @@
-"""Fused normalization + dropout + residual + ReLU layers for PyTorch, and the MNIST CNN that trains on them."""
+"""Fused normalization + dropout + residual + activation layers for PyTorch, and the MNIST CNN that trains on them."""
 
 from .kernels import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
     FusionReport,
+    GroupNormAct,
     GroupNormReLU,
+    InstanceNormAct1d,
+    InstanceNormAct2d,
+    InstanceNormAct3d,
+    LayerNormAct,
     LayerNormReLU,
     batch_norm_relu,
     fuse,
@@ -15,11 +23,19 @@ from .kernels import (
 )
 
 __all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
     "FusionReport",
+    "GroupNormAct",
     "GroupNormReLU",
+    "InstanceNormAct1d",
+    "InstanceNormAct2d",
+    "InstanceNormAct3d",
+    "LayerNormAct",
     "LayerNormReLU",
     "batch_norm_relu",
     "fuse",

@@ -13,8 +13,8 @@ import torch
 
 from .data import Normalization
 from .errors import UserError, one_line
-from .model import CNN, NUM_CLASSES
-from .training import Settings
+from .cnn import CNN, NUM_CLASSES
+from .engine import Settings
 
 FORMAT = "mnistnorm checkpoint 1"
 

@@ -16,8 +16,8 @@ import torch
 from . import distributed
 from .data import DATASETS
 from .errors import UserError, one_line
-from .kernels.functional import Impl
-from .training import ELASTIC, LEARNING_RATES, Settings
+from .kernels.implementations import Impl
+from .engine import ELASTIC, LEARNING_RATES, Settings
 
 
 class Parser(argparse.ArgumentParser):

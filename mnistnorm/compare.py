@@ -18,7 +18,7 @@ from .checkpoint import write_atomically
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
 from .errors import UserError
 from .machine import describe_machine
-from .model import NORMS
+from .cnn import NORMS
 from .run import (
     COMPARISON_CONFIG,
     LAST,
@@ -33,7 +33,7 @@ from .run import (
     remove_files,
     run_training,
 )
-from .training import Settings
+from .engine import Settings
 
 TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON = "comparison.txt", "comparison.md", "comparison.json"
 GRAPH, MISTAKES = "test-{}.png", "misclassified-{}.png"
@@ -55,7 +55,7 @@ class Result:
     """What the network reaches with one norm.
 
     Attributes:
-        norm: one of model.NORMS.
+        norm: one of cnn.NORMS.
         parameters: their number.
         seeds: of the runs.
         accuracies: of each run, on the test images after the last epoch.

@@ -20,7 +20,7 @@ from .errors import UserError, one_line
 from .kernels import BatchNormReLU2d
 
 if TYPE_CHECKING:
-    from .training import Settings
+    from .engine import Settings
 
 T = TypeVar("T")
 

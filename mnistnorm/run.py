@@ -19,9 +19,9 @@ from . import distributed, plots
 from .checkpoint import UNFINISHED, Checkpoint, write_atomically
 from .data import Augmentation, TrainingBatches, load_dataset
 from .errors import UserError, one_line
-from .kernels.functional import choose_implementation
-from .model import CNN
-from .training import MACHINE_SETTINGS, Settings, Trainer
+from .kernels.implementations import choose_implementation
+from .cnn import CNN
+from .engine import MACHINE_SETTINGS, Settings, Trainer
 
 LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torchinfo
 
 from .cli import Parser, run_program
-from .model import CNN, IMAGE_SIZE, NORMS
+from .cnn import CNN, IMAGE_SIZE, NORMS
 
 
 def get_parser() -> argparse.ArgumentParser:

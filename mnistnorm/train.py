@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import distributed
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
-from .model import NORMS
+from .cnn import NORMS
 from .run import default_out, load_run, run_training
 
 

@@ -17,9 +17,9 @@ def device() -> Iterator[str]:
     if torch.cuda.is_available():
         yield "cuda"
     else:
-        from benchmarks import tracing
+        from benchmarks.instruments import watch
 
-        with tracing.watch():
+        with watch.watch():
             yield "cpu"
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import benchmarks.conftest
 from benchmarks import contenders, layers
-from benchmarks.chain import Chain
-from benchmarks.contenders import CONTENDERS, Case, UnavailableError, WrongResultError, prepare
+from benchmarks.instruments.chain import Chain
+from benchmarks.instruments.contenders import CONTENDERS, Case, UnavailableError, WrongResultError, prepare
 from mnistnorm.cli import choose_device
 
 ROOT = Path(layers.__file__).parents[1]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import compiled, host, layers, models, results, traffic, training
-from benchmarks.chain import Chain
-from benchmarks.counting import Kernel, eager
+from benchmarks.instruments.chain import Chain
+from benchmarks.instruments.counting import Kernel, eager
 from mnistnorm import fuse
 from mnistnorm.cli import command_of
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import training
-from benchmarks.memory import peak_bytes
+from benchmarks.instruments.memory import peak_bytes
 from mnistnorm.data import Normalization, Split, TrainingBatches
 
 

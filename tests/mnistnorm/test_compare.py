@@ -13,7 +13,7 @@ from mnistnorm import compare
 from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.errors import UserError
 from mnistnorm.run import locked
-from mnistnorm.training import Settings, Trainer
+from mnistnorm.engine import Settings, Trainer
 
 # In one process, which trains for all of them once.
 pytestmark = pytest.mark.xdist_group("compare")

@@ -18,7 +18,7 @@ from mnistnorm import compare, distributed, train
 from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.data import Augmentation, Dataset, Normalization, TrainingBatches
 from mnistnorm.errors import UserError
-from mnistnorm.training import Settings
+from mnistnorm.engine import Settings
 from tests.mnistnorm.test_train import FILES, ROOT, same_result
 from tests.mnistnorm.test_training import trainer
 

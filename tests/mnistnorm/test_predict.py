@@ -13,9 +13,9 @@ from PIL import Image
 from mnistnorm import predict
 from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.data import Augmentation, Dataset, Split, TrainingBatches
-from mnistnorm.model import CNN
+from mnistnorm.cnn import CNN
 from mnistnorm.predict import read_image, to_mnist
-from mnistnorm.training import Settings, Trainer, log_probabilities
+from mnistnorm.engine import Settings, Trainer, log_probabilities
 
 # In one process, which trains for all of them once.
 pytestmark = pytest.mark.xdist_group("predict")

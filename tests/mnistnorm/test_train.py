@@ -19,7 +19,7 @@ from mnistnorm import run, train
 from mnistnorm.checkpoint import UNFINISHED, Checkpoint
 from mnistnorm.cli import settings_of
 from mnistnorm.data import Augmentation
-from mnistnorm.training import Trainer
+from mnistnorm.engine import Trainer
 
 FILES = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "misclassified.png"}
 ROOT = Path(__file__).parents[2]

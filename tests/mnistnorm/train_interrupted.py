@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from mnistnorm import distributed, train
-from mnistnorm.training import Trainer
+from mnistnorm.engine import Trainer
 
 train_step = Trainer.train_step
 

@@ -1,0 +1,361 @@
+"""Bytes that kernels read from and write to memory: of our launches by formula, of ATen operators by their operands.
+
+What a kernel touches several times is counted once for each of its loads and stores; lanes of one load that share an
+address count once. Caches are not modelled.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+
+from mnistnorm.kernels.triton_impl.plans import Kind, cdiv
+
+from .chain import Chain
+from .launching import CaughtLaunch, launches_caught, planned_for
+
+if TYPE_CHECKING:
+    from . import watch
+
+
+class Kernel(NamedTuple):
+    """One launch, or one ATen operator: bytes read and written, by tensor."""
+
+    name: str
+    reads: dict[str, int]
+    writes: dict[str, int]
+
+
+Phases = dict[str, list[Kernel]]
+
+# Ends the name of what a kernel, or the kernels behind an operator, read once more.
+AGAIN = " again"
+
+
+def once(phases: Phases) -> Phases:
+    """Each kernel with each of its tensors read once, as if a cache held them all for as long as it runs."""
+
+    def cached(kernel: Kernel) -> Kernel:
+        return kernel._replace(reads={name: size for name, size in kernel.reads.items() if not name.endswith(AGAIN)})
+
+    return {phase: [cached(kernel) for kernel in kernels] for phase, kernels in phases.items()}
+
+
+def total(kernels: Iterable[Kernel]) -> tuple[int, int]:
+    """Bytes read and bytes written."""
+    kernels = list(kernels)
+    return sum(sum(k.reads.values()) for k in kernels), sum(sum(k.writes.values()) for k in kernels)
+
+
+# Our kernels.
+
+
+def fused(chain: Chain, target: GPUTarget, plan: Kind | None = None) -> Phases:
+    """Forward and backward of the fused chain by the formulas: its launches, and the ATen operators around them."""
+    with Operators() as operators:
+
+        def count(launch: CaughtLaunch) -> None:
+            operators.kernels.append(launch_traffic(launch))
+
+        with launches_caught(count):
+            return _phases(chain, "meta", target, plan, operators.take)
+
+
+def interpreted(chain: Chain, target: GPUTarget, plan: Kind | None = None) -> Phases:
+    """The launches of the fused chain, run in Triton's interpreter, and each of their accesses counted.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET was not set when triton was imported.
+    """
+    from . import watch
+
+    with watch.watch() as trace:
+
+        def take() -> list[Kernel]:
+            kernels = [_traced(launch) for launch in trace.launches]
+            trace.launches.clear()
+            return kernels
+
+        return _phases(chain, "cpu", target, plan, take)
+
+
+def _traced(launch: "watch.Launch") -> Kernel:
+    loaded = {name: traffic.loaded for name, traffic in launch.traffic.items() if traffic.loaded}
+    stored = {name: traffic.stored for name, traffic in launch.traffic.items() if traffic.stored}
+    return Kernel(launch.kernel, loaded, stored)
+
+
+def _phases(
+    chain: Chain, device: str, target: GPUTarget, plan: Kind | None, take: Callable[[], list[Kernel]]
+) -> Phases:
+    with torch.no_grad(), planned_for(target):
+        tensors = chain.tensors(device)
+        operation = chain.operation(tensors, plan)
+        take()
+        saved = chain.fused_forward(tensors, operation)
+        kernels = take()
+        chain.fused_backward(tensors, operation, saved)
+        return {"forward": kernels, "backward": take()}
+
+
+def launches(phases: Phases) -> Phases:
+    """What Triton launches of it, without the ATen operators."""
+    return {phase: [kernel for kernel in kernels if kernel.name in _COUNTS] for phase, kernels in phases.items()}
+
+
+def launch_traffic(launch: CaughtLaunch) -> Kernel:
+    """What one launch reads and writes, exactly."""
+    name = launch.kernel.__name__
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    count = _COUNTS[name](named)
+    reads, writes = (
+        {
+            parameter: int(times * named[parameter].nbytes)
+            for parameter, times in side.items()
+            if named[parameter] is not None and times * named[parameter].nbytes
+        }
+        for side in count
+    )
+    return Kernel(name, reads, writes)
+
+
+# How often each tensor is read, and how often written.
+Times = int | Fraction
+Count = tuple[dict[str, Times], dict[str, Times]]
+
+
+class _Grid:
+    """How often the programs of a launch go over what; see triton_impl/kernels.py."""
+
+    def __init__(self, named: dict[str, Any]) -> None:
+        self.named = named
+        self.rows = named["rows"]
+        self.channels = named["channel_vectors"] * named["CHANNEL_VECTOR"]
+        self.positions = named["position_vectors"] * named["POSITION_VECTOR"]
+        self.groups = named["groups"]
+        self.per_channel = named["PER_CHANNEL"]
+        self.split = named.get("REDUCTION") == "split"
+        self.given = named.get("REDUCTION") == "none"
+        self.row_blocks = cdiv(self.rows, named["BLOCK_ROWS"])
+        self.channel_blocks = cdiv(self.channels, named["BLOCK_CHANNELS"])
+        self.position_blocks = cdiv(self.positions, named["BLOCK_POSITIONS"])
+        self.splits = named["splits"]
+        # Programs of the forward and the backward kernel that load the same channels' parameters.
+        self.sharers = named.get("row_programs", 0) * (1 if self.elementwise else self.position_blocks)
+
+    @property
+    def elementwise(self) -> bool:
+        return bool(self.named.get("ELEMENTWISE_AFFINE"))
+
+    @property
+    def groups_per_tile(self) -> Fraction:
+        """Share of a group norm's parameters that a tile's rows have."""
+        if self.per_channel or self.elementwise:
+            return Fraction(1)
+        return Fraction(min(self.named["BLOCK_ROWS"], self.groups), self.groups)
+
+    @property
+    def slab_visits(self) -> int:
+        """How often the forward and the backward kernel load something of each slab."""
+        return self.sharers if self.per_channel else self.channel_blocks * self.position_blocks
+
+
+def _statistics(_: dict[str, Any]) -> Count:
+    return {"x_ptr": 1}, {"partials_ptr": 1}
+
+
+def _forward(named: dict[str, Any]) -> Count:
+    grid = _Grid(named)
+    parameters = grid.sharers * grid.groups_per_tile
+    reads: dict[str, Times] = {"x_ptr": 1, "residual_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
+    writes: dict[str, Times] = {"y_ptr": 1, "statistics_ptr": 1}
+    running: dict[str, Times] = {"running_mean_ptr": 1, "running_var_ptr": 1}
+    if grid.split:
+        reads["partials_ptr"] = grid.slab_visits
+    if grid.given:
+        reads |= dict.fromkeys(running, grid.sharers)
+    else:
+        reads |= running
+        writes |= running
+    return reads, writes
+
+
+def _gradient_sums(named: dict[str, Any]) -> Count:
+    grid = _Grid(named)
+    if grid.elementwise:
+        parameters: Times = grid.row_blocks
+    else:
+        parameters = grid.row_blocks * grid.position_blocks * grid.groups_per_tile
+    reads: dict[str, Times] = {"dy_ptr": 1, "x_ptr": 1, "kept_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
+    return reads | {"statistics_ptr": grid.splits}, {"partials_ptr": 1}
+
+
+def _backward(named: dict[str, Any]) -> Count:
+    grid = _Grid(named)
+    parameters = grid.sharers * grid.groups_per_tile
+    reads: dict[str, Times] = {"dy_ptr": 1, "x_ptr": 1, "kept_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
+    reads["statistics_ptr"] = grid.slab_visits
+    if grid.split:
+        reads["partials_ptr"] = grid.slab_visits
+    return reads, {"dx_ptr": 1, "dresidual_ptr": 1, "dweight_ptr": 1, "dbias_ptr": 1}
+
+
+def _parameter_sums(_: dict[str, Any]) -> Count:
+    return {"weight_sums_ptr": 1, "bias_sums_ptr": 1}, {"dweight_ptr": 1, "dbias_ptr": 1}
+
+
+# By the parameters of a launch, how often it reads and writes each tensor.
+_COUNTS: dict[str, Callable[[dict[str, Any]], Count]] = {
+    "statistics_kernel": _statistics,
+    "forward_kernel": _forward,
+    "gradient_sums_kernel": _gradient_sums,
+    "backward_kernel": _backward,
+    "parameter_sums_kernel": _parameter_sums,
+}
+
+
+# Stock torch's operators.
+
+
+def eager(chain: Chain) -> Phases:
+    """The ATen operators that the stock chain runs on a CUDA device, forward and backward.
+
+    Each operand counts once, and as "again" where SECOND_READS has it. Nothing is computed: the tensors are fake.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        tensors = chain.tensors("cuda")
+        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        with Operators() as operators:
+            output = chain.stock(tensors)
+            forward = operators.take()
+            gradients([output], wanted, [tensors.grad])
+            phases = {"forward": forward, "backward": operators.take()}
+    return {phase: [_with_second_reads(kernel) for kernel in kernels] for phase, kernels in phases.items()}
+
+
+# Operands that several of the CUDA kernels behind one operator read: a norm's statistics, or the sums that its gradient
+# needs, take a kernel (or a pass over a slab) of their own before the one that writes the result. Files in
+# aten/src/ATen/native/cuda: Normalization.cuh, group_norm_kernel.cu, layer_norm_kernel.cu, whose forward is one kernel
+# that keeps short rows in the cache. cuDNN's source is closed; its kernels are counted as ATen's own.
+SECOND_READS = {
+    "native_batch_norm": ("input",),
+    "cudnn_batch_norm": ("input",),
+    "native_group_norm": ("input",),
+    "native_batch_norm_backward": ("grad_out", "input"),
+    "cudnn_batch_norm_backward": ("grad_output", "input"),
+    "native_group_norm_backward": ("grad_out", "input"),
+    "native_layer_norm_backward": ("grad_out", "input"),
+}
+
+
+def _with_second_reads(kernel: Kernel) -> Kernel:
+    again = {f"{name}{AGAIN}": kernel.reads[name] for name in SECOND_READS.get(kernel.name, ())}
+    return kernel._replace(reads=kernel.reads | again)
+
+
+def gradients(
+    outputs: list[Tensor], inputs: list[Tensor], grad_outputs: list[Tensor], allow_unused: bool = False
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad without the engine, which asks for the device: the nodes of a chain, one after the other.
+
+    Each value of a chain is used once, so no two gradients are added up.
+    """
+    edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in inputs]
+    found: list[Tensor | None] = [None] * len(inputs)
+
+    def walk(node: Any, output: int, grad: Tensor | None) -> None:
+        for index, edge in enumerate(edges):
+            if edge is not None and edge.node is node and edge.output_nr == output:
+                found[index] = grad
+                return
+        grads: list[Tensor | None] = [None] * len(node._input_metadata)
+        grads[output] = grad
+        results = node(*grads)
+        results = results if isinstance(results, tuple) else (results,)
+        for (following, place), result in zip(node.next_functions, results, strict=True):
+            if following is not None:
+                walk(following, place, result)
+
+    with torch.no_grad():
+        for tensor, grad in zip(outputs, grad_outputs, strict=True):
+            walk(tensor.grad_fn, tensor.output_nr, grad)
+    return tuple(found)
+
+
+# Operators that only overwrite the tensor that they change, that take no more than its shape from a tensor, that
+# move nothing at all, and a view that its schema does not call one.
+_OVERWRITES = {"copy_", "fill_", "zero_", "bernoulli_", "normal_", "uniform_", "random_"}
+_SHAPED_LIKE = {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full"}
+_MOVES_NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+
+class Operators(TorchDispatchMode):
+    """Records every ATen operator that moves memory: inputs as read, outputs and what it changes in place as written.
+
+    Views and allocations move nothing. A tensor that comes in twice is read once, one that is expanded is read in its
+    real size. What an operator's schema does not say, such as that batch norm updates running statistics, is left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+    def take(self) -> list[Kernel]:
+        """What was recorded since the last call."""
+        taken, self.kernels = self.kernels, []
+        return taken
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        schema = func._schema
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        if func.namespace == "aten" and not is_view and schema.name.removeprefix("aten::") not in _MOVES_NOTHING:
+            kernel = _operator_traffic(schema, args, kwargs, result)
+            if any((*kernel.reads.values(), *kernel.writes.values())):
+                self.kernels.append(kernel)
+        return result
+
+
+def _operator_traffic(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Kernel:
+    name = schema.name.removeprefix("aten::")
+    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    reads: dict[str, int] = {}
+    writes: dict[str, int] = {}
+    seen: set[int] = set()
+    for argument in schema.arguments:
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        overwritten = changed and (argument.kwarg_only or name in _OVERWRITES)
+        for label, tensor in _tensors(argument.name, named.get(argument.name)):
+            if changed:
+                writes[label] = _distinct_bytes(tensor)
+            if id(tensor) not in seen and not overwritten and name not in _SHAPED_LIKE:
+                reads[label] = _distinct_bytes(tensor)
+            seen.add(id(tensor))
+    for label, tensor in _tensors("output", result):
+        if id(tensor) not in seen:
+            writes[label] = _distinct_bytes(tensor)
+    return Kernel(name, reads, writes)
+
+
+def _tensors(label: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield label, value
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{label}[{index}]", item)
+
+
+def _distinct_bytes(tensor: Tensor) -> int:
+    """Bytes of the elements that lie in different places."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride or not size else 1
+    return elements * tensor.element_size()

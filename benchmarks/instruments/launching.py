@@ -1,0 +1,42 @@
+"""Launches of our kernels, caught instead of run: for counting their traffic and compiling them for absent GPUs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from mnistnorm.kernels.triton_impl import operation
+from mnistnorm.kernels.triton_impl.launches import Launch
+
+
+class CaughtLaunch(NamedTuple):
+    """A kernel and everything that it takes to run it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.constants)
+
+
+@contextmanager
+def launches_caught(catch: Callable[[CaughtLaunch], object]) -> Iterator[None]:
+    """Hands every launch made inside to `catch`, in place of the device."""
+
+    def run(self: Launch, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None:
+        catch(CaughtLaunch(self.kernel, self.grid, self.arguments(tensors, varying), self.constants))
+
+    with mock.patch.object(Launch, "run", run):
+        yield
+
+
+@contextmanager
+def planned_for(target: GPUTarget) -> Iterator[None]:
+    """Makes the operations that are prepared inside choose their plans for a target, whatever the device."""
+    with mock.patch.object(operation, "current_target", return_value=target):
+        yield

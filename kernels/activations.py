@@ -1,0 +1,184 @@
+"""The activations that a fused operation can end with: one entry of `_KINDS` each.
+
+An entry's formulas for Triton are its branches in `activate` and `activation_gradient` of triton_impl/device_functions.py.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_aten = torch.ops.aten
+
+
+class _Kind(NamedTuple):
+    """What is known of an activation. Functions take its parameter last, whether they have a use for it or not.
+
+    Attributes:
+        forward: of a tensor; differentiable.
+        forward_: the same in place.
+        backward: of grad_output and the pre-activation, or the output where `gradient_from_output`; differentiable
+            with respect to grad_output.
+        modules: the torch.nn classes that compute it.
+        gradient_from_output: whether the output tells the gradient: then backward needs no pre-activation.
+        masks: whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and where
+            the output is 0: then the output alone tells which elements dropout removed.
+        default: of the parameter, 0 where there is none.
+        attribute: of the modules, that holds the parameter.
+    """
+
+    forward: Callable[[Tensor, float], Tensor]
+    forward_: Callable[[Tensor, float], Tensor]
+    backward: Callable[[Tensor, Tensor, float], Tensor]
+    modules: tuple[type[nn.Module], ...]
+    gradient_from_output: bool = False
+    masks: bool = False
+    default: float = 0.0
+    attribute: str = ""
+
+
+_KINDS = {
+    "identity": _Kind(
+        lambda x, _: x,
+        lambda x, _: x,
+        lambda grad, _, __: grad,
+        (nn.Identity,),
+        gradient_from_output=True,
+    ),
+    "relu": _Kind(
+        lambda x, _: F.relu(x),
+        lambda x, _: x.relu_(),
+        lambda grad, value, _: _aten.threshold_backward.default(grad, value, 0),
+        (nn.ReLU,),
+        gradient_from_output=True,
+        masks=True,
+    ),
+    "relu6": _Kind(
+        lambda x, _: F.hardtanh(x, 0.0, 6.0),
+        lambda x, _: F.hardtanh_(x, 0.0, 6.0),
+        lambda grad, value, _: _aten.hardtanh_backward.default(grad, value, 0.0, 6.0),
+        (nn.ReLU6,),
+        gradient_from_output=True,
+        masks=True,
+    ),
+    "leaky_relu": _Kind(
+        lambda x, slope: F.leaky_relu(x, slope),
+        lambda x, slope: F.leaky_relu_(x, slope),
+        lambda grad, value, slope: _aten.leaky_relu_backward.default(grad, value, slope, False),
+        (nn.LeakyReLU,),
+        gradient_from_output=True,  # with a positive slope the output has the sign of the input
+        default=0.01,
+        attribute="negative_slope",
+    ),
+    "silu": _Kind(
+        lambda x, _: F.silu(x),
+        lambda x, _: F.silu(x, inplace=True),
+        lambda grad, value, _: _aten.silu_backward.default(grad, value),
+        (nn.SiLU,),
+    ),
+    "gelu": _Kind(
+        lambda x, _: F.gelu(x),
+        lambda x, _: _aten.gelu_.default(x),
+        lambda grad, value, _: _aten.gelu_backward.default(grad, value),
+        (nn.GELU,),
+    ),
+    "gelu_tanh": _Kind(
+        lambda x, _: F.gelu(x, approximate="tanh"),
+        lambda x, _: _aten.gelu_.default(x, approximate="tanh"),
+        lambda grad, value, _: _aten.gelu_backward.default(grad, value, approximate="tanh"),
+        (),  # nn.GELU as well: see Activation.of
+    ),
+    "hardswish": _Kind(
+        lambda x, _: F.hardswish(x),
+        lambda x, _: F.hardswish(x, inplace=True),
+        lambda grad, value, _: _aten.hardswish_backward.default(grad, value),
+        (nn.Hardswish,),
+    ),
+}
+
+ACTIVATIONS = tuple(_KINDS)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation and its parameter.
+
+    Attributes:
+        name: one of `ACTIVATIONS`.
+        parameter: the negative slope of "leaky_relu"; 0 otherwise.
+
+    Raises:
+        ValueError: unknown name, or a slope that is not positive and finite.
+    """
+
+    name: str
+    parameter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in _KINDS:
+            raise _unknown(self.name)
+        if self.name == "leaky_relu" and not 0.0 < self.parameter < math.inf:
+            hint = '; use activation="relu"' if self.parameter == 0 else ""
+            raise ValueError(f"the negative slope of leaky_relu must be positive and finite, got {self.parameter}{hint}")
+
+    @classmethod
+    def of(cls, activation: "str | nn.Module | Activation") -> "Activation":
+        """The activation that a name (with torch's default parameter) or a module of torch.nn stands for.
+
+        Raises:
+            ValueError: unknown name or module, or a slope that is not positive and finite.
+        """
+        if isinstance(activation, Activation):
+            return activation
+        if isinstance(activation, str) and activation in _KINDS:
+            return cls(activation, _KINDS[activation].default)
+        if type(activation) is nn.GELU and activation.approximate == "tanh":
+            return cls("gelu_tanh")
+        if isinstance(activation, nn.Module):
+            for name, kind in _KINDS.items():
+                if type(activation) in kind.modules:
+                    return cls(name, float(getattr(activation, kind.attribute)) if kind.attribute else 0.0)
+        raise _unknown(activation)
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.parameter:g})" if self._kind.attribute else self.name
+
+    @property
+    def short(self) -> "str | Activation":
+        """Its name, where that alone stands for it."""
+        return self.name if self.parameter == self._kind.default else self
+
+    @property
+    def _kind(self) -> _Kind:
+        return _KINDS[self.name]
+
+    @property
+    def gradient_from_output(self) -> bool:
+        """Whether the output tells the gradient, so that backward needs no pre-activation."""
+        return self._kind.gradient_from_output
+
+    @property
+    def masks(self) -> bool:
+        """Whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and at 0."""
+        return self._kind.masks
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._kind.forward(input, self.parameter)
+
+    def forward_(self, input: Tensor) -> Tensor:
+        """In place."""
+        return self._kind.forward_(input, self.parameter)
+
+    def backward(self, grad_output: Tensor, value: Tensor) -> Tensor:
+        """The gradient of the input; `value` is the pre-activation, or the output where `gradient_from_output`."""
+        return self._kind.backward(grad_output, value, self.parameter)
+
+
+def _unknown(activation: object) -> ValueError:
+    known = ", ".join(f'"{name}"' for name in _KINDS)
+    classes = ", ".join(f"nn.{module.__name__}" for kind in _KINDS.values() for module in kind.modules)
+    return ValueError(f"activation must be one of {known} or a module of the classes {classes}, got {activation!r}")

@@ -1,0 +1,70 @@
+"""The fused operation by operations that torch can trace, differentiate and transform.
+
+The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one calls the
+operators of operators.py. Values, dtypes and the guarantees of dropout are those of the eager call; its mask is not.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contract import Epilogue, Inputs
+from ..norms import BatchNorm, Buffers, GroupNorm, Norm, statistics_dtype
+from ..torch_impl.differentiable import normalize_channels
+from . import operators
+
+
+def compose(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) -> Tensor:
+    """The PyTorch implementation, in the dtype of the statistics throughout: a compiler makes the conversions free."""
+    input, weight, bias, residual = inputs
+    dtype = statistics_dtype(input)
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # without a weight, torch's second derivatives leave out the bias's
+    wide = input.to(dtype)
+    weight, bias = (None if parameter is None else parameter.to(dtype).contiguous() for parameter in (weight, bias))
+    if isinstance(norm, BatchNorm):  # not a match statement, which torch.compile does not trace
+        value = _batch_norm(norm, wide, weight, bias, buffers)
+    elif isinstance(norm, GroupNorm):
+        value = F.group_norm(wide, norm.num_groups, weight, bias, norm.eps)
+    else:
+        value = F.layer_norm(wide, norm.normalized_shape, weight, bias, norm.eps)
+    if epilogue.dropout_p > 0:
+        dropped = torch.rand_like(value, dtype=torch.float32) < epilogue.dropout_p
+        # Not a product: a dropped element is 0 whatever it was.
+        value = (value * epilogue.scale).masked_fill(dropped, 0)
+    if residual is not None:
+        value = value + residual
+    return epilogue.activation.forward(value).to(input.dtype)
+
+
+def call_operator(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) -> Tensor:
+    """The Triton implementation."""
+    seed = None
+    if epilogue.dropout_p > 0:
+        # Made from the input, so that it is fake where that is.
+        seed = torch.randint_like(inputs.input.new_zeros((), dtype=torch.int64, device="cpu"), 2**63 - 1)
+    output, mean, var = operators.forward(norm, epilogue, inputs, seed, buffers)
+    if mean is not None and var is not None:
+        buffers.update_(mean, var)
+    return output
+
+
+def _batch_norm(
+    norm: BatchNorm, input: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers
+) -> Tensor:
+    running_mean, running_var = buffers.running_mean, buffers.running_var
+    if norm.process_group is not None:
+        mean, var, unbiased = operators.synchronised_statistics(input, norm.process_group)
+        buffers.update_(mean.detach(), unbiased)
+        return normalize_channels(input, weight, bias, mean, (var + norm.eps).rsqrt())
+    if running_mean is None or running_var is None:
+        buffers.count_()
+        return F.batch_norm(input, None, None, weight, bias, True, 0.0, norm.eps)
+    if not norm.use_batch_stats:
+        mean, var = running_mean.to(input.dtype), running_var.to(input.dtype)
+        return F.batch_norm(input, mean, var, weight, bias, False, 0.0, norm.eps)
+    # With a momentum of 1 the running statistics become those of this batch.
+    mean, var = torch.zeros_like(running_mean, dtype=input.dtype), torch.zeros_like(running_var, dtype=input.dtype)
+    output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, norm.eps)
+    buffers.update_(mean, var)
+    return output

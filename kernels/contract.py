@@ -1,0 +1,130 @@
+"""The contract between the public functions and the two implementations of the fused operation.
+
+    y = activation(dropout(norm(input) * weight + bias) + residual)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from .activations import Activation
+from .norms import Buffers, Norm
+
+Kept = Literal["output", "residual"]
+Needs = tuple[bool, bool, bool, bool]
+"""Whether the gradients of input, weight, bias and residual are asked for."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Those of input, weight, bias and residual; None for each that is not asked for."""
+Saved = tuple[Tensor | None, ...]
+"""What an operation keeps for its backward: input, weight, bias, then its statistics, then the kept tensor if any."""
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the affine part of the norm.
+
+    Attributes:
+        dropout_p: probability to zero an element.
+        activation: applied last.
+    """
+
+    dropout_p: float
+    activation: Activation
+
+    @property
+    def scale(self) -> float:
+        """What dropout multiplies the kept elements by."""
+        return 0.0 if self.dropout_p == 1.0 else 1.0 / (1.0 - self.dropout_p)
+
+    @property
+    def passes_gradient(self) -> bool:
+        """Whether the gradient of the residual is that of the output itself."""
+        return self.activation.name == "identity"
+
+    def keeps(self, has_residual: bool, reads_output: bool) -> Kept | None:
+        """Which tensor, alive anyway, backward has to have besides the input.
+
+        Without a residual the pre-activation is recomputed from the input, except by an implementation that
+        `reads_output` where the output tells the gradient, because reading costs less.
+        """
+        if self.passes_gradient or not (has_residual or reads_output):
+            return None
+        if self.activation.gradient_from_output:
+            return "output"
+        return "residual" if has_residual else None
+
+
+class Inputs(NamedTuple):
+    """The tensors that gradients are for."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+
+class Unpacked(NamedTuple):
+    """What was saved, in terms that both implementations share."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    kept: Tensor | None
+
+
+class Operation(Protocol):
+    """A norm and its epilogue in one implementation, for tensors of one kind: all that calls with them share.
+
+    Attributes:
+        norm, epilogue: what is computed.
+        keeps: what the last of the saved tensors is, if it is not one of the statistics.
+        input_strides: of the input that it was prepared for.
+    """
+
+    @property
+    def norm(self) -> Norm: ...
+    @property
+    def epilogue(self) -> Epilogue: ...
+    @property
+    def keeps(self) -> Kept | None: ...
+    @property
+    def input_strides(self) -> tuple[int, ...]: ...
+
+    def forward(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        buffers: Buffers,
+        seed: int,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns the output and the statistics for backward; updates `buffers`. The seed decides what is dropped."""
+
+    def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
+        """The gradients; that of a residual only where `epilogue.passes_gradient` is False."""
+
+    def unpack(self, saved: Saved) -> Unpacked: ...
+
+    def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
+        """0 where forward drops an element and 1 / (1 - dropout_p) elsewhere, of the input's shape and dtype."""
+
+    def is_recorded_by_torch(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether autograd is to record the operations of `forward` instead of using `backward`."""
+
+
+def gradients_of(
+    epilogue: Epilogue, needs: Needs, grad_output: Tensor, compute: Callable[[Needs], Gradients]
+) -> Gradients:
+    """The gradients that are needed; the residual's is passed on where it is that of the output itself."""
+    passed_on = None
+    if needs[3] and epilogue.passes_gradient:
+        needs, passed_on = (needs[0], needs[1], needs[2], False), grad_output
+    if True not in needs:
+        return None, None, None, passed_on
+    gradients = compute(needs)
+    return gradients if passed_on is None else (*gradients[:3], passed_on)

@@ -1,0 +1,187 @@
+"""What a norm is: batch, group and layer norm as data, and what both implementations have to know of them.
+
+A slab is the set of elements that share one mean.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Geometry(NamedTuple):
+    """A dense tensor as rows of channels of positions, whatever its dimensions and the norm.
+
+    Attributes:
+        rows: samples (batch norm), groups of all samples (group norm), or rows (layer norm).
+        channels: channels in a row; those of one group in group norm.
+        positions: elements of a channel in a row.
+        groups: rows that make up a sample.
+        per_channel: whether a slab is a channel (batch norm), or else a row.
+        elementwise_affine: whether each element of a row has its own weight (layer norm), or else each channel.
+        channels_last: whether neighbours in memory are the channels of a position, or else the positions of a channel.
+    """
+
+    rows: int
+    channels: int
+    positions: int
+    groups: int = 1
+    per_channel: bool = False
+    elementwise_affine: bool = False
+    channels_last: bool = False
+
+    @property
+    def slabs(self) -> int:
+        return self.channels if self.per_channel else self.rows
+
+    @property
+    def slab_size(self) -> int:
+        return self.positions * (self.rows if self.per_channel else self.channels)
+
+    @property
+    def parameters(self) -> int:
+        return self.channels * (self.positions if self.elementwise_affine else self.groups)
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """A slab is a channel of all samples.
+
+    Attributes:
+        eps: added to the variance.
+        use_batch_stats: normalize with the statistics of the batch, otherwise with given ones.
+        process_group: name of the group of processes over which the batch statistics are taken, None for this process.
+    """
+
+    eps: float
+    use_batch_stats: bool = True
+    process_group: str | None = None
+
+    def parameter_shape(self, input: Tensor) -> Shape:
+        return input.shape[1:2]
+
+    def statistics_shape(self, input: Tensor) -> Shape:
+        return input.shape[1:2]
+
+    def leading(self, input: Tensor) -> int:
+        """The number of dimensions before the channels."""
+        return 1
+
+    def geometry(self, shape: Shape, channels_last: bool) -> Geometry:
+        samples, channels, *spatial = shape
+        positions = prod(spatial)
+        if channels_last or positions == 1:
+            return Geometry(samples * positions, channels, 1, per_channel=True, channels_last=True)
+        return Geometry(samples, channels, positions, per_channel=True)
+
+
+@dataclass(frozen=True)
+class GroupNorm:
+    """A slab is a group of channels of one sample.
+
+    Attributes:
+        num_groups: groups of each sample.
+        eps: added to the variance.
+    """
+
+    num_groups: int
+    eps: float
+
+    def parameter_shape(self, input: Tensor) -> Shape:
+        return input.shape[1:2]
+
+    def statistics_shape(self, input: Tensor) -> Shape:
+        return (input.shape[0], self.num_groups)
+
+    def leading(self, input: Tensor) -> int:
+        """The number of dimensions before the channels."""
+        return 1
+
+    def geometry(self, shape: Shape, channels_last: bool) -> Geometry:
+        samples, channels, *spatial = shape
+        positions, groups = prod(spatial), self.num_groups
+        last = channels_last or positions == 1
+        return Geometry(samples * groups, channels // groups, positions, groups=groups, channels_last=last)
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """A slab is a row: the elements of the trailing dimensions.
+
+    Attributes:
+        normalized_shape: the trailing dimensions.
+        eps: added to the variance.
+    """
+
+    normalized_shape: Shape
+    eps: float
+
+    def parameter_shape(self, input: Tensor) -> Shape:
+        return self.normalized_shape
+
+    def statistics_shape(self, input: Tensor) -> Shape:
+        return input.shape[: self.leading(input)]
+
+    def leading(self, input: Tensor) -> int:
+        """The number of dimensions before the normalized ones."""
+        return input.dim() - len(self.normalized_shape)
+
+    def geometry(self, shape: Shape, channels_last: bool) -> Geometry:
+        leading = len(shape) - len(self.normalized_shape)
+        rows = prod(shape[:leading])
+        if channels_last:
+            return Geometry(rows, shape[1], prod(shape[2:]), elementwise_affine=True, channels_last=True)
+        return Geometry(rows, 1, prod(shape[leading:]), elementwise_affine=True)
+
+
+Norm = BatchNorm | GroupNorm | LayerNorm
+
+
+class Buffers(NamedTuple):
+    """What a batch norm takes besides the batch, and changes in training.
+
+    Attributes:
+        running_mean, running_var: (C,); both or neither. Given statistics where the batch's are not used.
+        momentum: weight of this batch in the running statistics.
+        num_batches_tracked: counts the batches, a 0-dim tensor.
+    """
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float | Tensor = 0.0
+    num_batches_tracked: Tensor | None = None
+
+    def count_(self) -> None:
+        """Counts one batch. Where a kernel moves the running statistics, called before it: see `update_`.
+
+        A checkpointed region is computed again up to the last tensor that is saved; what comes later counts only once.
+        """
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+    def update_(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        """Moves the running statistics towards those of this batch, and counts it."""
+        weight = self.momentum.to(mean.dtype) if isinstance(self.momentum, Tensor) else self.momentum
+        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            if running is not None:
+                # Not torch.lerp, which makes NaN of an infinity.
+                running.copy_(running.to(batch.dtype) * (1 - weight) + batch * weight)
+        self.count_()
+
+
+NO_BUFFERS = Buffers()
+
+
+def statistics_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of means and sums: float32, or float64 for a float64 input."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=4096)
+def geometry_of(norm: Norm, shape: Shape, channels_last: bool) -> Geometry:
+    return norm.geometry(shape, channels_last)

@@ -1,0 +1,225 @@
+"""The norms alone, forward and backward: torch's own kernels, without their faults, or those of cpu.py.
+
+Weight and bias are in the dtype of the statistics; dropout has scaled them already.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import sync
+from ..norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm, statistics_dtype
+from . import cpu
+from .layouts import as_rows, memory_format_of, of_rows, with_standard_strides
+
+_aten = torch.ops.aten
+
+Parameter = Tensor | None
+
+
+def forward(
+    norm: Norm, input: Tensor, weight: Parameter, bias: Parameter, buffers: Buffers
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalized tensor, mean and rstd; updates the buffers."""
+    match norm:
+        case BatchNorm():
+            return _batch_norm(norm, input, weight, bias, buffers)
+        case GroupNorm():
+            return _group_norm(norm, input, weight, bias)
+        case LayerNorm():
+            return _layer_norm(norm, input, weight, bias)
+
+
+def with_statistics(
+    norm: Norm, input: Tensor, weight: Parameter, bias: Parameter, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """The normalized tensor again, from the statistics of `forward`."""
+    if isinstance(norm, BatchNorm):
+        output = torch.empty_like(input, memory_format=memory_format_of(input))
+        return _scale_and_shift(input, weight, bias, mean, rstd, output)
+    # Torch has no kernel that takes statistics; to compute them again costs little beside the rest.
+    return forward(norm, input, weight, bias, NO_BUFFERS)[0]
+
+
+def backward(
+    norm: Norm,
+    grad: Tensor,
+    input: Tensor,
+    weight: Parameter,
+    bias: Parameter,
+    output: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Gradients of input, weight and bias; others than those needed may come with them.
+
+    `grad` has the memory format of the output. `output` is the normalized tensor wherever `grad` is not 0, if known.
+    """
+    match norm:
+        case BatchNorm():
+            return _batch_norm_backward(norm, grad, input, weight, mean, rstd, needs)
+        case GroupNorm(num_groups):
+            dense = input.contiguous(memory_format=memory_format_of(input))
+            sizes = _group_sizes(input)
+            return _aten.native_group_norm_backward.default(
+                grad, dense, mean, rstd, weight, *sizes, num_groups, list(needs)
+            )
+        case LayerNorm(normalized_shape):
+            return cpu.layer_norm_backward(
+                grad, input, normalized_shape, weight, bias, output, mean, rstd, needs
+            )
+
+
+def is_best_recorded(norm: Norm, input: Tensor, weight: Parameter, bias: Parameter) -> bool:
+    """Whether the gradients that autograd takes of `forward` are right, and faster than `backward`.
+
+    All parameters and buffers are in the dtype of the statistics.
+    """
+    is_half = input.dtype != statistics_dtype(input)
+    match norm:
+        case BatchNorm():
+            return (
+                norm.use_batch_stats
+                and norm.process_group is None
+                and 1 not in input.shape  # the strides of gradients have to be made standard
+                and not cpu.has_batch_statistics(input)
+                # Autograd would pass a gradient of another layout, or of the rows that `_torch_batch_norm` makes, to a
+                # kernel that rounds its intermediate results to half precision.
+                and not (is_half and (not input.is_contiguous() or cpu.adds_one_by_one(input)))
+            )
+        case GroupNorm():
+            return not is_half  # torch's second derivatives lose a large mean in half precision
+        case LayerNorm(normalized_shape):
+            return not cpu.has_own_layer_norm(input, normalized_shape, weight, bias)
+
+
+def _batch_norm(
+    norm: BatchNorm, input: Tensor, weight: Parameter, bias: Parameter, buffers: Buffers
+) -> tuple[Tensor, Tensor, Tensor]:
+    scratch = None
+    dtype = statistics_dtype(input)
+    if not norm.use_batch_stats:
+        assert buffers.running_mean is not None
+        assert buffers.running_var is not None
+        mean, var = buffers.running_mean.to(dtype, copy=True), buffers.running_var.to(dtype)
+    elif norm.process_group is not None:
+        moments = sync.batch_moments(input.to(dtype))
+        mean, var, unbiased = sync.batch_statistics(moments, sync.count_of(input), norm.process_group)
+        buffers.update_(mean, unbiased)
+    elif cpu.has_batch_statistics(input):
+        mean, var, unbiased, scratch = cpu.batch_statistics(input)
+        buffers.update_(mean, unbiased)
+    else:
+        buffers.count_()
+        # Autograd also saves the running statistics, which it has no use for: aliases without a common version, as a
+        # later call may update them before this one's backward.
+        running = [(each, each.data.to(dtype)) for each in (buffers.running_mean, buffers.running_var) if each is not None]
+        moved = [alias for _, alias in running] or [None, None]
+        output, mean, rstd = _torch_batch_norm(input, weight, bias, *moved, float(buffers.momentum), norm.eps)
+        for buffer, alias in running:
+            if alias.dtype != buffer.dtype:
+                buffer.copy_(alias)
+        return output, mean, rstd
+    rstd = (var + norm.eps).rsqrt()
+    output = torch.empty_like(input, memory_format=memory_format_of(input)) if scratch is None else scratch
+    return _scale_and_shift(input, weight, bias, mean, rstd, output), mean, rstd
+
+
+def _scale_and_shift(
+    input: Tensor, weight: Parameter, bias: Parameter, mean: Tensor, rstd: Tensor, output: Tensor
+) -> Tensor:
+    """Batch norm with given statistics into `output`, in the format of the output."""
+    if cpu.has_columns(input):
+        cpu.scale_and_shift(input, weight, bias, mean, rstd, output)
+    elif input.numel() > 0:
+        var = rstd.pow(-2)
+        # Two tensors: on a GPU torch writes mean and rstd there and reads them again.
+        out = {"out": output, "save_mean": mean.new_empty(0), "save_invstd": mean.new_empty(0)}
+        _aten.native_batch_norm.out(input, weight, bias, mean, var, False, 0.0, 0.0, **out)
+    return output
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Parameter,
+    bias: Parameter,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.native_batch_norm in training; its kernel for channels side by side loses the deviations from a large mean."""
+    arguments = (weight, bias, running_mean, running_var, True, momentum, eps)
+    if not cpu.adds_one_by_one(input):
+        return torch.native_batch_norm(input, *arguments)
+    running = [(buffer, buffer.clone()) for buffer in (running_mean, running_var) if buffer is not None]
+    output, mean, rstd = torch.native_batch_norm(input, *arguments)
+    if cpu.cancels(mean, rstd):
+        for buffer, before in running:
+            buffer.copy_(before)
+        output, mean, rstd = torch.native_batch_norm(as_rows(input), *arguments)
+        output = of_rows(output, input).contiguous(memory_format=memory_format_of(input))
+    return output, mean, rstd
+
+
+def _batch_norm_backward(
+    norm: BatchNorm,
+    grad: Tensor,
+    input: Tensor,
+    weight: Parameter,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    memory_format = memory_format_of(input)
+    grad, input = with_standard_strides(grad, memory_format), with_standard_strides(input, memory_format)
+    group = norm.process_group
+    through_statistics = norm.use_batch_stats and group is None
+    if input.numel() == 0:
+        gradients = grad, torch.zeros_like(mean), torch.zeros_like(mean)
+    elif through_statistics and cpu.has_columns(input):
+        return cpu.batch_norm_backward(grad, input, weight, mean, rstd, needs[0])
+    else:
+        given = (None, None) if through_statistics else (mean, rstd.pow(-2))
+        asked = [needs[0], needs[1] or group is not None, needs[2] or group is not None]
+        gradients = _aten.native_batch_norm_backward.default(
+            grad, input, weight, *given, mean, rstd, through_statistics, 0.0, asked
+        )
+    if group is not None and needs[0]:
+        grad_input, grad_weight, grad_bias = gradients
+        sync.add_statistics_gradient_(grad_input, input, weight, mean, rstd, grad_weight, grad_bias, group)
+    return gradients
+
+
+def _group_norm(
+    norm: GroupNorm, input: Tensor, weight: Parameter, bias: Parameter
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.native_group_norm in the format of the output, and without the cancellation of its channels-last kernel."""
+    memory_format, sizes = memory_format_of(input), _group_sizes(input)
+    dense = input.contiguous(memory_format=memory_format)
+    output, mean, rstd = torch.native_group_norm(dense, weight, bias, *sizes, norm.num_groups, norm.eps)
+    if memory_format != torch.contiguous_format and cpu.cancels(mean, rstd):
+        output, mean, rstd = torch.native_group_norm(
+            input.contiguous(), weight, bias, *sizes, norm.num_groups, norm.eps
+        )
+    # On other devices than a CPU, torch's result is always contiguous.
+    return output.contiguous(memory_format=memory_format), mean, rstd
+
+
+def _group_sizes(input: Tensor) -> tuple[int, int, int]:
+    return input.shape[0], input.shape[1], input.shape[2:].numel()
+
+
+def _layer_norm(
+    norm: LayerNorm, input: Tensor, weight: Parameter, bias: Parameter
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cpu.has_short_rows(input, norm.normalized_shape):
+        output, mean, rstd = cpu.short_rows_forward(input, weight, bias, norm.eps)
+    else:
+        if weight is None and input.device.type == "cpu":
+            weight = input.new_ones(norm.normalized_shape)  # torch's kernel takes up to three times as long without
+        output, mean, rstd = torch.native_layer_norm(input, norm.normalized_shape, weight, bias, norm.eps)
+    leading = norm.statistics_shape(input)
+    return output, mean.view(leading), rstd.view(leading)

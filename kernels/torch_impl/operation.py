@@ -1,0 +1,168 @@
+"""The PyTorch implementation of the contract. Formulas:
+
+    z = dropout(xhat * weight + bias) + residual,  y = activation(z),  xhat = (x - mean) * rstd
+    g = dy * activation'(z) * keep / (1 - p),  dweight = sum(g * xhat),  dbias = sum(g),  h = g * weight
+    dx = rstd * (h - mean(h) - xhat * mean(h * xhat)), the means over what has one mean of x
+
+(Ioffe & Szegedy 2015, equations 1 to 4.) The 1 / (1 - p) of the dropout is folded into weight and bias.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..contract import Epilogue, Gradients, Inputs, Needs, Saved, Unpacked
+from ..norms import BatchNorm, Buffers, LayerNorm, Norm, statistics_dtype
+from . import normalization
+from .dropout import drop_
+from .layouts import memory_format_of
+
+
+class TorchOperation:
+    """A norm and its epilogue for tensors of one kind.
+
+    Args:
+        norm, epilogue: what is computed.
+        inputs: tensors of that kind: shapes, strides, dtypes, device.
+        buffers: of a batch norm.
+    """
+
+    def __init__(self, norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) -> None:
+        input, weight, _, residual = inputs
+        self.norm, self.epilogue = norm, epilogue
+        self.keeps = epilogue.keeps(residual is not None, reads_output=True)
+        self.input_strides = input.stride()
+        self._has_residual = residual is not None
+        self._dtype = statistics_dtype(input)
+        is_half = input.dtype != self._dtype
+        # Only torch's kernels for a CPU take half-precision inputs with float32 parameters, in all three norms.
+        self._widens = is_half and input.device.type != "cpu"
+        # Without a float32 weight, torch rounds the statistics of a half-precision input to half precision.
+        self._makes_weight = weight is None and (epilogue.dropout_p > 0 or is_half)
+        self._parameter_shape = norm.parameter_shape(input)
+        self._memory_format = torch.contiguous_format if isinstance(norm, LayerNorm) else memory_format_of(input)
+        self._may_be_recorded = self._is_recordable(inputs, buffers)
+
+    def _is_recordable(self, inputs: Inputs, buffers: Buffers) -> bool:
+        """Whether autograd's own gradients could be right, keeping no more than `backward` needs."""
+        input, weight, bias, residual = inputs
+        activation = self.epilogue.activation
+        parameters = weight, bias, buffers.running_mean, buffers.running_var
+        if not activation.gradient_from_output or self._widens or (self._makes_weight and input.dtype != self._dtype):
+            return False
+        if weight is None and bias is not None:
+            return False  # torch's second derivatives would leave out the bias's
+        # Autograd would keep copies of the parameters, scaled by dropout, or ones in place of layer norm's weight.
+        copies = self.epilogue.dropout_p > 0 and weight is not None
+        copies |= weight is None and isinstance(self.norm, LayerNorm)
+        if copies and prod(self._parameter_shape) * 32 > input.numel():
+            return False
+        # It does not see the dropout, whose elements only a mask removes from the gradient.
+        if self.epilogue.dropout_p > 0 and (residual is not None or not activation.masks):
+            return False
+        return all(tensor is None or tensor.dtype == self._dtype for tensor in parameters)
+
+    def is_recorded_by_torch(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        return self._may_be_recorded and normalization.is_best_recorded(self.norm, input, weight, bias)
+
+    def forward(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        buffers: Buffers,
+        seed: int,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if torch.is_autocast_enabled(input.device.type):
+            # Statistics stay float32 and the output has the input's dtype, whatever autocast does to operations.
+            with torch.autocast(input.device.type, enabled=False):
+                return self.forward(input, weight, bias, residual, buffers, seed)
+        weight, bias = self._scaled(input, weight, bias)
+        wide = self._wide(input)
+        output, mean, rstd = normalization.forward(self.norm, wide, weight, bias, buffers)
+        output = self.epilogue.activation.forward_(self._drop_and_add_(output, residual, seed))
+        return output if wide is input else output.to(input.dtype), (mean, rstd)
+
+    def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
+        input, weight, bias, mean, rstd, kept = self.unpack(saved)
+        scaled_weight, scaled_bias = self._scaled(input, weight, bias)
+        wide, grad_output = self._wide(input), self._wide(grad_output)
+        activation, dropout_p = self.epilogue.activation, self.epilogue.dropout_p
+        if self.epilogue.passes_gradient:
+            grad = grad_output
+        elif self.keeps == "output":
+            assert kept is not None
+            grad = activation.backward(grad_output, self._wide(kept))
+        else:
+            value = normalization.with_statistics(self.norm, wide, scaled_weight, scaled_bias, mean, rstd)
+            grad = activation.backward(grad_output, self._drop_and_add_(value, kept, seed))
+        grad_residual = grad.to(input.dtype) if needs[3] else None
+        if not any(needs[:3]):
+            return None, None, None, grad_residual
+        masked = activation.masks and not self._has_residual
+        if dropout_p > 0 and not masked:
+            if grad is grad_output or grad_residual is not None:
+                grad = grad.clone(memory_format=self._memory_format)
+            grad = grad.contiguous(memory_format=self._memory_format)
+            drop_(grad, self._memory_format, dropout_p, seed)
+        grad_input, grad_weight, grad_bias = normalization.backward(
+            self.norm,
+            grad.contiguous(memory_format=self._memory_format),
+            wide,
+            scaled_weight,
+            scaled_bias,
+            kept if masked else None,
+            mean,
+            rstd,
+            needs[:3],
+        )
+        return (
+            None if grad_input is None or not needs[0] else grad_input.to(input.dtype),
+            self._unscaled(grad_weight, weight) if needs[1] else None,
+            self._unscaled(grad_bias, bias) if needs[2] else None,
+            grad_residual,
+        )
+
+    def unpack(self, saved: Saved) -> Unpacked:
+        input, weight, bias, mean, rstd, *kept = saved
+        assert input is not None
+        assert mean is not None
+        assert rstd is not None
+        return Unpacked(input, weight, bias, mean, rstd, kept[0] if kept else None)
+
+    def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
+        factor = torch.full_like(input, self.epilogue.scale, memory_format=self._memory_format)
+        drop_(factor, self._memory_format, self.epilogue.dropout_p, seed)
+        return factor
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if self._widens else tensor
+
+    def _scaled(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias in the dtype of the statistics, times 1 / (1 - p)."""
+        if self._makes_weight:
+            weight = input.new_ones(self._parameter_shape, dtype=self._dtype)
+        return self._scaled_one(weight), self._scaled_one(bias)
+
+    def _scaled_one(self, parameter: Tensor | None) -> Tensor | None:
+        if parameter is None:
+            return None
+        parameter = parameter.to(self._dtype).contiguous()  # torch's channels-last kernels ignore a weight's strides
+        return parameter * self.epilogue.scale if self.epilogue.dropout_p > 0 else parameter
+
+    def _unscaled(self, gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+        """The gradient of a parameter from that of the scaled one."""
+        if gradient is None or parameter is None:
+            return None
+        gradient = gradient.mul_(self.epilogue.scale) if self.epilogue.dropout_p > 0 else gradient
+        return gradient.to(parameter.dtype)
+
+    def _drop_and_add_(self, output: Tensor, residual: Tensor | None, seed: int) -> Tensor:
+        """Dropout, already scaled, and the sum on the normalized tensor; in place where it has the output's format."""
+        if self.epilogue.dropout_p > 0:
+            output = output.contiguous(memory_format=self._memory_format)
+            # Autograd, where it records the norm, does not see this: the activation's gradient is 0 at the zeros.
+            drop_(output.detach(), self._memory_format, self.epilogue.dropout_p, seed)
+        return output if residual is None else output.add_(residual)

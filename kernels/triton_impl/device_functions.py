@@ -1,0 +1,219 @@
+"""Device functions of the fused kernels: each formula once, so that backward recomputes exactly what forward computed.
+
+Every tile is [ROWS, CHANNELS, POSITIONS]. A slab, the elements that share one mean, is a channel of all rows
+(`PER_CHANNEL`: batch norm) or a row (group and layer norm). A row is a sample, or one of the `groups` of a sample.
+
+    place: row [ROWS, 1, 1], channel [1, CHANNELS, 1] and position [1, 1, POSITIONS] of a tile's elements
+    sizes: rows, channels, positions, groups
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def element_offset(place, sizes, CHANNELS_LAST: tl.constexpr):
+    """Where an element lies in a dense tensor."""
+    row, channel, position = place
+    _, channels, positions, groups = sizes
+    if CHANNELS_LAST:
+        first_channel = row % groups * channels
+        return (row // groups * positions + position) * (groups * channels) + (first_channel + channel)
+    else:
+        return (row * channels + channel) * positions + position
+
+
+@triton.jit
+def element_mask(place, sizes):
+    """Which elements of a tile exist."""
+    return (place[0] < sizes[0]) & (place[1] < sizes[1]) & (place[2] < sizes[2])
+
+
+@triton.jit
+def parameter_index(place, sizes, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.constexpr):
+    """Which weight and bias an element has, and a mask of those that exist: as small a tile as holds them all."""
+    row, channel, position = place
+    _, channels, positions, groups = sizes
+    if ELEMENTWISE_AFFINE:
+        return tl.cast(channel, tl.int64) * positions + position, (channel < channels) & (position < positions)
+    elif PER_CHANNEL:
+        return channel, channel < channels
+    else:
+        return row % groups * channels + channel, (row >= 0) & (channel < channels)
+
+
+@triton.jit
+def load(pointer, offset, mask, dtype: tl.constexpr):
+    return tl.load(pointer + offset, mask=mask, other=0).to(dtype)
+
+
+@triton.jit
+def load_parameter(pointer, index, mask, dtype: tl.constexpr, DEFAULT: tl.constexpr):
+    """A weight (1 where there is none) or a bias (0 where there is none)."""
+    if pointer is None:
+        return tl.full((1, 1, 1), DEFAULT, dtype)
+    else:
+        return load(pointer, index, mask, dtype)
+
+
+@triton.jit
+def slab_sum(values, PER_CHANNEL: tl.constexpr):
+    """Sums a tile over the two axes that lie within a slab; they stay, with length 1."""
+    SLAB_AXIS: tl.constexpr = 1 if PER_CHANNEL else 0
+    if values.shape[SLAB_AXIS] == 1:
+        # One reduction, in any order, is what the compiler can spread over a cluster.
+        return tl.full((1, 1, 1), 0, values.dtype) + tl.sum(values)
+    else:
+        return tl.sum(tl.sum(values, axis=2, keep_dims=True), axis=1 - SLAB_AXIS, keep_dims=True)
+
+
+@triton.jit
+def parameter_sum(values, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.constexpr):
+    """Sums a tile over the axes along which the parameter stays the same: to the shape of `parameter_index`."""
+    if ELEMENTWISE_AFFINE:
+        return tl.sum(values, axis=0, keep_dims=True)
+    elif PER_CHANNEL:
+        return slab_sum(values, True)
+    else:
+        return tl.sum(values, axis=2, keep_dims=True)
+
+
+@triton.jit
+def divide(dividend, divisor):
+    """Correctly rounded, where `/` in float32 is not: a mean carries its error into every element."""
+    if dividend.dtype == tl.float32:
+        return tl.div_rn(dividend, divisor)
+    else:
+        return dividend / divisor
+
+
+@triton.jit
+def tile_statistics(x, mask, count, PER_CHANNEL: tl.constexpr):
+    """Mean and sum of squared deviations of the `count` elements that a tile holds of each slab, in two passes."""
+    mean = divide(slab_sum(x, PER_CHANNEL), count)
+    deviation = tl.where(mask, x - mean, 0.0)
+    return mean, slab_sum(deviation * deviation, PER_CHANNEL)
+
+
+@triton.jit
+def merge_statistics(count, mean, m2, other_count, other_mean, other_m2):
+    """Count, mean and sum of squared deviations of two sets together (Chan, Golub & LeVeque 1979)."""
+    total = count + other_count
+    delta = other_mean - mean
+    mean += delta * (other_count / total)
+    m2 += other_m2 + delta * delta * (count * other_count / total)
+    return total, mean, m2
+
+
+@triton.jit
+def merge_partials(count, mean, m2, total, PER_CHANNEL: tl.constexpr):
+    """`merge_statistics` of the tile of all partials of each slab at once; a count of 0 adds nothing."""
+    merged_mean = divide(slab_sum(count * mean, PER_CHANNEL), total)
+    delta = mean - merged_mean
+    return merged_mean, slab_sum(m2 + count * (delta * delta), PER_CHANNEL)
+
+
+@triton.jit
+def normalize(x, mean, rstd):
+    return (x - mean) * rstd
+
+
+@triton.jit
+def affine(xhat, weight, bias):
+    """xhat * weight + bias, contracted here and not as the compiler sees fit: backward must find the same signs."""
+    return tl.fma(xhat, weight, bias)
+
+
+@triton.jit
+def dropout_keep(seed, threshold, place, sizes, ELEMENTWISE_AFFINE: tl.constexpr):
+    """Whether each element is kept, which has probability 1 - threshold / 2^31: Philox (Salmon et al. 2011).
+
+    It follows from the element's place in the tensor, whatever the layout and the plan. Four elements in line share a
+    draw of four numbers: where a thread holds all four, the compiler finds that it is one draw.
+    """
+    row, channel, position = place
+    _, channels, positions, groups = sizes
+    if ELEMENTWISE_AFFINE:
+        element = (row * channels + channel) * positions + position
+        draw = element // 4
+    else:
+        element = row // groups * positions + position
+        draw = element // 4 * (channels * groups) + (row % groups * channels + channel)
+    number, second, third, fourth = tl.randint4x(seed, draw)
+    lane = (element % 4).to(tl.int32)
+    number = tl.where(lane == 1, second, number)
+    number = tl.where(lane == 2, third, number)
+    number = tl.where(lane == 3, fourth, number)
+    return (number >> 1) >= tl.cast(threshold, tl.uint32)
+
+
+@triton.jit
+def drop(values, keep, scale):
+    """Dropout of values, or of their gradient: 0 where dropped, scaled by 1 / (1 - p) where kept."""
+    return tl.where(keep, values * tl.cast(scale, values.dtype), 0.0)
+
+
+@triton.jit
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def gelu_tanh_argument(z):
+    """Half of what the hyperbolic tangent in the tanh form of GELU is taken of, and its derivative times z."""
+    linear: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
+    cubic: tl.constexpr = 0.07135481627159995  # 0.044715 of that
+    square = z * z
+    return z * (linear + cubic * square), z * (linear + 3.0 * cubic * square)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
+    """The activation of z. NaN stays NaN, as in torch."""
+    if ACTIVATION == "relu":
+        return tl.where(z <= 0.0, 0.0, z)
+    elif ACTIVATION == "relu6":
+        return tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(z > 0.0, z, z * tl.full((), PARAMETER, z.dtype))
+    elif ACTIVATION == "silu":
+        return z * sigmoid(z)
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 z (1 + tanh(u / 2)) without the cancellation.
+        argument, _ = gelu_tanh_argument(z)
+        return z * sigmoid(argument)
+    elif ACTIVATION == "hardswish":
+        return z * tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 6.0, z + 3.0)) / 6.0
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return z
+
+
+@triton.jit
+def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
+    """The gradient of the pre-activation; `value` is that or, for the first three, the output."""
+    if ACTIVATION == "relu":
+        return tl.where(value <= 0.0, 0.0, gradient)
+    elif ACTIVATION == "relu6":
+        return tl.where((value <= 0.0) | (value >= 6.0), 0.0, gradient)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(value > 0.0, gradient, gradient * tl.full((), PARAMETER, value.dtype))
+    elif ACTIVATION == "silu":
+        share = sigmoid(value)
+        return gradient * share * (1.0 + value * (1.0 - share))
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
+        return gradient * (0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density)
+    elif ACTIVATION == "gelu_tanh":
+        argument, slope = gelu_tanh_argument(value)
+        share = sigmoid(argument)
+        density = share * (1.0 - share)
+        return gradient * (share + tl.where(density > 0.0, slope * density, 0.0))  # beyond it the slope may be infinite
+    elif ACTIVATION == "hardswish":
+        inside = gradient * (value / 3.0 + 0.5)
+        return tl.where(value <= -3.0, 0.0, tl.where(value >= 3.0, gradient, inside))
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return gradient

@@ -1,0 +1,532 @@
+"""The fused kernels: one family for the three norms.
+
+    z = dropout(xhat * weight + bias) + residual,   y = activation(z),   xhat = (x - mean) * rstd
+    dresidual = dy * activation'(z),   g = dresidual * keep / (1 - p),   dweight = sum(g * xhat),   dbias = sum(g)
+    dx = rstd * (g * weight - average(g * weight) - xhat * average(g * weight * xhat))
+
+The averages run over a slab (see device_functions.py). Plans are made in plans.py. In a resident plan a program, or a
+cluster of them, holds whole slabs on chip, and one launch does everything. In a split plan a first launch reduces each
+slab in `splits` parts, and the programs of the second launch merge them. Programs of the forward and the backward
+kernel step through the rows `row_programs` blocks at a time and keep to their channels and positions: they load
+parameters once, and sum the parameters' gradients on the way.
+"""
+
+import triton
+import triton.language as tl
+
+from . import device_functions as device
+from .plans import MAX_SPLITS
+
+SPLIT_BLOCK = tl.constexpr(MAX_SPLITS)
+
+# Integers that depend on the batch size: specialising on them would compile again for the last, short batch.
+VARYING = ("rows", "slab_size", "row_programs", "splits", "seed", "partials", "parameters")
+
+
+@triton.jit
+def tile_at(
+    row_block,
+    channel_block,
+    position_block,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+):
+    """Row [ROWS, 1, 1], channel [1, CHANNELS, 1] and position [1, 1, POSITIONS] of a tile's elements."""
+    row = tl.cast(row_block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None, None]
+    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :, None]
+    position = tl.cast(position_block, tl.int64) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)[None, None, :]
+    return row, channel, position
+
+
+@triton.jit
+def program_blocks(sizes, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr):
+    """Row program, channel block and position block of a program of the forward and the backward kernel."""
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    channel_blocks = tl.cdiv(sizes[1], BLOCK_CHANNELS)
+    program = tl.program_id(0)
+    return (
+        program // position_blocks // channel_blocks,
+        program // position_blocks % channel_blocks,
+        program % position_blocks,
+    )
+
+
+@triton.jit
+def tiles_per_slab(
+    sizes,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    if PER_CHANNEL:
+        return tl.cdiv(sizes[0], BLOCK_ROWS) * position_blocks
+    else:
+        return tl.cdiv(sizes[1], BLOCK_CHANNELS) * position_blocks
+
+
+@triton.jit
+def slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """Row, channel and position block of a tile that is counted within its block of slabs."""
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    if PER_CHANNEL:
+        return tile // position_blocks, slab_block, tile % position_blocks
+    else:
+        return slab_block, tile // position_blocks, tile % position_blocks
+
+
+@triton.jit
+def slabs_at(slab_block, sizes, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """Index of each slab in a block of them, a mask of those that exist, and the number of slabs there are."""
+    row, channel, _ = tile_at(slab_block, slab_block, 0, BLOCK_ROWS, BLOCK_CHANNELS, 1)
+    if PER_CHANNEL:
+        return channel, channel < sizes[1], sizes[1]
+    else:
+        return row, row < sizes[0], sizes[0]
+
+
+@triton.jit
+def load_partials(partials_ptr, moment, slab, slab_mask, slabs, splits, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """What the programs of the first launch left of one moment of each slab; partials are [moment, split, slab]."""
+    split = tl.arange(0, SPLIT_BLOCK)
+    split = split[:, None, None] if PER_CHANNEL else split[None, :, None]
+    return device.load(partials_ptr, (moment * splits + split) * slabs + slab, slab_mask & (split < splits), dtype)
+
+
+@triton.jit
+def load_statistics(
+    partials_ptr, slab, slab_mask, slabs, splits, count, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr
+):
+    """Mean and sum of squared deviations of each slab, from what `statistics_kernel` left."""
+    counts = load_partials(partials_ptr, 0, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    means = load_partials(partials_ptr, 1, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    m2s = load_partials(partials_ptr, 2, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    return device.merge_partials(counts, means, m2s, count, PER_CHANNEL)
+
+
+@triton.jit
+def load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """The two sums over each slab that dx needs, from what `gradient_sums_kernel` left."""
+    gradient_sums = load_partials(partials_ptr, 0, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    product_sums = load_partials(partials_ptr, 1, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
+    return device.slab_sum(gradient_sums, PER_CHANNEL), device.slab_sum(product_sums, PER_CHANNEL)
+
+
+@triton.jit
+def update_running(running_ptr, value, momentum, mask):
+    running = tl.load(running_ptr, mask=mask, other=0).to(value.dtype)
+    updated = tl.cast(1 - momentum, value.dtype) * running + tl.cast(momentum, value.dtype) * value
+    tl.store(running_ptr, updated.to(running_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_statistics(
+    statistics_ptr, running_mean_ptr, running_var_ptr, slab, mask, slabs, mean, m2, count, eps, momentum
+):
+    """Stores mean and rstd for backward and updates the running statistics; returns rstd."""
+    rstd = tl.rsqrt(m2 / count + tl.cast(eps, mean.dtype))
+    tl.store(statistics_ptr + slab, mean, mask=mask)
+    tl.store(statistics_ptr + slabs + slab, rstd, mask=mask)
+    if running_mean_ptr is not None:
+        update_running(running_mean_ptr + slab, mean, momentum, mask)
+    if running_var_ptr is not None:
+        update_running(running_var_ptr + slab, m2 / tl.maximum(count - 1, 1), momentum, mask)
+    return rstd
+
+
+@triton.jit(do_not_specialize=VARYING)
+def statistics_kernel(
+    x_ptr,
+    partials_ptr,
+    rows: tl.int64,
+    channel_vectors,
+    position_vectors,
+    groups,
+    splits,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    CHANNEL_VECTOR: tl.constexpr,
+    POSITION_VECTOR: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Split plan, forward, first launch (1R): count, mean and sum of squared deviations of a part of each slab."""
+    dtype: tl.constexpr = partials_ptr.dtype.element_ty
+    sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    slab_block = tl.program_id(0) // splits
+    first_tile = tl.program_id(0) % splits
+    tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
+    slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
+    count = tl.full((), 0, dtype)
+    mean = tl.zeros_like(slab).to(dtype)
+    m2 = mean
+    for tile in range(first_tile, tiles, splits):
+        row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS, PER_CHANNEL)
+        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        mask = device.element_mask(place, sizes)
+        offset = device.element_offset(place, sizes, CHANNELS_LAST)
+        x = device.load(x_ptr, offset, mask, dtype)
+        tile_count = tl.cast(tl.minimum(sizes[2] - position_block * BLOCK_POSITIONS, BLOCK_POSITIONS), dtype)
+        if PER_CHANNEL:
+            tile_count *= tl.cast(tl.minimum(sizes[0] - row_block * BLOCK_ROWS, BLOCK_ROWS), dtype)
+        else:
+            tile_count *= tl.cast(tl.minimum(sizes[1] - channel_block * BLOCK_CHANNELS, BLOCK_CHANNELS), dtype)
+        tile_mean, tile_m2 = device.tile_statistics(x, mask, tile_count, PER_CHANNEL)
+        count, mean, m2 = device.merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2)
+    partial = first_tile * slabs + slab
+    moment = splits * slabs
+    tl.store(partials_ptr + partial, count + tl.zeros_like(mean), mask=slab_mask)
+    tl.store(partials_ptr + moment + partial, mean, mask=slab_mask)
+    tl.store(partials_ptr + 2 * moment + partial, m2, mask=slab_mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    statistics_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    partials_ptr,
+    rows: tl.int64,
+    channel_vectors,
+    position_vectors,
+    groups,
+    slab_size: tl.int64,
+    row_programs,
+    splits,
+    eps: tl.float64,
+    dropout_threshold: tl.uint32,
+    dropout_scale: tl.float64,
+    momentum: tl.float64,
+    seed: tl.int64,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    CHANNEL_VECTOR: tl.constexpr,
+    POSITION_VECTOR: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ELEMENTWISE_AFFINE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PARAMETER: tl.constexpr,
+):
+    """The output, from statistics of the tile ("resident"), of the partials ("split") or given ("none"): 1R + 1W.
+
+    statistics are [mean or rstd, slab].
+    """
+    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
+    weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
+    bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
+    count = tl.cast(slab_size, dtype)
+    if PER_CHANNEL:
+        slab, slab_mask, slabs = slabs_at(channel_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, True)
+        is_first = slab_mask & (row_program == 0) & (position_block == 0)
+        if REDUCTION == "split":
+            mean, m2 = load_statistics(partials_ptr, slab, slab_mask, slabs, splits, count, dtype, True)
+            rstd = store_statistics(
+                *(statistics_ptr, running_mean_ptr, running_var_ptr, slab, is_first, slabs),
+                *(mean, m2, count, eps, momentum),
+            )
+        if REDUCTION == "none":
+            mean = device.load(running_mean_ptr, slab, slab_mask, dtype)
+            rstd = tl.rsqrt(device.load(running_var_ptr, slab, slab_mask, dtype) + tl.cast(eps, dtype))
+            tl.store(statistics_ptr + slab, mean, mask=is_first)
+            tl.store(statistics_ptr + slabs + slab, rstd, mask=is_first)
+
+    for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
+        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        mask = device.element_mask(place, sizes)
+        offset = device.element_offset(place, sizes, CHANNELS_LAST)
+        x = device.load(x_ptr, offset, mask, dtype)
+        if not PER_CHANNEL:
+            slab, slab_mask, slabs = slabs_at(row_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, False)
+            is_first = slab_mask & (channel_block == 0) & (position_block == 0)
+        if REDUCTION == "resident":
+            mean, m2 = device.tile_statistics(x, mask, count, PER_CHANNEL)
+        elif not PER_CHANNEL:
+            mean, m2 = load_statistics(partials_ptr, slab, slab_mask, slabs, splits, count, dtype, False)
+        if REDUCTION == "resident" or not PER_CHANNEL:
+            rstd = store_statistics(
+                *(statistics_ptr, running_mean_ptr, running_var_ptr, slab, is_first, slabs),
+                *(mean, m2, count, eps, momentum),
+            )
+
+        y = device.affine(device.normalize(x, mean, rstd), weight, bias)
+        if DROPOUT:
+            keep = device.dropout_keep(seed, dropout_threshold, place, sizes, ELEMENTWISE_AFFINE)
+            y = device.drop(y, keep, dropout_scale)
+        if residual_ptr is not None:
+            y += device.load(residual_ptr, offset, mask, dtype)
+        y = device.activate(y, ACTIVATION, PARAMETER)
+        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_gradient(
+    dy_ptr,
+    x_ptr,
+    kept_ptr,
+    place,
+    sizes,
+    mean,
+    rstd,
+    weight,
+    bias,
+    dropout_threshold,
+    dropout_scale,
+    seed,
+    CHANNELS_LAST: tl.constexpr,
+    ELEMENTWISE_AFFINE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """Gradients of the residual and of xhat * weight + bias, and xhat: what both backward kernels start from.
+
+    The pre-activation is recomputed from x and, where there is one, the kept residual; the kept output replaces it.
+    """
+    dtype: tl.constexpr = mean.dtype
+    mask = device.element_mask(place, sizes)
+    offset = device.element_offset(place, sizes, CHANNELS_LAST)
+    gradient = device.load(dy_ptr, offset, mask, dtype)
+    xhat = device.normalize(device.load(x_ptr, offset, mask, dtype), mean, rstd)
+    if DROPOUT:
+        keep = device.dropout_keep(seed, dropout_threshold, place, sizes, ELEMENTWISE_AFFINE)
+    if ACTIVATION != "identity":
+        if KEPT == "output":
+            value = device.load(kept_ptr, offset, mask, dtype)
+        else:
+            value = device.affine(xhat, weight, bias)
+            if DROPOUT:
+                value = device.drop(value, keep, dropout_scale)
+            if KEPT == "residual":
+                value += device.load(kept_ptr, offset, mask, dtype)
+        gradient = device.activation_gradient(gradient, value, ACTIVATION, PARAMETER)
+    residual_gradient = gradient
+    if DROPOUT:
+        gradient = device.drop(gradient, keep, dropout_scale)
+    return residual_gradient, gradient, xhat
+
+
+@triton.jit(do_not_specialize=VARYING)
+def gradient_sums_kernel(
+    dy_ptr,
+    x_ptr,
+    kept_ptr,
+    weight_ptr,
+    bias_ptr,
+    statistics_ptr,
+    partials_ptr,
+    rows: tl.int64,
+    channel_vectors,
+    position_vectors,
+    groups,
+    splits,
+    dropout_threshold: tl.uint32,
+    dropout_scale: tl.float64,
+    seed: tl.int64,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    CHANNEL_VECTOR: tl.constexpr,
+    POSITION_VECTOR: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ELEMENTWISE_AFFINE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """Split plan, backward, first launch (2R): the two sums that dx needs, over a part of each slab."""
+    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    slab_block = tl.program_id(0) // splits
+    first_tile = tl.program_id(0) % splits
+    tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
+    slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
+    mean = device.load(statistics_ptr, slab, slab_mask, dtype)
+    rstd = device.load(statistics_ptr, slabs + slab, slab_mask, dtype)
+    gradient_sum = tl.zeros_like(mean)
+    product_sum = tl.zeros_like(mean)
+    for tile in range(first_tile, tiles, splits):
+        row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS, PER_CHANNEL)
+        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        parameter, parameter_mask = device.parameter_index(place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
+        weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
+        bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
+        _, gradient, xhat = load_gradient(
+            *(dy_ptr, x_ptr, kept_ptr, place, sizes, mean, rstd, weight, bias),
+            *(dropout_threshold, dropout_scale, seed),
+            *(CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, ACTIVATION, PARAMETER, KEPT),
+        )
+        if not PER_CHANNEL:
+            gradient *= weight
+        gradient_sum += device.slab_sum(gradient, PER_CHANNEL)
+        product_sum += device.slab_sum(gradient * xhat, PER_CHANNEL)
+    partial = first_tile * slabs + slab
+    tl.store(partials_ptr + partial, gradient_sum, mask=slab_mask)
+    tl.store(partials_ptr + splits * slabs + partial, product_sum, mask=slab_mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_kernel(
+    dy_ptr,
+    x_ptr,
+    kept_ptr,
+    weight_ptr,
+    bias_ptr,
+    statistics_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    partials_ptr,
+    rows: tl.int64,
+    channel_vectors,
+    position_vectors,
+    groups,
+    slab_size: tl.int64,
+    row_programs,
+    splits,
+    dropout_threshold: tl.uint32,
+    dropout_scale: tl.float64,
+    seed: tl.int64,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    CHANNEL_VECTOR: tl.constexpr,
+    POSITION_VECTOR: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ELEMENTWISE_AFFINE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """The gradients, with sums over the tile ("resident"), over the partials ("split") or left out ("none"): 2R + 1W.
+
+    dweight and dbias are [partial, parameter]: one row for each program that sums other elements of the same parameter;
+    `parameter_sums_kernel` adds the rows up.
+    """
+    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
+    weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
+    bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
+    count = tl.cast(slab_size, dtype)
+    weight_gradient = tl.zeros_like(parameter).to(dtype)
+    bias_gradient = weight_gradient
+
+    if PER_CHANNEL:
+        slab, slab_mask, slabs = slabs_at(channel_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, True)
+        mean = device.load(statistics_ptr, slab, slab_mask, dtype)
+        rstd = device.load(statistics_ptr, slabs + slab, slab_mask, dtype)
+        if REDUCTION == "split":
+            gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, True)
+
+    for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
+        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        mask = device.element_mask(place, sizes)
+        offset = device.element_offset(place, sizes, CHANNELS_LAST)
+        if not PER_CHANNEL:
+            slab, slab_mask, slabs = slabs_at(row_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, False)
+            mean = device.load(statistics_ptr, slab, slab_mask, dtype)
+            rstd = device.load(statistics_ptr, slabs + slab, slab_mask, dtype)
+            if REDUCTION == "split":
+                gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, False)
+        residual_gradient, gradient, xhat = load_gradient(
+            *(dy_ptr, x_ptr, kept_ptr, place, sizes, mean, rstd, weight, bias),
+            *(dropout_threshold, dropout_scale, seed),
+            *(CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, ACTIVATION, PARAMETER, KEPT),
+        )
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offset, residual_gradient.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if REDUCTION == "none" or not PER_CHANNEL:
+            if dweight_ptr is not None:
+                weight_gradient += device.parameter_sum(gradient * xhat, PER_CHANNEL, ELEMENTWISE_AFFINE)
+            if dbias_ptr is not None:
+                bias_gradient += device.parameter_sum(gradient, PER_CHANNEL, ELEMENTWISE_AFFINE)
+        if PER_CHANNEL:
+            scale = weight * rstd
+        else:
+            gradient *= weight
+            scale = rstd
+        if REDUCTION == "none":
+            dx = gradient * scale
+        else:
+            if REDUCTION == "resident":
+                gradient_sum = device.slab_sum(gradient, PER_CHANNEL)
+                product_sum = device.slab_sum(gradient * xhat, PER_CHANNEL)
+            dx = scale * (gradient - gradient_sum / count - xhat * (product_sum / count))
+            if PER_CHANNEL:
+                weight_gradient = product_sum
+                bias_gradient = gradient_sum
+        if dx_ptr is not None:
+            tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    parameters = sizes[1] * groups
+    if PER_CHANNEL and REDUCTION != "none":
+        partial = 0
+        parameter_mask &= (row_program == 0) & (position_block == 0)
+    elif PER_CHANNEL:
+        partial = row_program * position_blocks + position_block
+    elif ELEMENTWISE_AFFINE:
+        partial = row_program
+        parameters = tl.cast(sizes[1], tl.int64) * sizes[2]
+    else:
+        partial = first_place[0] // groups * position_blocks + position_block
+    parameter += tl.cast(partial, tl.int64) * parameters
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + parameter, weight_gradient.to(dweight_ptr.dtype.element_ty), mask=parameter_mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + parameter, bias_gradient.to(dbias_ptr.dtype.element_ty), mask=parameter_mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def parameter_sums_kernel(
+    weight_sums_ptr,
+    bias_sums_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    partials,
+    parameters: tl.int64,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_PARAMETERS: tl.constexpr,
+):
+    """The gradients of weight and bias, either of which may be None, from sums [partial, parameter]."""
+    parameter = tl.cast(tl.program_id(0), tl.int64) * BLOCK_PARAMETERS + tl.arange(0, BLOCK_PARAMETERS)[None, :]
+    if dweight_ptr is not None:
+        store_parameter_sum(weight_sums_ptr, dweight_ptr, parameter, partials, parameters, BLOCK_PARTIALS)
+    if dbias_ptr is not None:
+        store_parameter_sum(bias_sums_ptr, dbias_ptr, parameter, partials, parameters, BLOCK_PARTIALS)
+
+
+@triton.jit
+def store_parameter_sum(sums_ptr, gradient_ptr, parameter, partials, parameters, BLOCK_PARTIALS: tl.constexpr):
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    total = tl.zeros_like(parameter).to(dtype)  # [1, BLOCK_PARAMETERS]
+    for start in range(0, partials, BLOCK_PARTIALS):
+        partial = start + tl.arange(0, BLOCK_PARTIALS)[:, None]
+        mask = (partial < partials) & (parameter < parameters)
+        total += tl.sum(device.load(sums_ptr, partial * parameters + parameter, mask, dtype), axis=0, keep_dims=True)
+    tl.store(gradient_ptr + parameter, total.to(gradient_ptr.dtype.element_ty), mask=parameter < parameters)

@@ -1,0 +1,112 @@
+"""Launches of Triton kernels, prepared once for all calls with tensors of one kind.
+
+`kernel[grid](...)` inspects every argument to find the compiled kernel that fits, which takes the host longer than
+all the rest of a fused call. Once it has found that kernel, a launch with tensors of the same kind calls it directly.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+# The interpreter runs on a CPU; plans are made for this target there.
+INTERPRETED_TARGET = GPUTarget("cuda", 90, 32)
+
+# Triton compiles a kernel for pointers that are multiples of this, and another one for pointers that are not.
+ALIGNMENT = 16
+
+
+class Launch:
+    """A kernel, its grid, and the arguments that do not change between calls with tensors of one kind.
+
+    Args:
+        kernel: takes tensors, then `sizes`, then what varies, then its constexprs.
+        programs: of the grid.
+        sizes: scalars.
+        constants: constexprs and compiler options.
+        device: of the tensors.
+    """
+
+    __slots__ = ("_compiled", "_constexprs", "constants", "device", "grid", "is_direct", "kernel", "sizes")
+
+    def __init__(
+        self, kernel: Any, programs: int, sizes: Sequence[Any], constants: dict[str, Any], device: torch.device
+    ) -> None:
+        self.kernel, self.grid, self.sizes, self.constants = kernel, (programs, 1, 1), tuple(sizes), constants
+        self.device = device
+        self.is_direct = launches_directly(device)
+        self._compiled: Any = None
+        self._constexprs = tuple(constants[name] for name in kernel.arg_names if name in constants)
+
+    def run(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None:
+        """Launches on the current stream of the device, which must be the current one."""
+        if not self.is_direct:
+            self.kernel[self.grid](*tensors, *self.sizes, *varying, **self.constants)
+            return
+        addresses: list[int | None] = []
+        bits = 0
+        for tensor in tensors:
+            if tensor is None:
+                addresses.append(None)
+            else:
+                address = tensor.data_ptr()
+                bits |= address
+                addresses.append(address)
+        runtime = triton.knobs.runtime
+        hooked = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks
+        compiled = self._compiled
+        if bits % ALIGNMENT or hooked or compiled is None:
+            compiled = self.kernel[self.grid](*tensors, *self.sizes, *varying, **self.constants)
+            if bits % ALIGNMENT == 0:
+                self._compiled = compiled
+            return
+        compiled.run(
+            *self.grid,
+            triton.runtime.driver.active.get_current_stream(self.device.index),
+            compiled.function,
+            compiled.packed_metadata,
+            None,  # metadata for the hooks, and the hooks
+            None,
+            None,
+            *addresses,
+            *self.sizes,
+            *varying,
+            *self._constexprs,
+        )
+
+    def arguments(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+        """The kernel's positional arguments: `kernel.warmup(*arguments, grid=grid, **constants)` only compiles it."""
+        return (*tensors, *self.sizes, *varying)
+
+
+def launches_directly(device: torch.device) -> bool:
+    """Whether a compiled kernel fits all tensors of one kind whose addresses are aligned.
+
+    On AMD it depends on the sizes of the tensors' storages as well.
+    """
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def current_target(device: torch.device) -> GPUTarget:
+    """What kernels for tensors on this device are compiled for."""
+    return INTERPRETED_TARGET if device.type == "cpu" else _device_target(device)
+
+
+@lru_cache
+def _device_target(device: torch.device) -> GPUTarget:
+    with made_current(device):
+        return triton.runtime.driver.active.get_current_target()
+
+
+def is_current(device: torch.device) -> bool:
+    return device.index is None or device.index == torch.accelerator.current_device_index()
+
+
+def made_current(device: torch.device) -> AbstractContextManager[None]:
+    """Makes the device the current one where it is not."""
+    return nullcontext() if is_current(device) else torch.accelerator.device_index(device.index)

@@ -1,0 +1,292 @@
+"""The Triton implementation of the contract: from checked tensors to launches.
+
+The kernels take dense tensors of one layout, contiguous or channels last; tensors in another layout are copied first.
+"""
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import sync
+from ..activations import Activation
+from ..contract import Epilogue, Gradients, Inputs, Needs, Saved, Unpacked
+from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm, geometry_of, statistics_dtype
+from .kernels import backward_kernel, forward_kernel, gradient_sums_kernel, parameter_sums_kernel, statistics_kernel
+from .launches import Launch, current_target, is_current, made_current
+from .plans import Kind, Plan, make_plan, parameter_sums_plan
+
+
+class TritonOperation:
+    """A norm and its epilogue for tensors of one kind: plans and launches, with everything that stays the same.
+
+    Args:
+        norm, epilogue: what is computed.
+        inputs: tensors of that kind: shapes, strides, dtypes, device.
+        buffers: of a batch norm.
+        plan: how slabs are reduced; None chooses.
+    """
+
+    def __init__(
+        self, norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers = NO_BUFFERS, plan: Kind | None = None
+    ) -> None:
+        input, weight, bias, residual = inputs
+        activation = epilogue.activation
+        dense, channels_last = as_dense(input, norm.leading(input))
+        parameters = weight, bias, buffers.running_mean, buffers.running_var
+        self.norm, self.epilogue = norm, epilogue
+        self.keeps = epilogue.keeps(residual is not None, reads_output=False)
+        self.input_strides, self.strides = input.stride(), dense.stride()
+        self.copies = (
+            dense is not input
+            or _laid_out_like(dense, residual) is not residual
+            or any(tensor is not None and not tensor.is_contiguous() for tensor in parameters)
+        )
+        self.device, self.dtype = input.device, statistics_dtype(input)
+        self._index = input.device.index  # None on a CPU
+        self.geometry = geometry_of(norm, input.shape, channels_last)
+        self.group = norm.process_group if isinstance(norm, BatchNorm) else None
+        self.reduces = not isinstance(norm, BatchNorm) or norm.use_batch_stats
+        self.dropout = round(epilogue.dropout_p * 2**31), epilogue.scale  # the probability in units of 2^-31
+        self.constants = {
+            "ELEMENTWISE_AFFINE": self.geometry.elementwise_affine,
+            "DROPOUT": epilogue.dropout_p > 0,
+            "ACTIVATION": activation.name,
+            "PARAMETER": activation.parameter,
+        }
+        self._itemsize, self._target = input.element_size(), current_target(input.device)
+        self._has_residual = residual is not None
+        self._plan: Kind | None = plan if self.group is None else "split"
+        self._statistics_shape = norm.statistics_shape(input)
+        self._forward = _Forward(self, reduces=self.reduces and self.group is None)
+        self._moments = None
+        if self.group is not None:
+            self._moments = _Statistics(self, self.make_plan(backward=False, reduces=True))
+        self._backwards: dict[Needs, _Backward] = {}
+
+    def make_plan(self, *, backward: bool, reduces: bool) -> Plan:
+        return make_plan(
+            *(self.geometry, self._itemsize, self._target),
+            backward=backward,
+            residual=self._has_residual,
+            dropout=self.epilogue.dropout_p > 0,
+            reduces=reduces,
+            kind=self._plan,
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        buffers: Buffers,
+        seed: int,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self._index is not None and not is_current(self.device):
+            with made_current(self.device):
+                return self.forward(input, weight, bias, residual, buffers, seed)
+        running_mean, running_var = buffers.running_mean, buffers.running_var
+        if self.copies:
+            input, _ = as_dense(input, self.norm.leading(input))
+            residual = _laid_out_like(input, residual)
+            weight, bias, running_mean, running_var = map(_contiguous, (weight, bias, running_mean, running_var))
+        if self.group is not None:
+            assert self._moments is not None
+            moments = self._moments.moments(input)
+            mean, var, unbiased = sync.batch_statistics(moments, self.geometry.slab_size, self.group)
+            buffers.update_(mean, unbiased)
+            if input.numel() == 0:
+                return torch.empty_like(input), (torch.stack((mean, var)),)
+            return self._forward.run(input, weight, bias, residual, mean, var, 0.0, seed)
+        if not self.reduces:
+            return self._forward.run(input, weight, bias, residual, running_mean, running_var, 0.0, seed)
+        momentum = float(buffers.momentum)
+        buffers.count_()
+        results = self._forward.run(input, weight, bias, residual, running_mean, running_var, momentum, seed)
+        if self.copies:
+            for buffer, updated in ((buffers.running_mean, running_mean), (buffers.running_var, running_var)):
+                if buffer is not None and updated is not None and updated is not buffer:
+                    buffer.copy_(updated)
+        return results
+
+    def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
+        if self._index is not None and not is_current(self.device):
+            with made_current(self.device):
+                return self.backward(needs, seed, grad_output, saved)
+        backward = self._backwards.get(needs)
+        if backward is None:
+            backward = self._backwards[needs] = _Backward(self, needs)
+        return backward.run(seed, grad_output, saved)
+
+    def unpack(self, saved: Saved) -> Unpacked:
+        input, weight, bias, statistics, *kept = saved
+        assert input is not None
+        assert statistics is not None
+        mean, rstd = statistics.view(2, *self._statistics_shape)
+        return Unpacked(input, weight, bias, mean, rstd, kept[0] if kept else None)
+
+    def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
+        # The operation itself, with given statistics, weight 0 and bias 1, over zeros in the input's own strides.
+        last = sum((length - 1) * stride for length, stride in zip(input.shape, input.stride(), strict=True))
+        zeros = input.new_zeros(last + 1).as_strided(input.shape, input.stride())
+        weight = input.new_zeros(self.norm.parameter_shape(input))
+        norm, buffers = replace(self.norm, eps=1.0), NO_BUFFERS
+        if isinstance(norm, BatchNorm):
+            norm = replace(norm, use_batch_stats=False, process_group=None)
+            buffers = Buffers(weight, torch.ones_like(weight))
+        inputs = Inputs(zeros, weight, torch.ones_like(weight), None)
+        with torch.no_grad():
+            operation = TritonOperation(norm, Epilogue(self.epilogue.dropout_p, Activation("identity")), inputs, buffers)
+            return operation.forward(*inputs, buffers, seed)[0]
+
+    def is_recorded_by_torch(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        return False
+
+
+class _Statistics:
+    """The launch that takes count, mean and sum of squared deviations of parts of each slab."""
+
+    def __init__(self, operation: TritonOperation, plan: Plan) -> None:
+        self._splits, self._slabs, self._dtype = plan.splits, operation.geometry.slabs, operation.dtype
+        sizes = (*_sizes(operation, plan), plan.splits)
+        self._launch = Launch(statistics_kernel, plan.slab_blocks * plan.splits, sizes, plan.constants, operation.device)
+
+    def run(self, input: Tensor) -> Tensor:
+        """What it stores, flat: moment, split, slab."""
+        partials = input.new_empty(3 * self._splits * self._slabs, dtype=self._dtype)
+        self._launch.run((input, partials))
+        return partials
+
+    def moments(self, input: Tensor) -> Tensor:
+        """The moments of the slabs as in sync.py."""
+        return torch.stack(sync.merge_moments(self.run(input).view(3, self._splits, self._slabs)))
+
+
+class _Forward:
+    """The launches of a forward."""
+
+    def __init__(self, operation: TritonOperation, *, reduces: bool) -> None:
+        geometry = operation.geometry
+        plan = operation.make_plan(backward=False, reduces=reduces)
+        self._slabs, self._dtype = geometry.slabs, operation.dtype
+        self._statistics = _Statistics(operation, plan) if plan.reduction == "split" else None
+        fixed = geometry.slab_size, plan.row_programs, plan.splits, operation.norm.eps, *operation.dropout
+        constants = {**plan.constants, **operation.constants, "REDUCTION": plan.reduction}
+        sizes = (*_sizes(operation, plan), *fixed)
+        self._launch = Launch(forward_kernel, plan.programs, sizes, constants, operation.device)
+
+    def run(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        seed: int,
+    ) -> tuple[Tensor, tuple[Tensor]]:
+        partials = None if self._statistics is None else self._statistics.run(input)
+        output = torch.empty_like(input)
+        statistics = input.new_empty(2 * self._slabs, dtype=self._dtype)
+        tensors = (input, weight, bias, residual, output, statistics, running_mean, running_var, partials)
+        self._launch.run(tensors, (momentum, seed))
+        return output, (statistics,)
+
+
+class _Backward:
+    """The launches of a backward that has to give certain gradients."""
+
+    def __init__(self, operation: TritonOperation, needs: Needs) -> None:
+        geometry, device = operation.geometry, operation.device
+        self._operation, self._needs, self._group = operation, needs, operation.group
+        plan = operation.make_plan(backward=True, reduces=operation.reduces and needs[0])
+        sizes, constants = _sizes(operation, plan), {**plan.constants, **operation.constants, "KEPT": operation.keeps}
+        self._splits, self._slabs = plan.splits, geometry.slabs
+        self._sums: Launch | None = None
+        splits = plan.splits
+        if plan.reduction == "split":
+            fixed = (*sizes, splits, *operation.dropout)
+            self._sums = Launch(gradient_sums_kernel, plan.slab_blocks * splits, fixed, constants, device)
+            splits = splits if self._group is None else 1  # the sums over all processes
+        fixed = (*sizes, geometry.slab_size, plan.row_programs, splits, *operation.dropout)
+        constants = {**constants, "REDUCTION": plan.reduction}
+        self._launch = Launch(backward_kernel, plan.programs, fixed, constants, device)
+        self._parameter_sums: Launch | None = None
+        if plan.parameter_partials > 1 and (needs[1] or needs[2]):
+            programs, blocks = parameter_sums_plan(geometry.parameters)
+            sums = plan.parameter_partials, geometry.parameters
+            self._parameter_sums_size = prod(sums)
+            self._parameter_sums = Launch(parameter_sums_kernel, programs, sums, blocks, device)
+
+    def run(self, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
+        operation = self._operation
+        input, weight, bias, statistics, *others = saved
+        kept = others[0] if others else None
+        assert input is not None
+        assert statistics is not None
+        if operation.copies:
+            input, _ = as_dense(input, operation.norm.leading(input))
+            weight, bias, kept = _contiguous(weight), _contiguous(bias), _laid_out_like(input, kept)
+        if grad_output.stride() != operation.strides:
+            grad_output = _laid_out_like(input, grad_output)
+        needs_input, needs_weight, needs_bias, needs_residual = self._needs
+        grad_input = torch.empty_like(input) if needs_input else None
+        grad_residual = torch.empty_like(input) if needs_residual else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_bias = torch.empty_like(bias) if needs_bias else None
+        weight_sums, bias_sums, partials = grad_weight, grad_bias, None
+        if self._parameter_sums is not None:
+            weight_sums = statistics.new_empty(self._parameter_sums_size) if needs_weight else None
+            bias_sums = statistics.new_empty(self._parameter_sums_size) if needs_bias else None
+        tensors = (grad_output, input, kept, weight, bias, statistics)
+        if self._sums is not None:
+            partials = statistics.new_empty(2 * self._splits * self._slabs)
+            self._sums.run((*tensors, partials), (seed,))
+            if self.group is not None:
+                partials = self._synchronise(partials, grad_weight, grad_bias)
+                weight_sums = bias_sums = None
+        self._launch.run((*tensors, grad_input, grad_residual, weight_sums, bias_sums, partials), (seed,))
+        if self._parameter_sums is not None:
+            self._parameter_sums.run((weight_sums, bias_sums, grad_weight, grad_bias))
+        return grad_input, grad_weight, grad_bias, grad_residual
+
+    def _synchronise(self, partials: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None) -> Tensor:
+        """The sums over all processes; the parameters' gradients are this process's share."""
+        assert self.group is not None
+        sums = partials.view(2, self._splits, self._slabs).sum(1)
+        for gradient, share in ((grad_bias, sums[0]), (grad_weight, sums[1])):
+            if gradient is not None:
+                gradient.copy_(share)
+        # The kernel divides by the elements of this process.
+        count = self._operation.geometry.slab_size
+        return sync.averages(sums, count, self.group) * count
+
+
+def _sizes(operation: TritonOperation, plan: Plan) -> tuple[int, int, int, int]:
+    """As the kernels take them: in vectors, so that the compiler sees that the lengths are multiples of those."""
+    rows, channels, positions, groups = operation.geometry[:4]
+    return rows, channels // plan.constants["CHANNEL_VECTOR"], positions // plan.constants["POSITION_VECTOR"], groups
+
+
+def as_dense(input: Tensor, leading: int) -> tuple[Tensor, bool]:
+    """The input, copied where it is neither contiguous nor channels last, and whether it is the latter."""
+    if input.is_contiguous():
+        return input, False
+    if leading == 1 and input.dim() > 2 and input.movedim(1, -1).is_contiguous():
+        return input, True
+    return input.contiguous(), False
+
+
+def _laid_out_like(input: Tensor, tensor: Any) -> Any:
+    """The tensor, if any, in the layout of the dense input."""
+    if tensor is None or tensor.stride() == input.stride() or (tensor.is_contiguous() and input.is_contiguous()):
+        return tensor
+    return torch.empty_like(input).copy_(tensor)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

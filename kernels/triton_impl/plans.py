@@ -1,0 +1,294 @@
+"""Launch plans: pure functions from the shape of a tensor and the target to tile sizes and program counts."""
+
+from dataclasses import dataclass
+from math import gcd, isqrt, prod
+from typing import Any, Literal
+
+from triton.backends.compiler import GPUTarget
+
+from ..norms import Geometry
+
+# Partials of a slab that each program of the second launch reads; the kernels load this many at once.
+MAX_SPLITS = 64
+
+# Elements of a tile in a split plan: enough bytes in flight for each program, few enough for 8 warps to hold.
+SPLIT_TILE = 4096
+
+# 32-bit elements of a resident tile that a program holds at most: 16 for each thread of 16 warps.
+CAPACITY = 8192
+
+# Small slabs share a program until their tile has this many elements.
+SMALL_TILE = 4096
+
+# Programs that keep a large GPU busy.
+ENOUGH_PROGRAMS = 256
+
+# Bytes of a slab for each time that a program reads one of its partials: keeps those below 2 % of the traffic.
+BYTES_PER_PARTIAL = 256
+
+# Elements that a partial parameter gradient sums at least, so that it costs little traffic next to them.
+SUMMED_PER_PARTIAL = 192
+
+# The tile in which partial parameter gradients are added up.
+PARAMETER_SUMS_TILE = 2048
+PARAMETER_SUMS_WIDTH = 64
+
+# Programs of a cluster: 8 is what every device with clusters places, 16 what those of data centres do.
+PORTABLE_CLUSTER = 8
+MAX_CLUSTER = 16
+
+# Elements of a tensor in a Triton program at most.
+MAX_TILE = 2**20
+
+Kind = Literal["resident", "split"]
+Reduction = Literal["resident", "split", "none"]
+Tile = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a forward or a backward is launched.
+
+    Attributes:
+        reduction: "resident": one launch, the slab's sums taken over the tile; "split": two launches, the first leaving
+            `splits` partial sums of each slab; "none": one launch, no sums over a slab.
+        programs: of the launch that writes the output or the gradients.
+        row_programs: programs that share the rows among them; each steps through its own.
+        splits: programs for each block of slabs in the first launch of a split plan.
+        slab_blocks: blocks of slabs in that launch.
+        parameter_partials: partial sums that are left for each parameter's gradient.
+        constants: constexprs and compiler options of every kernel of the plan.
+    """
+
+    reduction: Reduction
+    programs: int
+    row_programs: int
+    splits: int
+    slab_blocks: int
+    parameter_partials: int
+    constants: dict[str, Any]
+
+
+def make_plan(
+    geometry: Geometry,
+    itemsize: int,
+    target: GPUTarget,
+    *,
+    backward: bool,
+    residual: bool = False,
+    dropout: bool = False,
+    reduces: bool = True,
+    kind: Kind | None = None,
+) -> Plan:
+    """Chooses the plan of one forward or backward.
+
+    Args:
+        geometry: of the tensor.
+        itemsize: bytes of one of its elements.
+        target: what the kernels are compiled for.
+        backward: whether for the backward.
+        residual: whether there is one: one more tensor to load, and in the backward one to store.
+        dropout: whether there is any.
+        reduces: whether sums over the slabs are needed; False where the statistics are given.
+        kind: how to compute those sums; None chooses.
+
+    Raises:
+        ValueError: the slab is too large for the resident plan requested.
+    """
+    length = geometry.channels if geometry.channels_last else geometry.positions
+    # The kernels multiply vectors and their length again, in 32 bits unless the number of vectors needs more.
+    vector = gcd(length, 16 // itemsize) if length < 2**31 else 1
+    # 64-bit values take more registers, and so do addresses where each element needs its own.
+    registers = (4 if itemsize == 8 else 1) * ((4 if residual else 2) if vector == 1 else 1)
+    # Sums over each channel beside those over the slab need registers that these cases do not leave.
+    crowded = (
+        backward
+        and not (geometry.per_channel or geometry.elementwise_affine)
+        and (geometry.channels_last or vector == 1 or (residual and dropout))
+    )
+    reduction, tile, cluster = _choose(
+        geometry, itemsize, vector, registers, crowded, _max_cluster(target), reduces, kind
+    )
+    if prod(tile) > MAX_TILE:
+        raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
+
+    block_rows, block_channels, block_positions = tile
+    row_blocks, channel_blocks, position_blocks = (
+        cdiv(size, block) for size, block in zip(geometry[:3], tile, strict=True)
+    )
+    slab_blocks = channel_blocks if geometry.per_channel else row_blocks
+    splits, row_programs, parameter_partials = 1, row_blocks, 1
+    if reduction == "split":
+        tiles = position_blocks * (row_blocks if geometry.per_channel else channel_blocks)
+        readers = max(1, position_blocks if geometry.per_channel else tiles)
+        reads = max(1, geometry.slab_size * itemsize // BYTES_PER_PARTIAL)
+        splits = _splits(slab_blocks, tiles, min(isqrt(reads), reads // readers))
+        if geometry.per_channel:
+            row_programs = min(row_blocks, max(1, reads // splits // readers))
+    if backward and not (geometry.per_channel and reduces):
+        row_programs = _row_programs(geometry, tile, row_blocks, channel_blocks * position_blocks)
+        parameter_partials = _parameter_partials(geometry, tile, row_programs, position_blocks)
+
+    num_warps = _num_warps(prod(tile) // cluster * registers, reduction, target)
+    return Plan(
+        reduction=reduction,
+        programs=row_programs * channel_blocks * position_blocks,
+        row_programs=row_programs,
+        splits=splits,
+        slab_blocks=slab_blocks,
+        parameter_partials=parameter_partials,
+        constants={
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_CHANNELS": block_channels,
+            "BLOCK_POSITIONS": block_positions,
+            "CHANNEL_VECTOR": vector if geometry.channels_last else 1,
+            "POSITION_VECTOR": 1 if geometry.channels_last else vector,
+            "PER_CHANNEL": geometry.per_channel,
+            "CHANNELS_LAST": geometry.channels_last,
+            "num_warps": num_warps,
+            "num_ctas": cluster,
+            **_register_limit(num_warps, target),
+        },
+    )
+
+
+def parameter_sums_plan(parameters: int) -> tuple[int, dict[str, int]]:
+    """Programs, and constexprs and compiler options, of the launch that adds up partial parameter gradients."""
+    width = min(next_power_of_2(parameters), PARAMETER_SUMS_WIDTH)
+    blocks = {"BLOCK_PARTIALS": PARAMETER_SUMS_TILE // width, "BLOCK_PARAMETERS": width}
+    return cdiv(parameters, width), {**blocks, "num_warps": 4}
+
+
+def cdiv(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _choose(
+    geometry: Geometry,
+    itemsize: int,
+    vector: int,
+    registers: int,
+    crowded: bool,
+    max_cluster: int,
+    reduces: bool,
+    kind: Kind | None,
+) -> tuple[Reduction, Tile, int]:
+    """How to reduce, the tile of a program or cluster, and the programs of that cluster."""
+    # Elementwise weight, bias and their gradients take as much room again.
+    values = registers * (2 if geometry.elementwise_affine else 1)
+    if reduces:
+        capacity = CAPACITY // values
+        tile = _resident_tile(geometry, itemsize, min(SMALL_TILE, capacity))
+        # A cluster sums one slab: the compiler cannot spread the sums of several without narrowing the loads.
+        limit = max_cluster if _slab_block(geometry, tile) == 1 else 1
+        if geometry.channels_last and vector > 1:
+            # The cluster divides the channels first: the loads of each program are as wide as its share of them.
+            limit = min(limit, tile[1] // vector)
+        cluster = _cluster(geometry, tile, capacity, limit)
+        if crowded and limit > 1:
+            cluster = _cluster(geometry, tile, capacity // 2, limit)
+        if kind == "resident" or (kind is None and cluster <= limit):
+            return "resident", tile, min(cluster, limit)
+    tile = _split_tile(geometry, itemsize, SPLIT_TILE // values)
+    if not reduces:
+        return "none", tile, 1
+    return "split", tile if geometry.per_channel else (1, *tile[1:]), 1
+
+
+def _slab_block(geometry: Geometry, tile: Tile) -> int:
+    """Slabs that a tile touches."""
+    return tile[1] if geometry.per_channel else tile[0]
+
+
+def _resident_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
+    """A tile that holds whole slabs: one, or as many as fit in `size` elements."""
+    rows, channels, positions = (next_power_of_2(length) for length in geometry[:3])
+    if geometry.per_channel:
+        return rows, _side_by_side(channels, itemsize) if geometry.channels_last else 1, positions
+    return max(1, min(size // (channels * positions), rows // ENOUGH_PROGRAMS)), channels, positions
+
+
+def _split_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
+    """A tile of about `size` elements, filled in the order in which they lie in memory."""
+    rows, channels, positions = (next_power_of_2(length) for length in geometry[:3])
+    if geometry.channels_last:
+        block_channels = _side_by_side(channels, itemsize) if geometry.per_channel else min(channels, 64)
+        block_positions = min(positions, size // block_channels)
+    else:
+        block_positions = _tight_block(geometry.positions, size)
+        block_channels = 1 if geometry.per_channel else min(channels, size // block_positions)
+    return min(rows, size // (block_channels * block_positions)), block_channels, block_positions
+
+
+def _side_by_side(channels: int, itemsize: int) -> int:
+    """Channels of a channels-last tile: the 32 bytes of a memory sector, or more where there are many channels."""
+    return min(channels, max(32 // itemsize, min(64, channels // 8)))
+
+
+def _tight_block(length: int, longest: int) -> int:
+    """The largest power of two, from 64 to `longest`, whose multiples cover the length with little waste."""
+    block = min(next_power_of_2(length), longest)
+    while block > 64 and cdiv(length, block) * block > 1.15 * length:
+        block //= 2
+    return block
+
+
+def _max_cluster(target: GPUTarget) -> int:
+    """The most programs of a cluster; 1 where the target has no clusters."""
+    if target.backend != "cuda" or target.arch < 90:
+        return 1
+    return MAX_CLUSTER if target.arch < 110 else PORTABLE_CLUSTER
+
+
+def _cluster(geometry: Geometry, tile: Tile, capacity: int, max_cluster: int) -> int:
+    """Programs that hold a resident tile together: as few as possible, more where few tiles would leave the GPU idle."""
+    cluster = cdiv(prod(tile), capacity)
+    tiles = cdiv(geometry.slabs, _slab_block(geometry, tile))
+    while tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE and cluster < max_cluster:
+        cluster *= 2
+    return cluster
+
+
+def _splits(slab_blocks: int, tiles: int, limit: int) -> int:
+    """Parts of each slab: enough to keep the GPU busy, with equally many tiles as far as possible."""
+    wanted = max(1, min(MAX_SPLITS, limit, cdiv(4 * ENOUGH_PROGRAMS, max(1, slab_blocks))))
+    return max(1, cdiv(tiles, cdiv(max(1, tiles), wanted)))
+
+
+def _row_programs(geometry: Geometry, tile: Tile, row_blocks: int, column_programs: int) -> int:
+    """Programs that share the rows: few enough that each sums many elements into its partial parameter gradients."""
+    block_rows, _, block_positions = tile
+    unit = 1
+    if geometry.elementwise_affine:
+        summed = block_rows
+    elif geometry.per_channel:
+        summed = block_rows * block_positions
+    else:
+        summed = min(block_positions, geometry.positions)
+        # Steps of whole samples keep each lane of a program on one channel.
+        unit = geometry.groups // gcd(geometry.groups, block_rows)
+    few = cdiv(row_blocks, cdiv(SUMMED_PER_PARTIAL, max(1, summed)))
+    enough = cdiv(ENOUGH_PROGRAMS // 2, max(1, column_programs))
+    return cdiv(min(max(few, enough), row_blocks), unit) * unit
+
+
+def _parameter_partials(geometry: Geometry, tile: Tile, row_programs: int, position_blocks: int) -> int:
+    if geometry.elementwise_affine:
+        return row_programs
+    if geometry.per_channel:
+        return row_programs * position_blocks
+    return row_programs * tile[0] // geometry.groups * position_blocks
+
+
+def _num_warps(values: int, reduction: Reduction, target: GPUTarget) -> int:
+    """16 values a thread, and at most 16 warps; at least 4 where there are partials to merge as well."""
+    return min(16, max(4 if reduction == "split" else 1, values // (16 * target.warp_size)))
+
+
+def _register_limit(num_warps: int, target: GPUTarget) -> dict[str, int]:
+    """The registers that the hardware has for a thread: by default ptxas spills a few to run more programs at a time."""
+    return {"maxnreg": min(255, 65536 // (32 * num_warps))} if target.backend == "cuda" else {}

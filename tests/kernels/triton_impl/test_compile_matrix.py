@@ -1,0 +1,296 @@
+"""Machine code of the kernels for GPUs that are not there: it fits, does not spill, and moves 128 bits at a time.
+
+The whole matrix takes long: `make test-exhaustive` goes through it. This module, run on what pytest then reports,
+notes the sources with which all of it passed, and the default run fails where these have changed since.
+"""
+
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from datetime import datetime
+from functools import cache
+from itertools import product
+from math import gcd
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import triton
+
+from benchmarks.instruments import machine_code
+from benchmarks.compiled import ACTIVATION_LOADS, ACTIVATION_STORES
+from mnistnorm.kernels import launchers
+
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+NORMS = ("batch", "group", "layer")
+NETWORK = (128, 8, 26, 26)
+LARGE = (64, 64, 56, 56)
+LATER_IN_NETWORK = ((24, 8), (22, 8), (9, 12), (7, 14), (7, 8), (5, 26), (5, 50))
+PRIME = (13, 7, 17, 19)
+SHAPES = (
+    *(NETWORK, *((128, channels, size, size) for size, channels in LATER_IN_NETWORK)),
+    *(LARGE, (64, 256, 14, 14), PRIME),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# What else makes for other code, in float32, which takes the most registers: a residual alone and no ReLU are parts of
+# "dropout-residual"; "eval" is batch norm with given statistics.
+VARIANTS = ("dropout", "dropout-residual", "eval")
+
+
+# What the machine code and the matrix hang on, and where it is noted that all of it passed.
+ROOT = Path(__file__).parents[2]
+SOURCES = (
+    *(f"kernels/{name}.py" for name in ("device", "fused_norm", "launch", "launchers")),
+    *("benchmarks/machine_code.py", "benchmarks/compiled.py", "tests/kernels/test_compiled.py"),
+)
+PASSED = Path(__file__).with_name("compile_matrix.json")
+
+
+class Case(NamedTuple):
+    norm: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+    target: str
+    variant: str = "plain"
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{self.target}-{self.group}-{str(self.dtype)[6:]}-{layout}-{self.variant}"
+
+    @property
+    def group(self) -> str:
+        """What is compiled together: its kernels have much in common, for one target and between targets."""
+        return f"{self.norm}-{'x'.join(map(str, self.shape))}"
+
+    @property
+    def length(self) -> int:
+        """Elements of the longest run that the kernels may take as one: neighbours in memory that have one mask."""
+        groups = 2 if self.norm == "group" and self.shape[1] % 2 == 0 else 1
+        if self.channels_last:
+            return self.shape[1] // groups
+        return self.shape[3] if self.norm == "layer" else self.shape[2] * self.shape[3]
+
+    @property
+    def bits(self) -> int:
+        itemsize = self.dtype.itemsize
+        return 8 * itemsize * gcd(self.length, 16 // itemsize)
+
+    @property
+    def launches(self) -> int:
+        """Forward and backward of one of the network's sizes, where clusters of programs can hold a slab together."""
+        size = self.shape[2]
+        if self.norm == "group" and self.channels_last and size >= 24 and self.dtype == torch.float64:
+            return 3  # the backward alone, short of registers, is in two
+        if self.norm == "batch":
+            # Channels side by side are as many slabs to hold.
+            fits = not self.channels_last and not (size >= 22 and self.dtype == torch.float64)
+        else:
+            # The programs share the eight channels: two in float32, but one has them all, a vector, in half precision.
+            fits = not (self.norm == "layer" and self.channels_last and size >= 24 and self.dtype != torch.float32)
+        return 2 if fits else 4
+
+
+def run(launches, device):
+    for kernel, grid, arguments, constants in launches:
+        kernel[grid](*arguments, **constants)
+
+
+def launch(case, samples=None, plan=None):
+    """The forward and the backward, all gradients needed, on tensors without memory."""
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    shape = (samples or case.shape[0], *case.shape[1:])
+    x = torch.empty(shape, dtype=case.dtype, device="meta").to(memory_format=layout)
+    residual = torch.empty_like(x) if "residual" in case.variant else None
+    parameter_shape = shape[1:2]
+    dropout_p = 0.05 if "dropout" in case.variant else 0.0
+    options = {"seed": 1, "dropout_p": dropout_p, "relu": True, "plan": plan}
+    only_forward = {"eps": 1e-5}
+    running = ()
+    if case.norm == "batch":
+        options["use_batch_stats"] = case.variant != "eval"
+        only_forward["momentum"] = 0.1
+        running = torch.empty(2, shape[1], device="meta").unbind()
+    elif case.norm == "group":
+        options["num_groups"] = 2 if shape[1] % 2 == 0 else 1
+    else:
+        parameter_shape = options["normalized_shape"] = shape[1:] if case.channels_last else shape[3:]
+    weight, bias = torch.empty(2, *parameter_shape, device="meta").unbind()
+    forward = getattr(launchers, f"{case.norm}_norm_forward")
+    backward = getattr(launchers, f"{case.norm}_norm_backward")
+    gpu = machine_code.TARGETS[case.target].gpu
+    with mock.patch.object(launchers, "run", run), mock.patch.object(launchers, "current_target", return_value=gpu):
+        y, mean, rstd = forward(x, weight, bias, residual, *running, **only_forward, **options)
+        has_residual = residual is not None
+        options |= {"has_residual": has_residual, "needs": (True, True, True, has_residual)}
+        backward(torch.empty_like(x), x, weight, bias, y if has_residual else None, mean, rstd, **options)
+
+
+def compile_cases(target, cases):
+    """Reports of the launches of each case, which are all for one target."""
+    ends = []
+    with machine_code.capture(target) as captured:
+        for case in cases:
+            launch(case)
+            ends.append(captured.launches)
+    reports = captured.reports()
+    return {case: reports[start:end] for case, start, end in zip(cases, [0, *ends], ends, strict=False)}
+
+
+def count_compilations(case, batch_sizes, plan):
+    counts = []
+    with machine_code.capture(case.target) as captured:
+        for samples in batch_sizes:
+            launch(case, samples, plan)
+            counts.append(captured.compilations)
+    return counts
+
+
+def marks_of(case):
+    """Which run compiles it: `make test` two of the network's sizes and the prime one, `make test-slow` a few more."""
+    if case.shape[0] == NETWORK[0]:
+        dtypes = {NETWORK: (torch.float32, torch.bfloat16), (128, 14, 7, 7): (torch.float32,)}.get(case.shape, ())
+        sampled = case.target == "sm_90" and case.dtype in dtypes and case.variant in ("plain", "dropout-residual")
+        sampled = sampled and not case.channels_last
+        marks = []
+    else:
+        sampled = case.target in ("sm_75", "gfx942") and case.dtype == torch.float32 and case.variant == "plain"
+        sampled = sampled and (not case.channels_last or case.shape == (64, 256, 14, 14))
+        marks = [] if case.shape == PRIME else [pytest.mark.slow]
+    return marks if sampled else [pytest.mark.exhaustive]
+
+
+def cases():
+    matrix = [Case(*values) for values in product(NORMS, SHAPES, DTYPES, (False, True), TARGETS)]
+    matrix += [
+        Case(norm, shape, torch.float32, False, target, variant)
+        for norm, shape, target, variant in product(NORMS, (NETWORK, LARGE, PRIME), TARGETS, VARIANTS)
+        if norm == "batch" or variant != "eval"
+    ]
+    return [
+        pytest.param(
+            case,
+            id=str(case),
+            marks=[pytest.mark.xdist_group(case.group), *marks_of(case)],
+        )
+        for case in matrix
+    ]
+
+
+@pytest.fixture(scope="session")
+def processes(worker_id):
+    # pytest-xdist's workers take one each.
+    with machine_code.compiler_processes(2 if worker_id == "master" else 1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def reports(request, processes):
+    """Reports of a case; the first of a group has all of that group compiled that will be asked for."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for item in request.session.items:
+        if "reports" in item.fixturenames:
+            case = item.callspec.params["case"]
+            groups[case.group][case.target].append(case)
+
+    @cache
+    def compiled(group):
+        return {target: processes.submit(compile_cases, target, cases) for target, cases in groups[group].items()}
+
+    return lambda case: compiled(case.group)[case.target].result()[case]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_fits_without_spills_and_moves_wide(reports, case):
+    if case.shape[0] == NETWORK[0] and case.target in ("sm_90", "sm_100"):
+        assert len(reports(case)) == case.launches
+    for compiled in reports(case):
+        assert compiled.fits, compiled
+        assert not compiled.spills, compiled
+        assert compiled.local_memory == 0, compiled
+        loads = {bits for line in ACTIVATION_LOADS for bits in compiled.widths("load", line)}
+        stores = {bits for line in ACTIVATION_STORES for bits in compiled.widths("store", line)}
+        assert loads == {case.bits}, compiled
+        assert stores == ({case.bits} if compiled.kernel in ("forward_kernel", "backward_kernel") else set()), compiled
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("target", "plan"), [("sm_90", "resident"), ("sm_90", "split"), ("gfx942", "split")])
+def test_batch_size_does_not_recompile(processes, norm, target, plan):
+    case = Case(norm, NETWORK, torch.float32, False, target)
+    first, *later = processes.submit(count_compilations, case, [128, 127, 100, 112], plan).result()
+    assert later == [first] * 3
+
+
+def versions():
+    """Of Triton, and a digest of each source."""
+    digests = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in SOURCES}
+    return {"triton": triton.__version__, **digests}
+
+
+def test_the_whole_matrix_has_passed_with_these_sources():
+    passed, now = json.loads(PASSED.read_text()), versions()
+    if passed["triton"] != now["triton"]:
+        pytest.skip(f"the whole matrix has passed with Triton {passed['triton']}")
+    changed = [name for name in now if passed.get(name) != now[name]]
+    assert not changed, f"{', '.join(changed)} changed since the whole matrix passed: run make test-exhaustive"
+
+
+def exhaustive_cases():
+    return sum(any(mark.name == "exhaustive" for mark in case.marks) for case in cases())
+
+
+def note(report):
+    """Notes the sources where a JUnit report says that every case of the matrix has passed; says what it did."""
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    passed = [case for case in suite.iter("testcase") if len(case) == 0]  # a failure or a skip would be in it
+    if len(passed) != exhaustive_cases():
+        return f"{len(passed)} of the {exhaustive_cases()} cases passed: nothing is noted"
+    started = datetime.fromisoformat(suite.get("timestamp")).timestamp()
+    changed = [name for name in SOURCES if (ROOT / name).stat().st_mtime > started]
+    if changed:
+        sys.exit(f"nothing is noted, start again: {', '.join(changed)} changed meanwhile")
+    PASSED.write_text(json.dumps(versions(), indent=1) + "\n")
+    return f"noted in {PASSED.name}"
+
+
+class TestNote:
+    EXPECTED = exhaustive_cases()
+
+    @pytest.fixture(autouse=True)
+    def passed(self, tmp_path, monkeypatch):
+        path = tmp_path / "passed.json"
+        monkeypatch.setattr(sys.modules[__name__], "PASSED", path)
+        return path
+
+    def report(self, tmp_path, timestamp, inside):
+        path = tmp_path / "report.xml"
+        path.write_text(f'<testsuites><testsuite timestamp="{timestamp}">{inside}</testsuite></testsuites>')
+        return path
+
+    def test_all_of_the_matrix(self, tmp_path, passed):
+        report = self.report(tmp_path, "2100-01-01T00:00:00+00:00", self.EXPECTED * "<testcase/>")
+        assert note(report) == "noted in passed.json"
+        assert json.loads(passed.read_text()) == versions()
+
+    @pytest.mark.parametrize("outcome", ["failure", "error", "skipped"])
+    def test_all_but_one(self, outcome, tmp_path, passed):
+        inside = (self.EXPECTED - 1) * "<testcase/>" + f"<testcase><{outcome}/></testcase>"
+        report = self.report(tmp_path, "2100-01-01T00:00:00+00:00", inside)
+        assert note(report) == f"{self.EXPECTED - 1} of the {self.EXPECTED} cases passed: nothing is noted"
+        assert not passed.exists()
+
+    def test_a_source_that_changed_meanwhile(self, tmp_path, passed):
+        report = self.report(tmp_path, "2000-01-01T00:00:00+00:00", self.EXPECTED * "<testcase/>")
+        with pytest.raises(SystemExit, match=r"kernels/launch\.py.* changed meanwhile"):
+            note(report)
+        assert not passed.exists()
+
+
+if __name__ == "__main__":
+    print(note(sys.argv[1]))
