@@ -16,6 +16,14 @@ DEV = [
     "tensorboard",
 ]
 
+KERNEL_PACKAGES = [
+    "kernels",
+    "kernels.compiler",
+    "kernels.fusion",
+    "kernels.torch_impl",
+    "kernels.triton_impl",
+]
+
 setup(
     name="mnistnorm",
     version="0.1.0",
@@ -27,7 +35,7 @@ setup(
     python_requires=">=3.10",
     # mnistnorm/kernels is a link to the top-level kernels/, so that no top-level `kernels` is ever installed:
     # that name belongs to another distribution.
-    packages=["mnistnorm", "mnistnorm.kernels"],
+    packages=["mnistnorm", *(f"mnistnorm.{name}" for name in KERNEL_PACKAGES)],
     package_data={"mnistnorm": ["py.typed", "mnist/*"], "mnistnorm.kernels": ["py.typed"]},
     install_requires=[
         "matplotlib>=3.8",

@@ -20,11 +20,11 @@ from mnistnorm.machine import describe_machine
 
 from .instruments import machine_code
 from .instruments.chain import Chain
-from .instruments.launching import CaughtLaunch, launches_caught, planned_for
-from .instruments.machine_code import TARGETS, Compiled, compiler_processes
 from .instruments.counting import Phases, launch_traffic, total
 from .instruments.gpus import GPU, GPUS
 from .instruments.inductor import inductor
+from .instruments.launching import CaughtLaunch, launches_caught, planned_for
+from .instruments.machine_code import TARGETS, Compiled, compiler_processes
 from .traffic import CONTENDERS, add_chain_flags, chains, compare, count_fused
 
 # The lines of the kernels that move activations; what else they move are a few values of each slab or channel.

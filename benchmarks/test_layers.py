@@ -10,11 +10,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .instruments.chain import Chain
 from .conftest import ARGUMENTS, DEVICES, WANTED
+from .instruments.chain import Chain
 from .instruments.contenders import CONTENDERS, Passes, UnavailableError, prepare, unavailable
-from .layers import PASSES, asked_contenders
 from .instruments.timing import keep_freed_memory, synchronize
+from .layers import PASSES, asked_contenders
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

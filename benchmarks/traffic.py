@@ -33,10 +33,10 @@ from mnistnorm.plots import COLORS, png
 
 from .instruments.cases import DTYPES, NORMS, shape
 from .instruments.chain import Chain, default_groups
-from .instruments.machine_code import TARGETS, compiler_processes, interpreter_process
 from .instruments.counting import Phases, eager, fused, interpreted, launches, once, total
 from .instruments.gpus import GPUS
 from .instruments.inductor import inductor
+from .instruments.machine_code import TARGETS, compiler_processes, interpreter_process
 
 # Elements of an activation up to which the launches also run in the interpreter, to be counted one by one.
 INTERPRETED = 2**16

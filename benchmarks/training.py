@@ -21,12 +21,12 @@ from torchvision import datasets, transforms
 
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, choose_device, command_of, fraction, output_file, run_program, thread_count
+from mnistnorm.cnn import CNN
 from mnistnorm.data import Augmentation, Dataset, load_dataset
+from mnistnorm.engine import LEARNING_RATES, Settings, Trainer, log_probabilities, score
 from mnistnorm.errors import UserError
 from mnistnorm.machine import describe_machine
-from mnistnorm.cnn import CNN
 from mnistnorm.run import build_trainer
-from mnistnorm.engine import LEARNING_RATES, Settings, Trainer, log_probabilities, score
 
 from .instruments.cases import NORMS
 from .instruments.memory import peak_bytes

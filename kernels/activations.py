@@ -123,7 +123,9 @@ class Activation:
             raise _unknown(self.name)
         if self.name == "leaky_relu" and not 0.0 < self.parameter < math.inf:
             hint = '; use activation="relu"' if self.parameter == 0 else ""
-            raise ValueError(f"the negative slope of leaky_relu must be positive and finite, got {self.parameter}{hint}")
+            raise ValueError(
+                f"the negative slope of leaky_relu must be positive and finite, got {self.parameter}{hint}"
+            )
 
     @classmethod
     def of(cls, activation: "str | nn.Module | Activation") -> "Activation":

@@ -1,6 +1,6 @@
 """The contract between the public functions and the two implementations of the fused operation.
 
-    y = activation(dropout(norm(input) * weight + bias) + residual)
+y = activation(dropout(norm(input) * weight + bias) + residual)
 """
 
 from collections.abc import Callable

@@ -253,18 +253,6 @@ class BatchNormAct3d(_BatchNormAct):
     layouts: ClassVar = {5: "(N, C, D, H, W)"}
 
 
-class BatchNormReLU1d(BatchNormAct1d):
-    """BatchNormAct1d, named for its default activation."""
-
-
-class BatchNormReLU2d(BatchNormAct2d):
-    """BatchNormAct2d, named for its default activation."""
-
-
-class BatchNormReLU3d(BatchNormAct3d):
-    """BatchNormAct3d, named for its default activation."""
-
-
 class GroupNormAct(FusedLayer, nn.GroupNorm):
     """activation(dropout(group_norm(input)) + residual) over (N, C, ...); the first four arguments are nn.GroupNorm's.
 
@@ -308,10 +296,6 @@ class GroupNormAct(FusedLayer, nn.GroupNorm):
             activation=self.activation,
             impl=self.impl,
         )
-
-
-class GroupNormReLU(GroupNormAct):
-    """GroupNormAct, named for its default activation."""
 
 
 class _InstanceNormAct(FusedLayer, _NormBase):
@@ -457,5 +441,6 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
         )
 
 
-class LayerNormReLU(LayerNormAct):
-    """LayerNormAct, named for its default activation."""
+# The names of the layers with their default activation.
+BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d = BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+GroupNormReLU, LayerNormReLU = GroupNormAct, LayerNormAct

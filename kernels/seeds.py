@@ -20,8 +20,7 @@ _drawn = _Drawn()
 def draw_seed(input: Tensor) -> int:
     """Draws a seed for a call that drops elements of `input`."""
     refuse_capture(input)
-    seed: int = _drawn.value.random_().item()
-    return seed
+    return int(_drawn.value.random_())
 
 
 def refuse_capture(input: Tensor) -> None:

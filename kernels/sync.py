@@ -80,9 +80,7 @@ def averages(sums: Tensor, count: int, process_group: str) -> Tensor:
     return message[:-1].view_as(sums) / message[-1]
 
 
-def statistics_backward(
-    input: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, process_group: str
-) -> Tensor:
+def statistics_backward(input: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, process_group: str) -> Tensor:
     """The gradient of the input of `batch_statistics`, from this process's gradients of mean and biased variance."""
     per_channel = (1, -1) + (1,) * (input.dim() - 2)
     slope, offset = averages(torch.stack([2 * grad_var, grad_mean]), count_of(input), process_group)

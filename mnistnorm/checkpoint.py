@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .data import Normalization
-from .errors import UserError, one_line
 from .cnn import CNN, NUM_CLASSES
+from .data import Normalization
 from .engine import Settings
+from .errors import UserError, one_line
 
 FORMAT = "mnistnorm checkpoint 1"
 

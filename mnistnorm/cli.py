@@ -15,9 +15,9 @@ import torch
 
 from . import distributed
 from .data import DATASETS
+from .engine import ELASTIC, LEARNING_RATES, Settings
 from .errors import UserError, one_line
 from .kernels.implementations import Impl
-from .engine import ELASTIC, LEARNING_RATES, Settings
 
 
 class Parser(argparse.ArgumentParser):

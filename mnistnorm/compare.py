@@ -16,9 +16,10 @@ import torch
 from . import distributed, plots
 from .checkpoint import write_atomically
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
+from .cnn import NORMS
+from .engine import Settings
 from .errors import UserError
 from .machine import describe_machine
-from .cnn import NORMS
 from .run import (
     COMPARISON_CONFIG,
     LAST,
@@ -33,7 +34,6 @@ from .run import (
     remove_files,
     run_training,
 )
-from .engine import Settings
 
 TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON = "comparison.txt", "comparison.md", "comparison.json"
 GRAPH, MISTAKES = "test-{}.png", "misclassified-{}.png"

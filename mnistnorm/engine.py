@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
+from .cnn import NORMS
 from .data import DATASETS, Dataset, Normalization, Split, TrainingBatches
 from .kernels.implementations import Impl
-from .cnn import NORMS
 
 # The peak learning rate, by optimizer and norm.
 LEARNING_RATES = {

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 from .checkpoint import INSTEAD, Checkpoint
 from .cli import Parser, choose_device, print_error, run_program
-from .errors import UserError
 from .cnn import IMAGE_SIZE
 from .engine import log_probabilities
+from .errors import UserError
 
 # The longer side, in pixels, that the images of each data set were scaled to.
 LONGER_SIDE = {"mnist": 20, "qmnist": 20, "kmnist": 28, "fashion-mnist": 28}

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from . import distributed, plots
 from .checkpoint import UNFINISHED, Checkpoint, write_atomically
+from .cnn import CNN
 from .data import Augmentation, TrainingBatches, load_dataset
+from .engine import MACHINE_SETTINGS, Settings, Trainer
 from .errors import UserError, one_line
 from .kernels.implementations import choose_implementation
-from .cnn import CNN
-from .engine import MACHINE_SETTINGS, Settings, Trainer
 
 LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"

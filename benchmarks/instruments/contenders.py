@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU
 from mnistnorm.errors import one_line
-from mnistnorm.kernels.functional import Impl
+from mnistnorm.kernels.implementations import Impl
 
 from .cases import NORMS
 from .chain import Chain, Tensors

@@ -16,9 +16,9 @@ import triton
 from torch import Tensor, nn
 
 from .chain import Chain, Tensors
-from .machine_code import TARGETS
 from .counting import AGAIN, Kernel, Phases, gradients
 from .gpus import GPU
+from .machine_code import TARGETS
 
 
 class _Stock(nn.Module):

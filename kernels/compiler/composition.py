@@ -49,9 +49,7 @@ def call_operator(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffe
     return output
 
 
-def _batch_norm(
-    norm: BatchNorm, input: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers
-) -> Tensor:
+def _batch_norm(norm: BatchNorm, input: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers) -> Tensor:
     running_mean, running_var = buffers.running_mean, buffers.running_var
     if norm.process_group is not None:
         mean, var, unbiased = operators.synchronised_statistics(input, norm.process_group)

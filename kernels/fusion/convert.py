@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 
-from .search import FUSIBLE, SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, match_chains
+from ..activations import Activation
+from ..functional import ActivationLike
+from ..modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, FusedLayer, GroupNormReLU, LayerNormReLU
 from .rewriting import (
     NORMS,
     Forward,
@@ -29,9 +31,7 @@ from .rewriting import (
     keeping_generators,
     scratch_copy,
 )
-from ..activations import Activation
-from ..functional import ActivationLike
-from ..modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, FusedLayer, GroupNormReLU, LayerNormReLU
+from .search import FUSIBLE, SUMS_IN_PLACE, Chain, Findings, Match, Refusal, find_chains, first_line, match_chains
 
 _FUSED_LAYERS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, GroupNormReLU, LayerNormReLU)
 _FUSED: dict[type[nn.Module], type[FusedLayer]] = dict(zip(FUSIBLE, _FUSED_LAYERS, strict=True))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from .rewriting import IN_PLACE_OPERATORS, NORMS, Rewritten, Tracer, check_one_way, scratch_copy
 from ..modules import FusedLayer
+from .rewriting import IN_PLACE_OPERATORS, NORMS, Rewritten, Tracer, check_one_way, scratch_copy
 
 FUSIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 

@@ -357,8 +357,8 @@ def _row_sums(
 def _column_sums(values: Tensor, factors: Tensor | None = None) -> list[Tensor]:
     """The sum of the rows of a float32 or float64 matrix and, with factors, the sum of its product with them.
 
-    Short rows are summed by the backward of torch's layer norm, several times as fast as by Tensor.sum: as many at a time
-    as make a wide row of whole cache lines for each thread.
+    Short rows are summed by the backward of torch's layer norm, several times as fast as by Tensor.sum: as many at a
+    time as make a wide row of whole cache lines for each thread.
     """
     rows, length = values.shape
     line = CACHE_LINE // values.element_size()

@@ -67,9 +67,7 @@ def backward(
                 grad, dense, mean, rstd, weight, *sizes, num_groups, list(needs)
             )
         case LayerNorm(normalized_shape):
-            return cpu.layer_norm_backward(
-                grad, input, normalized_shape, weight, bias, output, mean, rstd, needs
-            )
+            return cpu.layer_norm_backward(grad, input, normalized_shape, weight, bias, output, mean, rstd, needs)
 
 
 def is_best_recorded(norm: Norm, input: Tensor, weight: Parameter, bias: Parameter) -> bool:
@@ -115,12 +113,14 @@ def _batch_norm(
         buffers.count_()
         # Autograd also saves the running statistics, which it has no use for: aliases without a common version, as a
         # later call may update them before this one's backward.
-        running = [(each, each.data.to(dtype)) for each in (buffers.running_mean, buffers.running_var) if each is not None]
-        moved = [alias for _, alias in running] or [None, None]
-        output, mean, rstd = _torch_batch_norm(input, weight, bias, *moved, float(buffers.momentum), norm.eps)
-        for buffer, alias in running:
-            if alias.dtype != buffer.dtype:
-                buffer.copy_(alias)
+        running = [
+            None if each is None else each.data.to(dtype) for each in (buffers.running_mean, buffers.running_var)
+        ]
+        momentum = float(buffers.momentum)
+        output, mean, rstd = _torch_batch_norm(input, weight, bias, running[0], running[1], momentum, norm.eps)
+        for buffer, moved in zip((buffers.running_mean, buffers.running_var), running, strict=True):
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                buffer.copy_(moved)
         return output, mean, rstd
     rstd = (var + norm.eps).rsqrt()
     output = torch.empty_like(input, memory_format=memory_format_of(input)) if scratch is None else scratch
@@ -150,7 +150,7 @@ def _torch_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.native_batch_norm in training; its kernel for channels side by side loses the deviations from a large mean."""
+    """torch.native_batch_norm in training, whose kernel for channels side by side loses deviations from a large mean."""
     arguments = (weight, bias, running_mean, running_var, True, momentum, eps)
     if not cpu.adds_one_by_one(input):
         return torch.native_batch_norm(input, *arguments)
@@ -193,9 +193,7 @@ def _batch_norm_backward(
     return gradients
 
 
-def _group_norm(
-    norm: GroupNorm, input: Tensor, weight: Parameter, bias: Parameter
-) -> tuple[Tensor, Tensor, Tensor]:
+def _group_norm(norm: GroupNorm, input: Tensor, weight: Parameter, bias: Parameter) -> tuple[Tensor, Tensor, Tensor]:
     """torch.native_group_norm in the format of the output, and without the cancellation of its channels-last kernel."""
     memory_format, sizes = memory_format_of(input), _group_sizes(input)
     dense = input.contiguous(memory_format=memory_format)
@@ -212,9 +210,7 @@ def _group_sizes(input: Tensor) -> tuple[int, int, int]:
     return input.shape[0], input.shape[1], input.shape[2:].numel()
 
 
-def _layer_norm(
-    norm: LayerNorm, input: Tensor, weight: Parameter, bias: Parameter
-) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm(norm: LayerNorm, input: Tensor, weight: Parameter, bias: Parameter) -> tuple[Tensor, Tensor, Tensor]:
     if cpu.has_short_rows(input, norm.normalized_shape):
         output, mean, rstd = cpu.short_rows_forward(input, weight, bias, norm.eps)
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Epilogue, Gradients, Inputs, Needs, Saved, Unpacked
-from ..norms import BatchNorm, Buffers, LayerNorm, Norm, statistics_dtype
+from ..norms import Buffers, LayerNorm, Norm, statistics_dtype
 from . import normalization
 from .dropout import drop_
 from .layouts import memory_format_of

@@ -139,7 +139,9 @@ class TritonOperation:
             buffers = Buffers(weight, torch.ones_like(weight))
         inputs = Inputs(zeros, weight, torch.ones_like(weight), None)
         with torch.no_grad():
-            operation = TritonOperation(norm, Epilogue(self.epilogue.dropout_p, Activation("identity")), inputs, buffers)
+            operation = TritonOperation(
+                norm, Epilogue(self.epilogue.dropout_p, Activation("identity")), inputs, buffers
+            )
             return operation.forward(*inputs, buffers, seed)[0]
 
     def is_recorded_by_torch(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -152,7 +154,9 @@ class _Statistics:
     def __init__(self, operation: TritonOperation, plan: Plan) -> None:
         self._splits, self._slabs, self._dtype = plan.splits, operation.geometry.slabs, operation.dtype
         sizes = (*_sizes(operation, plan), plan.splits)
-        self._launch = Launch(statistics_kernel, plan.slab_blocks * plan.splits, sizes, plan.constants, operation.device)
+        self._launch = Launch(
+            statistics_kernel, plan.slab_blocks * plan.splits, sizes, plan.constants, operation.device
+        )
 
     def run(self, input: Tensor) -> Tensor:
         """What it stores, flat: moment, split, slab."""
@@ -212,9 +216,9 @@ class _Backward:
             fixed = (*sizes, splits, *operation.dropout)
             self._sums = Launch(gradient_sums_kernel, plan.slab_blocks * splits, fixed, constants, device)
             splits = splits if self._group is None else 1  # the sums over all processes
-        fixed = (*sizes, geometry.slab_size, plan.row_programs, splits, *operation.dropout)
         constants = {**constants, "REDUCTION": plan.reduction}
-        self._launch = Launch(backward_kernel, plan.programs, fixed, constants, device)
+        more = geometry.slab_size, plan.row_programs, splits, *operation.dropout
+        self._launch = Launch(backward_kernel, plan.programs, (*sizes, *more), constants, device)
         self._parameter_sums: Launch | None = None
         if plan.parameter_partials > 1 and (needs[1] or needs[2]):
             programs, blocks = parameter_sums_plan(geometry.parameters)
@@ -236,8 +240,8 @@ class _Backward:
         needs_input, needs_weight, needs_bias, needs_residual = self._needs
         grad_input = torch.empty_like(input) if needs_input else None
         grad_residual = torch.empty_like(input) if needs_residual else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad_bias = torch.empty_like(bias) if needs_bias else None
+        grad_weight = torch.empty_like(weight) if needs_weight and weight is not None else None
+        grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
         weight_sums, bias_sums, partials = grad_weight, grad_bias, None
         if self._parameter_sums is not None:
             weight_sums = statistics.new_empty(self._parameter_sums_size) if needs_weight else None
@@ -246,7 +250,7 @@ class _Backward:
         if self._sums is not None:
             partials = statistics.new_empty(2 * self._splits * self._slabs)
             self._sums.run((*tensors, partials), (seed,))
-            if self.group is not None:
+            if self._group is not None:
                 partials = self._synchronise(partials, grad_weight, grad_bias)
                 weight_sums = bias_sums = None
         self._launch.run((*tensors, grad_input, grad_residual, weight_sums, bias_sums, partials), (seed,))
@@ -256,14 +260,14 @@ class _Backward:
 
     def _synchronise(self, partials: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None) -> Tensor:
         """The sums over all processes; the parameters' gradients are this process's share."""
-        assert self.group is not None
+        assert self._group is not None
         sums = partials.view(2, self._splits, self._slabs).sum(1)
         for gradient, share in ((grad_bias, sums[0]), (grad_weight, sums[1])):
             if gradient is not None:
                 gradient.copy_(share)
         # The kernel divides by the elements of this process.
         count = self._operation.geometry.slab_size
-        return sync.averages(sums, count, self.group) * count
+        return sync.averages(sums, count, self._group) * count
 
 
 def _sizes(operation: TritonOperation, plan: Plan) -> tuple[int, int, int, int]:

@@ -245,7 +245,7 @@ def _max_cluster(target: GPUTarget) -> int:
 
 
 def _cluster(geometry: Geometry, tile: Tile, capacity: int, max_cluster: int) -> int:
-    """Programs that hold a resident tile together: as few as possible, more where few tiles would leave the GPU idle."""
+    """Programs that hold a resident tile together: as few as possible, more where few tiles would idle the GPU."""
     cluster = cdiv(prod(tile), capacity)
     tiles = cdiv(geometry.slabs, _slab_block(geometry, tile))
     while tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE and cluster < max_cluster:
@@ -290,5 +290,5 @@ def _num_warps(values: int, reduction: Reduction, target: GPUTarget) -> int:
 
 
 def _register_limit(num_warps: int, target: GPUTarget) -> dict[str, int]:
-    """The registers that the hardware has for a thread: by default ptxas spills a few to run more programs at a time."""
+    """The registers that the hardware has for a thread: by default ptxas spills some to run more programs at once."""
     return {"maxnreg": min(255, 65536 // (32 * num_warps))} if target.backend == "cuda" else {}

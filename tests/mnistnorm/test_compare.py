@@ -11,9 +11,9 @@ import torch
 
 from mnistnorm import compare
 from mnistnorm.checkpoint import Checkpoint
+from mnistnorm.engine import Settings, Trainer
 from mnistnorm.errors import UserError
 from mnistnorm.run import locked
-from mnistnorm.engine import Settings, Trainer
 
 # In one process, which trains for all of them once.
 pytestmark = pytest.mark.xdist_group("compare")

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tests.mnistnorm.test_training import trainer
 
 from mnistnorm import compare, distributed, train
 from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.data import Augmentation, Dataset, Normalization, TrainingBatches
-from mnistnorm.errors import UserError
 from mnistnorm.engine import Settings
+from mnistnorm.errors import UserError
 from tests.mnistnorm.test_train import FILES, ROOT, same_result
-from tests.mnistnorm.test_training import trainer
 
 OneError = Callable[[], str]
 

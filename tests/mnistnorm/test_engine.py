@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mnistnorm.data import Augmentation, Dataset, TrainingBatches
 from mnistnorm.cnn import CNN, NORMS
+from mnistnorm.data import Augmentation, Dataset, TrainingBatches
 from mnistnorm.engine import (
     LEARNING_RATES,
     ConvMuon,

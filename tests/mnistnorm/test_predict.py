@@ -12,10 +12,10 @@ from PIL import Image
 
 from mnistnorm import predict
 from mnistnorm.checkpoint import Checkpoint
-from mnistnorm.data import Augmentation, Dataset, Split, TrainingBatches
 from mnistnorm.cnn import CNN
-from mnistnorm.predict import read_image, to_mnist
+from mnistnorm.data import Augmentation, Dataset, Split, TrainingBatches
 from mnistnorm.engine import Settings, Trainer, log_probabilities
+from mnistnorm.predict import read_image, to_mnist
 
 # In one process, which trains for all of them once.
 pytestmark = pytest.mark.xdist_group("predict")

@@ -21,8 +21,8 @@ import pytest
 import torch
 import triton
 
-from benchmarks.instruments import machine_code
 from benchmarks.compiled import ACTIVATION_LOADS, ACTIVATION_STORES
+from benchmarks.instruments import machine_code
 from mnistnorm.kernels import launchers
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
