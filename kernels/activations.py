@@ -1,6 +1,6 @@
 """The activations that a fused operation can end with: one entry of `_KINDS` each.
 
-An entry's formulas for Triton are its branches in `activate` and `activation_gradient` of triton_impl/device_functions.py.
+An entry's formulas for Triton are its branches in `activate` and `activation_gradient` of device_functions.py.
 """
 
 import math
@@ -25,8 +25,8 @@ class _Kind(NamedTuple):
             with respect to grad_output.
         modules: the torch.nn classes that compute it.
         gradient_from_output: whether the output tells the gradient: then backward needs no pre-activation.
-        masks: whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and where
-            the output is 0: then the output alone tells which elements dropout removed.
+        masks: whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and
+            where the output is 0: then the output alone tells which elements dropout removed.
         default: of the parameter, 0 where there is none.
         attribute: of the modules, that holds the parameter.
     """

@@ -7,47 +7,31 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
-from .contract import Needs, Operation, Saved, gradients_of
+from .contract import Inputs, Needs, Operation, Saved, gradients_of
 from .norms import Buffers
 from .torch_impl.differentiable import normalize
 
 
-def apply(
-    operation: Operation,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    buffers: Buffers,
-    seed: int,
-    requires_grad: bool,
-) -> Tensor:
-    """Runs an operation, recorded by autograd if gradients are enabled; `requires_grad`: whether a tensor asks for one."""
-    if requires_grad and torch.is_grad_enabled() and not operation.is_recorded_by_torch(input, weight, bias):
-        output: Tensor = _Fused.apply(input, weight, bias, residual, operation, buffers, seed)
+def apply(operation: Operation, inputs: Inputs, buffers: Buffers, seed: int, requires_grad: bool) -> Tensor:
+    """Runs an operation, recorded by autograd if gradients are enabled and one of the inputs requires one."""
+    if requires_grad and torch.is_grad_enabled() and not operation.is_recorded_by_torch(inputs):
+        output: Tensor = _Fused.apply(*inputs, operation, buffers, seed)
         return output
-    return operation.forward(input, weight, bias, residual, buffers, seed)[0]
+    return operation.forward(inputs, buffers, seed)[0]
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        operation: Operation,
-        buffers: Buffers,
-        seed: int,
-    ) -> Tensor:
-        output, statistics = operation.forward(input, weight, bias, residual, buffers, seed)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs = arguments[:4]
+        operation, buffers, seed = arguments[4:]
         ctx.operation, ctx.seed = operation, seed
+        output, statistics = operation.forward(inputs, buffers, seed)
         keeps = operation.keeps
         if keeps is None:
-            ctx.save_for_backward(input, weight, bias, *statistics)
+            ctx.save_for_backward(*inputs[:3], *statistics)
         else:
-            ctx.save_for_backward(input, weight, bias, *statistics, output if keeps == "output" else residual)
+            ctx.save_for_backward(*inputs[:3], *statistics, output if keeps == "output" else inputs[3])
         return output
 
     @staticmethod

@@ -12,6 +12,8 @@ from torch import Tensor
 from .activations import Activation
 from .norms import Buffers, Norm
 
+Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Input, weight, bias and residual: the tensors that gradients are for."""
 Kept = Literal["output", "residual"]
 Needs = tuple[bool, bool, bool, bool]
 """Whether the gradients of input, weight, bias and residual are asked for."""
@@ -56,15 +58,6 @@ class Epilogue:
         return "residual" if has_residual else None
 
 
-class Inputs(NamedTuple):
-    """The tensors that gradients are for."""
-
-    input: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-
-
 class Unpacked(NamedTuple):
     """What was saved, in terms that both implementations share."""
 
@@ -94,15 +87,7 @@ class Operation(Protocol):
     @property
     def input_strides(self) -> tuple[int, ...]: ...
 
-    def forward(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        buffers: Buffers,
-        seed: int,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the output and the statistics for backward; updates `buffers`. The seed decides what is dropped."""
 
     def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
@@ -113,7 +98,7 @@ class Operation(Protocol):
     def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
         """0 where forward drops an element and 1 / (1 - dropout_p) elsewhere, of the input's shape and dtype."""
 
-    def is_recorded_by_torch(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    def is_recorded_by_torch(self, inputs: Inputs) -> bool:
         """Whether autograd is to record the operations of `forward` instead of using `backward`."""
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import compiler
 from .activations import Activation
@@ -28,9 +27,10 @@ def batch_norm_relu(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float | Tensor = 0.1,
+    momentum: float | Tensor | None = 0.1,
     eps: float = 1e-5,
     *,
+    num_batches_tracked: Tensor | None = None,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
     activation: ActivationLike = "relu",
@@ -45,8 +45,10 @@ def batch_norm_relu(
             `training`; used for the normalization otherwise.
         weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
         training: normalize with the statistics of this batch.
-        momentum: weight of this batch in the running statistics; a number or a 0-dim tensor.
+        momentum: weight of this batch in the running statistics; a number or a 0-dim tensor, or None for a cumulative
+            average, which takes `num_batches_tracked`.
         eps: added to the variance.
+        num_batches_tracked: 0-dim; counts the batch, in place, when `training`.
         residual: added before the activation; of the input's shape, dtype (nothing is promoted) and device.
         dropout_p: probability to zero an element of the normalized tensor, whatever `training` is (the modules pass 0
             in eval mode). A zeroed element is 0 whatever it was, NaN included. Under torch.compile, torch.export and
@@ -71,35 +73,43 @@ def batch_norm_relu(
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
     """
-    if has_torch_function_unary(input):
-        arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        result: Tensor = handle_torch_function(
-            batch_norm_relu,
-            (input,),
-            *arguments,
-            residual=residual,
-            dropout_p=dropout_p,
-            activation=activation,
-            process_group=process_group,
-            impl=impl,
-        )
-        return result
-    return batch_norm(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        None,
-        residual,
-        dropout_p,
-        activation,
-        process_group,
-        impl,
-    )
+    key = None
+    if momentum is None and num_batches_tracked is not None:
+        momentum = 1.0 / (num_batches_tracked + 1).double()
+    if process_group is None:
+        options = ("batch", training, momentum.__class__, eps, dropout_p, activation, impl)
+        key, ready = _find(options, input, weight, bias, residual, running_mean, running_var)
+        if ready is not None:
+            buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked)  # type: ignore[arg-type]
+            seed = draw_seed(input) if dropout_p else 0
+            return apply(ready[0], (input, weight, bias, residual), buffers, seed, ready[1])
+    implementation = _implementation(impl, input)
+    if not 2 <= input.dim() <= 5:
+        raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    epilogue = _check(input, weight, bias, (channels,), residual, dropout_p, activation)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is not None:
+            _check_parameter(name, buffer, input, (channels,))
+            if buffer.requires_grad:
+                raise RuntimeError(f"{name} must not require a gradient: batch_norm_relu does not differentiate it")
+    if not training and running_mean is None:
+        raise RuntimeError("running_mean and running_var must be given when training=False")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"eps must be positive, or 0 when not training, got {eps}")
+    if momentum is None:
+        raise TypeError("momentum must be a number, got None without num_batches_tracked for a cumulative average")
+    if process_group is not None and not isinstance(process_group, ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
+    group_name = process_group.group_name if training and process_group is not None else None
+    if training and group_name is None and channels > 0 and input.numel() == channels:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
+    norm = BatchNorm(_number(eps), bool(training), group_name)
+    momentum = momentum if isinstance(momentum, Tensor) else _number(momentum)
+    buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked)
+    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual), buffers)
 
 
 def group_norm_relu(
@@ -132,18 +142,28 @@ def group_norm_relu(
 
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
-    if has_torch_function_unary(input):
-        result: Tensor = handle_torch_function(
-            group_norm_relu,
-            (input,),
-            *(input, num_groups, weight, bias, eps),
-            residual=residual,
-            dropout_p=dropout_p,
-            activation=activation,
-            impl=impl,
+    options = ("group", num_groups, num_groups.__class__, eps, dropout_p, activation, impl)
+    key, ready = _find(options, input, weight, bias, residual)
+    if ready is not None:
+        seed = draw_seed(input) if dropout_p else 0
+        return apply(ready[0], (input, weight, bias, residual), NO_BUFFERS, seed, ready[1])
+    implementation = _implementation(impl, input)
+    if input.dim() < 2:
+        raise RuntimeError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    if not hasattr(num_groups, "__index__"):
+        raise TypeError(f"num_groups must be an int, got {num_groups!r}")
+    num_groups = operator.index(num_groups)
+    if num_groups <= 0 or channels % num_groups != 0:
+        raise RuntimeError(
+            f"num_groups must be positive and divide the channels, got num_groups={num_groups} for input of shape "
+            f"{tuple(input.shape)}"
         )
-        return result
-    return group_norm(input, num_groups, weight, bias, eps, residual, dropout_p, activation, impl)
+    epilogue = _check(input, weight, bias, (channels,), residual, dropout_p, activation)
+    if input.numel() == num_groups:
+        raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
+    norm = GroupNorm(num_groups, _number(eps))
+    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual), NO_BUFFERS)
 
 
 def layer_norm_relu(
@@ -176,131 +196,11 @@ def layer_norm_relu(
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
     """
-    if has_torch_function_unary(input):
-        result: Tensor = handle_torch_function(
-            layer_norm_relu,
-            (input,),
-            *(input, normalized_shape, weight, bias, eps),
-            residual=residual,
-            dropout_p=dropout_p,
-            activation=activation,
-            impl=impl,
-        )
-        return result
-    return layer_norm(input, normalized_shape, weight, bias, eps, residual, dropout_p, activation, impl)
-
-
-# What the public functions and the modules call. Each looks for what an earlier call of the same kind prepared, whose
-# arguments were checked: `_find` compares everything that the checks and the preparation depend on.
-
-
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    dropout_p: float,
-    activation: ActivationLike,
-    process_group: ProcessGroup | None,
-    impl: Impl,
-) -> Tensor:
-    """`batch_norm_relu` that also counts the batch in `num_batches_tracked`."""
-    key = None
-    if process_group is None:
-        options = ("batch", training, momentum.__class__, eps, dropout_p, activation, impl)
-        key, ready = _find(options, input, weight, bias, residual, running_mean, running_var)
-        if ready is not None:
-            buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked)
-            seed = draw_seed(input) if dropout_p else 0
-            return apply(ready[0], input, weight, bias, residual, buffers, seed, ready[1])
-    implementation = _implementation(impl, input)
-    if not 2 <= input.dim() <= 5:
-        raise ValueError(f"input must have 2 to 5 dimensions (N, C, ...), got shape {tuple(input.shape)}")
-    channels = input.shape[1]
-    epilogue = _check(input, weight, bias, (channels,), residual, dropout_p, activation)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-        if buffer is not None:
-            _check_parameter(name, buffer, input, (channels,))
-            if buffer.requires_grad:
-                raise RuntimeError(f"{name} must not require a gradient: batch_norm_relu does not differentiate it")
-    if not training and running_mean is None:
-        raise RuntimeError("running_mean and running_var must be given when training=False")
-    if eps < 0 or (training and eps == 0):
-        raise ValueError(f"eps must be positive, or 0 when not training, got {eps}")
-    if momentum is None:
-        raise TypeError("momentum must be a number, got None (which BatchNormAct2d accepts, for a cumulative average)")
-    if process_group is not None and not isinstance(process_group, ProcessGroup):
-        raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
-    group_name = process_group.group_name if training and process_group is not None else None
-    if training and group_name is None and channels > 0 and input.numel() == channels:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
-    norm = BatchNorm(_number(eps), bool(training), group_name)
-    momentum = momentum if isinstance(momentum, Tensor) else _number(momentum)
-    buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked)
-    return _call(key, implementation, norm, epilogue, Inputs(input, weight, bias, residual), buffers)
-
-
-def group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    dropout_p: float,
-    activation: ActivationLike,
-    impl: Impl,
-) -> Tensor:
-    """`group_norm_relu`."""
-    options = ("group", num_groups, num_groups.__class__, eps, dropout_p, activation, impl)
-    key, ready = _find(options, input, weight, bias, residual)
-    if ready is not None:
-        seed = draw_seed(input) if dropout_p else 0
-        return apply(ready[0], input, weight, bias, residual, NO_BUFFERS, seed, ready[1])
-    implementation = _implementation(impl, input)
-    if input.dim() < 2:
-        raise RuntimeError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
-    channels = input.shape[1]
-    if not hasattr(num_groups, "__index__"):
-        raise TypeError(f"num_groups must be an int, got {num_groups!r}")
-    num_groups = operator.index(num_groups)
-    if num_groups <= 0 or channels % num_groups != 0:
-        raise RuntimeError(
-            f"num_groups must be positive and divide the channels, got num_groups={num_groups} for input of shape "
-            f"{tuple(input.shape)}"
-        )
-    epilogue = _check(input, weight, bias, (channels,), residual, dropout_p, activation)
-    if input.numel() == num_groups:
-        raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
-    norm = GroupNorm(num_groups, _number(eps))
-    return _call(key, implementation, norm, epilogue, Inputs(input, weight, bias, residual), NO_BUFFERS)
-
-
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    dropout_p: float,
-    activation: ActivationLike,
-    impl: Impl,
-) -> Tensor:
-    """`layer_norm_relu`."""
     options = ("layer", normalized_shape, normalized_shape.__class__, eps, dropout_p, activation, impl)
     key, ready = _find(options, input, weight, bias, residual)
     if ready is not None:
         seed = draw_seed(input) if dropout_p else 0
-        return apply(ready[0], input, weight, bias, residual, NO_BUFFERS, seed, ready[1])
+        return apply(ready[0], (input, weight, bias, residual), NO_BUFFERS, seed, ready[1])
     implementation = _implementation(impl, input)
     if isinstance(normalized_shape, int):
         raise TypeError(f"normalized_shape must be a tuple of ints, got the int {normalized_shape}")
@@ -311,7 +211,7 @@ def layer_norm(
         raise RuntimeError(f"input must have shape (*, {', '.join(map(str, shape))}), got {tuple(input.shape)}")
     epilogue = _check(input, weight, bias, shape, residual, dropout_p, activation)
     norm = LayerNorm(tuple(map(_integer, shape)), _number(eps))
-    return _call(key, implementation, norm, epilogue, Inputs(input, weight, bias, residual), NO_BUFFERS)
+    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual), NO_BUFFERS)
 
 
 Key = tuple[Any, ...]
@@ -358,7 +258,7 @@ def _call(
     key: Key | None, implementation: Implementation, norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers
 ) -> Tensor:
     """Runs a call whose arguments were checked; with a key, keeps what it prepares for the next one."""
-    input = inputs.input
+    input, *_ = inputs
     if input.numel() == 0 and not (isinstance(norm, BatchNorm) and norm.process_group is not None):
         buffers.count_()
         return _empty_output(inputs)
@@ -370,16 +270,17 @@ def _call(
     if key is not None and not any(isinstance(option, Tensor | nn.Module) for option in key[0]):  # which can change
         remember(_ready, key, (operation, requires_grad))
     seed = draw_seed(input) if epilogue.dropout_p > 0 else 0
-    return apply(operation, *inputs, buffers, seed, requires_grad)
+    return apply(operation, inputs, buffers, seed, requires_grad)
 
 
 def _empty_output(inputs: Inputs) -> Tensor:
     """An output of no elements, with gradients of zero."""
-    output = inputs.input.clone()
-    for parameter in (inputs.weight, inputs.bias):
+    input, weight, bias, residual = inputs
+    output = input.clone()
+    for parameter in (weight, bias):
         if parameter is not None:
             output = output + 0 * parameter.sum().to(output.dtype)
-    return output if inputs.residual is None else output + inputs.residual
+    return output if residual is None else output + residual
 
 
 def _number(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import operator
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -14,19 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from . import compiler, sync
 from .activations import Activation
-from .functional import (
-    ActivationLike,
-    batch_norm,
-    batch_norm_relu,
-    check_epilogue,
-    group_norm,
-    group_norm_relu,
-    layer_norm,
-    layer_norm_relu,
-)
+from .functional import ActivationLike, batch_norm_relu, check_epilogue, group_norm_relu, layer_norm_relu
 from .implementations import Impl
-
-_IDENTITY = Activation("identity")
 
 
 class FusedLayer(nn.Module):
@@ -35,9 +25,10 @@ class FusedLayer(nn.Module):
     dropout_p: float
     activation: ActivationLike
     impl: Impl
+    _function: ClassVar[Callable[..., Tensor]]
 
     def set_options(self, dropout_p: float, activation: ActivationLike, impl: Impl) -> None:
-        """Sets and checks what a norm of torch.nn does not have."""
+        """Checks and sets what a norm of torch.nn does not have."""
         epilogue = check_epilogue(dropout_p, activation, impl)
         self.dropout_p, self.activation, self.impl = dropout_p, epilogue.activation.short, impl
 
@@ -48,33 +39,41 @@ class FusedLayer(nn.Module):
         """
         if isinstance(input, fx.Proxy):
             return self._record(input, residual, _in_place)
+        self._check_input(input)
         if _in_place is None or _fits(residual, input):
-            return self._compute(input, residual, self.activation)
-        output = self._compute(input, None, _IDENTITY)
+            return self._call(self._function, input, residual, self.activation)
+        output = self._call(self._function, input, None, "identity")
         output = (operator.iadd if _in_place else operator.add)(output, residual)
         return Activation.of(self.activation).forward(output)
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
+    def _check_input(self, input: Tensor) -> None:
+        """Raises for what the function takes and the module does not."""
+
+    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+        """Calls `_function`, or what stands for it, with all that the layer holds."""
         raise NotImplementedError
+
+    def _options(self, residual: Any, activation: ActivationLike) -> dict[str, Any]:
+        """The keyword arguments that all functions take."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        return {"residual": residual, "dropout_p": dropout_p, "activation": activation, "impl": self.impl}
 
     def _record(self, input: fx.Proxy, residual: Any, in_place: bool | None) -> Any:
-        """Records the call in a trace of torch.fx: as that of a leaf, or of a function where this is what is traced."""
-        path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        """Records a call in a trace of torch.fx: of the layer as a leaf, or of its function if it is the root."""
+        tracer: Any = input.tracer
+        path = tracer.path_of_module(self)
         if path == "":
-            return self._record_function(input, residual)
+            return self._call(partial(_record_function, tracer, self._function), input, residual, self.activation)
         options = {} if in_place is None else {"_in_place": in_place}
         arguments = (input,) if residual is None else (input, residual)
-        return input.tracer.create_proxy("call_module", path, arguments, options)
-
-    def _record_function(self, input: Any, residual: Any) -> Any:
-        raise NotImplementedError
-
-    @property
-    def _dropout_now(self) -> float:
-        return self.dropout_p if self.training else 0.0
+        return tracer.create_proxy("call_module", path, arguments, options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}, activation={self.activation}, impl={self.impl}"
+
+
+def _record_function(tracer: Any, function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Any:
+    return tracer.create_proxy("call_function", function, arguments, options)
 
 
 def _fits(residual: Any, input: Tensor) -> bool:
@@ -120,6 +119,7 @@ class _BatchNormAct(FusedLayer, _NormBase):
 
     layouts: ClassVar[dict[int, str]]
     """The names of an input's dimensions, by their number."""
+    _function = staticmethod(batch_norm_relu)
 
     def __init__(
         self,
@@ -155,65 +155,32 @@ class _BatchNormAct(FusedLayer, _NormBase):
         group = self.process_group
         return super().extra_repr() + ("" if group is None else f", process_group={group.group_name}")
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
+    def _check_input(self, input: Tensor) -> None:
         if input.dim() not in self.layouts:
             expected = " or ".join(f"{dim}D input {layout}" for dim, layout in self.layouts.items())
             raise ValueError(f"expected {expected}, got {input.dim()}D input of shape {tuple(input.shape)}")
-        training = self.training
-        group = self.process_group if training else None
+        group = self.process_group if self.training else None
         if isinstance(group, ProcessGroup) and not compiler.is_traced(input) and _checked.get(self) != group.group_name:
             sync.check_channels(input, group)
             _checked[self] = group.group_name
-        running_mean, running_var = self.running_mean, self.running_var
+
+    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+        training = self.training
+        tracks = training and self.track_running_stats
         # nn's rules: in training the running statistics are updated if tracked, in eval mode used if they exist.
-        use_batch_stats = training or running_mean is None
-        momentum: float | Tensor | None = self.momentum
-        counter = None
-        if training and self.track_running_stats:
-            counter = self.num_batches_tracked
-            if momentum is None and counter is not None:
-                momentum = 1.0 / (counter + 1).double()
-        elif training:
-            running_mean = running_var = None
-        return batch_norm(
+        running_mean, running_var = (self.running_mean, self.running_var) if tracks or not training else (None, None)
+        return function(
             input,
             running_mean,
             running_var,
             self.weight,
             self.bias,
-            use_batch_stats,
-            0.0 if momentum is None else momentum,
+            training or running_mean is None,
+            self.momentum if tracks else 0.0,
             self.eps,
-            counter,
-            residual,
-            self.dropout_p if training else 0.0,
-            activation,
-            group,
-            self.impl,
-        )
-
-    def _record_function(self, input: Any, residual: Any) -> Any:
-        training = self.training
-        tracked = training and self.track_running_stats
-        running = (self.running_mean, self.running_var) if tracked or not training else (None, None)
-        momentum: Any = self.momentum or 0.0
-        if tracked:
-            counter = input.tracer.create_proxy("get_attr", "num_batches_tracked", (), {})
-            counter = counter.add_(1)
-            momentum = 1.0 / counter.double() if self.momentum is None else momentum
-        return batch_norm_relu(
-            input,
-            *running,
-            self.weight,
-            self.bias,
-            training or running[0] is None,
-            momentum,
-            self.eps,
-            residual=residual,
-            dropout_p=self._dropout_now,
-            activation=self.activation,
+            num_batches_tracked=self.num_batches_tracked if tracks else None,
             process_group=self.process_group if training else None,
-            impl=self.impl,
+            **self._options(residual, activation),
         )
 
 
@@ -266,6 +233,8 @@ class GroupNormAct(FusedLayer, nn.GroupNorm):
     Called as layer(input, residual=None), with a residual of the input's shape and dtype.
     """
 
+    _function = staticmethod(group_norm_relu)
+
     def __init__(
         self,
         num_groups: int,
@@ -283,19 +252,9 @@ class GroupNormAct(FusedLayer, nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
-        groups, weight, bias = self.num_groups, self.weight, self.bias
-        return group_norm(input, groups, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
-
-    def _record_function(self, input: Any, residual: Any) -> Any:
-        return group_norm_relu(
-            *(input, self.num_groups, self.weight, self.bias, self.eps),
-            residual=residual,
-            dropout_p=self._dropout_now,
-            activation=self.activation,
-            impl=self.impl,
-        )
+    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+        options = self._options(residual, activation)
+        return function(input, self.num_groups, self.weight, self.bias, self.eps, **options)
 
 
 class _InstanceNormAct(FusedLayer, _NormBase):
@@ -303,6 +262,7 @@ class _InstanceNormAct(FusedLayer, _NormBase):
 
     layouts: ClassVar[dict[int, str]]
     """The names of a batch's dimensions, by their number."""
+    _function = staticmethod(group_norm_relu)
 
     def __init__(
         self,
@@ -327,36 +287,28 @@ class _InstanceNormAct(FusedLayer, _NormBase):
         super().__init__(num_features, eps, momentum, affine, False, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
-        dim, channels = input.dim(), self.num_features
-        if dim + 1 in self.layouts:  # a sample without a batch
-            one = None if residual is None else residual.unsqueeze(0)
-            return self._compute(input.unsqueeze(0), one, activation).squeeze(0)
-        if dim not in self.layouts:
-            expected = " or ".join(f"{dim - 1}D or {dim}D input {layout}" for dim, layout in self.layouts.items())
-            raise ValueError(f"expected {expected}, got {dim}D input of shape {tuple(input.shape)}")
-        if input.shape[1] != channels and self.affine:
-            raise ValueError(f"expected input of {channels} channels, got {input.shape[1]}: shape {tuple(input.shape)}")
-        if input.shape[1] != channels:
-            warnings.warn(
-                f"input has {input.shape[1]} channels, num_features is {channels}: not used, as affine is False",
-                stacklevel=3,
-            )
-            channels = input.shape[1]
-        if self.training and input.shape[2:].numel() == 1:
-            raise ValueError(f"expected more than 1 spatial element when training, got input size {input.shape}")
-        dropout_p = self.dropout_p if self.training else 0.0
-        weight, bias = self.weight, self.bias
-        return group_norm(input, channels, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, _in_place: bool | None = None) -> Tensor:
+        if isinstance(input, Tensor) and input.dim() + 1 in self.layouts:  # a sample without a batch
+            batch = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+            return super().forward(*batch, _in_place=_in_place).squeeze(0)
+        return super().forward(input, residual, _in_place=_in_place)
 
-    def _record_function(self, input: Any, residual: Any) -> Any:
-        return group_norm_relu(
-            *(input, self.num_features, self.weight, self.bias, self.eps),
-            residual=residual,
-            dropout_p=self._dropout_now,
-            activation=self.activation,
-            impl=self.impl,
-        )
+    def _check_input(self, input: Tensor) -> None:
+        shape = tuple(input.shape)
+        if input.dim() not in self.layouts:
+            ((dim, layout),) = self.layouts.items()
+            raise ValueError(f"expected {dim - 1}D or {dim}D input {layout}, got {input.dim()}D input of shape {shape}")
+        if shape[1] != self.num_features:
+            message = f"expected {self.num_features} channels (num_features), got input of shape {shape}"
+            if self.affine:
+                raise ValueError(message)
+            warnings.warn(f"{message}; num_features is not used, because affine is False", stacklevel=4)
+        if input.shape[2:].numel() == 1:
+            raise ValueError(f"expected more than 1 spatial element, got input of shape {shape}")
+
+    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+        groups = input.shape[1] if isinstance(input, Tensor) else self.num_features
+        return function(input, groups, self.weight, self.bias, self.eps, **self._options(residual, activation))
 
 
 class InstanceNormAct1d(_InstanceNormAct):
@@ -392,7 +344,7 @@ class InstanceNormAct2d(_InstanceNormAct):
 
 
 class InstanceNormAct3d(_InstanceNormAct):
-    """activation(dropout(instance_norm(input)) + residual) over (N, C, D, H, W) or (C, D, H, W); see InstanceNormAct2d."""
+    """activation(dropout(instance_norm(input)) + residual) over (N, C, D, H, W) or (C, D, H, W)."""
 
     layouts: ClassVar = {5: "(N, C, D, H, W)"}
 
@@ -410,6 +362,8 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
     Called as layer(input, residual=None), with a residual of the input's shape and dtype.
     """
 
+    _function = staticmethod(layer_norm_relu)
+
     def __init__(
         self,
         normalized_shape: int | list[int] | torch.Size | tuple[int, ...],
@@ -426,19 +380,9 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
-        shape, weight, bias = self.normalized_shape, self.weight, self.bias
-        return layer_norm(input, shape, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
-
-    def _record_function(self, input: Any, residual: Any) -> Any:
-        return layer_norm_relu(
-            *(input, self.normalized_shape, self.weight, self.bias, self.eps),
-            residual=residual,
-            dropout_p=self._dropout_now,
-            activation=self.activation,
-            impl=self.impl,
-        )
+    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+        options = self._options(residual, activation)
+        return function(input, self.normalized_shape, self.weight, self.bias, self.eps, **options)
 
 
 # The names of the layers with their default activation.

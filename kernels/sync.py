@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import GroupName
 
 
 def check_channels(input: Tensor, process_group: ProcessGroup) -> None:
-    """Compares the channels by one collective, before a layer's first: with messages of unequal size, backends may hang.
+    """Compares the channels by a collective, before a layer's first: with messages of unequal size, backends may hang.
 
     Raises:
         ValueError: in all processes, if their numbers of channels differ.

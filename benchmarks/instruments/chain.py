@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnistnorm.errors import UserError
 from mnistnorm.kernels.activations import Activation
-from mnistnorm.kernels.contract import Epilogue, Gradients, Inputs, Saved
+from mnistnorm.kernels.contract import Epilogue, Gradients, Saved
 from mnistnorm.kernels.norms import BatchNorm, Buffers, GroupNorm, LayerNorm, Norm
 from mnistnorm.kernels.triton_impl.operation import TritonOperation
 from mnistnorm.kernels.triton_impl.plans import Kind
@@ -154,7 +154,7 @@ class Chain:
     def operation(self, tensors: Tensors, plan: Kind | None = None) -> TritonOperation:
         """The fused chain in Triton."""
         epilogue = Epilogue(self.dropout, Activation.of(self.activation))
-        inputs = Inputs(tensors.input, tensors.weight, tensors.bias, tensors.residual)
+        inputs = tensors.input, tensors.weight, tensors.bias, tensors.residual
         return TritonOperation(self.fused_norm, epilogue, inputs, self.buffers(tensors), plan)
 
     @property
@@ -173,7 +173,7 @@ class Chain:
     def fused_forward(self, tensors: Tensors, operation: TritonOperation) -> Saved:
         """The launches of the forward; returns what the backward takes."""
         inputs = tensors.input, tensors.weight, tensors.bias, tensors.residual
-        output, statistics = operation.forward(*inputs, self.buffers(tensors), SEED)
+        output, statistics = operation.forward(inputs, self.buffers(tensors), SEED)
         kept = {None: (), "output": (output,), "residual": (tensors.residual,)}[operation.keeps]
         return (*inputs[:3], *statistics, *kept)
 

@@ -42,9 +42,9 @@ def call_operator(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffe
     seed = None
     if epilogue.dropout_p > 0:
         # Made from the input, so that it is fake where that is.
-        seed = torch.randint_like(inputs.input.new_zeros((), dtype=torch.int64, device="cpu"), 2**63 - 1)
-    output, mean, var = operators.forward(norm, epilogue, inputs, seed, buffers)
-    if mean is not None and var is not None:
+        seed = torch.randint_like(inputs[0].new_zeros((), dtype=torch.int64, device="cpu"), 2**63 - 1)
+    output, mean, var = operators.norm_act(norm, epilogue, inputs, seed, buffers)
+    if isinstance(norm, BatchNorm) and norm.use_batch_stats:
         buffers.update_(mean, var)
     return output
 

@@ -1,13 +1,12 @@
 """The Triton implementation as registered operators, which torch can trace, and their gradients.
 
-    mnistnorm::batch_norm_relu, group_norm_relu and layer_norm_relu, and for each of them one called ..._backward
+    mnistnorm::norm_act and mnistnorm::norm_act_backward, for all norms
 
 And, for both implementations, the statistics over a process group: mnistnorm::synchronised_statistics.
 They mutate nothing: batch norm returns its statistics. Eager calls do not use them; those that torch traces do.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,81 +21,189 @@ from ..implementations import prepare
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm, statistics_dtype
 from ..seeds import refuse_capture
 
-
-class _NormOperator(NamedTuple):
-    """The forward operator of a norm.
-
-    Attributes:
-        name: in the namespace mnistnorm.
-        norm: its class, whose fields are the operator's last arguments.
-        schema: of those.
-    """
-
-    name: str
-    norm: Callable[..., Norm]
-    schema: str
-
-    @property
-    def has_buffers(self) -> bool:
-        """Whether it takes a running mean and variance, and returns the mean and unbiased variance of the batch."""
-        return self.norm is BatchNorm
+# The arguments that stand for a norm and its epilogue, last in both operators: see `_flat`.
+_OPTIONS = (
+    "str norm, SymInt[] sizes, float eps, bool use_batch_stats, str? process_group, "
+    "float dropout_p, str activation, float parameter"
+)
 
 
-_OPERATORS: dict[type, _NormOperator] = {
-    BatchNorm: _NormOperator("batch_norm_relu", BatchNorm, "float eps, bool use_batch_stats, str? process_group"),
-    GroupNorm: _NormOperator("group_norm_relu", GroupNorm, "int num_groups, float eps"),
-    LayerNorm: _NormOperator("layer_norm_relu", LayerNorm, "SymInt[] normalized_shape, float eps"),
-}
-_EPILOGUE = "float dropout_p, str activation, float parameter"
-
-
-def forward(
+def norm_act(
     norm: Norm, epilogue: Epilogue, inputs: Inputs, seed: Tensor | None, buffers: Buffers
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The output, and the mean and unbiased variance of the batch that move running statistics, if any."""
-    operator = _OPERATORS[type(norm)]
-    running = buffers[:2] if operator.has_buffers else ()
-    output, _, *moments = _call(operator.name, (*inputs, seed, *running, *_flat(norm, epilogue)))
-    if isinstance(norm, BatchNorm) and norm.use_batch_stats:
-        return output, *moments
-    return output, None, None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output; for a batch norm that uses them, the mean and unbiased variance of the batch."""
+    output, _, mean, var = _call("norm_act", *inputs, seed, *buffers[:2], *_flat(norm, epilogue))
+    return output, mean, var
 
 
 def synchronised_statistics(input: Tensor, process_group: str) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased and unbiased variance of each channel over the batches of all processes; differentiable once."""
-    return _call("synchronised_statistics", (input, process_group))
+    mean, var, unbiased = _call("synchronised_statistics", input, process_group)
+    return mean, var, unbiased
 
 
 def _flat(norm: Norm, epilogue: Epilogue) -> tuple[Any, ...]:
-    """The operators' last arguments."""
-    options = (getattr(norm, field.name) for field in fields(norm))
-    return epilogue.dropout_p, epilogue.activation.name, epilogue.activation.parameter, *options
+    activation = epilogue.activation
+    options = epilogue.dropout_p, activation.name, activation.parameter
+    if isinstance(norm, BatchNorm):
+        return "batch", [], norm.eps, norm.use_batch_stats, norm.process_group, *options
+    if isinstance(norm, GroupNorm):
+        return "group", [norm.num_groups], norm.eps, True, None, *options
+    return "layer", list(norm.normalized_shape), norm.eps, True, None, *options
 
 
-def _unflat(operator: _NormOperator, arguments: Sequence[Any]) -> tuple[Norm, Epilogue]:
+def _unflat(options: Sequence[Any]) -> tuple[Norm, Epilogue]:
     """Undoes `_flat`."""
-    dropout_p, activation, parameter, *options = arguments
-    options = [tuple(option) if isinstance(option, list | torch.Size) else option for option in options]
-    return operator.norm(*options), Epilogue(dropout_p, Activation(activation, parameter))
+    kind, sizes, eps, use_batch_stats, process_group, dropout_p, activation, parameter = options
+    norms: dict[str, Callable[[], Norm]] = {
+        "batch": lambda: BatchNorm(eps, use_batch_stats, process_group),
+        "group": lambda: GroupNorm(sizes[0], eps),
+        "layer": lambda: LayerNorm(tuple(sizes), eps),
+    }
+    return norms[kind](), Epilogue(dropout_p, Activation(activation, parameter))
+
+
+def _seed(seed: Tensor | None, input: Tensor) -> int:
+    if seed is None:
+        return 0
+    refuse_capture(input)
+    return int(seed)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, the statistics for backward, and the batch's mean and unbiased variance, empty if not used."""
+    inputs, seed, running = arguments[:4], arguments[4], arguments[5:7]
+    input = inputs[0]
+    norm, epilogue = _unflat(arguments[7:])
+    mean, var = input.new_empty(2, 0, dtype=statistics_dtype(input)).unbind()
+    buffers = Buffers(*running)
+    if isinstance(norm, BatchNorm) and norm.use_batch_stats:
+        mean, var = (input.new_zeros(input.shape[1], dtype=mean.dtype) for _ in range(2))
+        buffers = Buffers(mean, var, momentum=1.0)  # which makes the running statistics those of the batch
+    operation = prepare("triton", norm, epilogue, inputs, buffers)
+    output, (statistics,) = operation.forward(inputs, buffers, _seed(seed, input))
+    return output, statistics, mean.clone(), var.clone()
+
+
+def _fake_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    norm, _ = _unflat(arguments[6:])
+    statistics = input.new_empty(2 * prod(norm.statistics_shape(input)), dtype=statistics_dtype(input))
+    channels = input.shape[1] if isinstance(norm, BatchNorm) and norm.use_batch_stats else 0
+    return torch.empty_like(_dense(norm, input)), statistics, *(statistics.new_empty(channels) for _ in range(2))
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    input, weight, bias, residual, seed = inputs[:5]
+    result, statistics, *_ = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.has_residual = inputs[7:], residual is not None
+    _, ctx.epilogue = _unflat(ctx.options)
+    keeps = ctx.epilogue.keeps(ctx.has_residual, reads_output=False)
+    kept = {None: None, "output": result, "residual": residual}[keeps]
+    ctx.save_for_backward(input, weight, bias, statistics, kept, seed)
+
+
+def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    others = (None,) * (3 + len(ctx.options))
+    if grad_output is None:
+        return (None, None, None, None, *others)
+
+    def compute(needs: Needs) -> Gradients:
+        arguments = grad_output, *ctx.saved_tensors, ctx.has_residual, list(needs), *ctx.options
+        computed = iter(_call("norm_act_backward", *arguments))
+        return tuple(next(computed) if needed else None for needed in needs)  # type: ignore[return-value]
+
+    return (*gradients_of(ctx.epilogue, ctx.needs_input_grad[:4], grad_output, compute), *others)
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    kept: Tensor | None,
+    seed: Tensor | None,
+    has_residual: bool,
+    needs: list[bool],
+    *options: Any,
+) -> list[Tensor]:
+    norm, epilogue = _unflat(options)
+    # What stands for a residual that was not kept has its shape and dtype, which is all that matters here.
+    residual = (
+        (kept if epilogue.keeps(has_residual, reads_output=False) == "residual" else input) if has_residual else None
+    )
+    operation = prepare("triton", norm, epilogue, (input, weight, bias, residual), NO_BUFFERS)
+    saved = (input, weight, bias, statistics) if kept is None else (input, weight, bias, statistics, kept)
+    gradients = operation.backward((needs[0], needs[1], needs[2], needs[3]), _seed(seed, input), grad_output, saved)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _fake_backward(grad_output: Tensor, input: Tensor, weight: Any, bias: Any, *arguments: Any) -> list[Tensor]:
+    _, _, _, _, needs, *options = arguments
+    dense = _dense(_unflat(options)[0], input)
+    formats = torch.preserve_format, torch.contiguous_format, torch.contiguous_format, torch.preserve_format
+    return [
+        torch.empty_like(tensor, memory_format=memory_format)
+        for tensor, memory_format, needed in zip((dense, weight, bias, dense), formats, needs, strict=True)
+        if needed
+    ]
+
+
+def _dense(norm: Norm, input: Tensor) -> Tensor:
+    from ..triton_impl.operation import as_dense  # not at the top: importing it imports Triton
+
+    return as_dense(input, norm.leading(input))[0]
+
+
+def _statistics(input: Tensor, process_group: str) -> tuple[Tensor, Tensor, Tensor]:
+    return sync.batch_statistics(sync.batch_moments(input), sync.count_of(input), process_group)
+
+
+def _fake_statistics(input: Tensor, process_group: str) -> tuple[Tensor, ...]:
+    return tuple(input.new_empty(input.shape[1]) for _ in range(3))
+
+
+def _setup_statistics_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    input, ctx.process_group = inputs
+    mean, _, unbiased = output
+    ctx.mark_non_differentiable(unbiased)
+    ctx.save_for_backward(input, mean)
+
+
+def _differentiate_statistics(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = *ctx.saved_tensors, grad_mean, grad_var, ctx.process_group
+    return *_call("synchronised_statistics_backward", *arguments), None
+
+
+def _statistics_backward(*arguments: Any) -> list[Tensor]:
+    return [sync.statistics_backward(*arguments)]
+
+
+def _refuse(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError(
+        'second derivatives under torch.compile, torch.export and torch.func require impl="torch" and no process_group'
+    )
 
 
 class _Formula(NamedTuple):
     """How an operator is differentiated, in the terms of torch.library.register_autograd."""
 
-    setup_context: Callable[..., None] | None
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] = _refuse
+    setup_context: Callable[..., None] | None = None
 
 
 _formulas: dict[str, _Formula] = {}
 
 
-def _call(name: str, arguments: Sequence[Any]) -> Any:
+def _call(name: str, *arguments: Any) -> Any:
     """Calls the operator mnistnorm::`name`, also where torch.func transforms it."""
     operator = getattr(torch.ops.mnistnorm, name).default
     if torch.compiler.is_compiling():
         return operator(*arguments)
     if torch._C._are_functorch_transforms_active():
-        return _Transformed.apply(operator, *arguments)
+        return _Transformed.apply(name, *arguments)
     if any(isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None for each in arguments):
         raise NotImplementedError('forward-mode derivatives require impl="torch" and no process_group')
     return operator(*arguments)
@@ -108,13 +215,13 @@ class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(operator(*arguments))
+    def forward(name: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(getattr(torch.ops.mnistnorm, name).default(*arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        operator, *arguments = inputs
-        ctx.formula = _formulas[operator._schema.name]
+        name, *arguments = inputs
+        ctx.formula = _formulas[name]
         if ctx.formula.setup_context is not None:
             ctx.formula.setup_context(ctx, arguments, output)
 
@@ -123,207 +230,60 @@ class _Transformed(torch.autograd.Function):
         return (None, *ctx.formula.backward(ctx, *gradients))
 
 
-def _implement(
+def _register(
     name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any], formula: _Formula
 ) -> None:
-    """Registers an operator, its gradient, and a call for each element of the batch as its rule for torch.vmap."""
-    name = f"mnistnorm::{name}"
-    library.define(name, schema, tags=torch.Tag.needs_exact_strides)
-    library.impl(name, "default", function)
-    library.register_fake(name, fake)
+    qualified = f"mnistnorm::{name}"
+    library.define(qualified, schema, tags=torch.Tag.needs_exact_strides)
+    library.impl(qualified, "default", function)
+    library.register_fake(qualified, fake)
     _formulas[name] = formula
-    library.register_autograd(name, formula.backward, setup_context=formula.setup_context)
-    library.register_vmap(name, _one_by_one(name))
+    library.register_autograd(qualified, formula.backward, setup_context=formula.setup_context)
 
-
-def _refuse(ctx: Any, *gradients: Any) -> Any:
-    raise NotImplementedError(
-        'second derivatives under torch.compile, torch.export and torch.func require impl="torch" and no process_group'
-    )
-
-
-_ONLY_ONCE = _Formula(None, _refuse)
-
-
-def _one_by_one(name: str) -> Callable[..., Any]:
-    def run(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
-        operator = getattr(torch.ops.mnistnorm, name.removeprefix("mnistnorm::")).default
-
-        def element(argument: Any, dim: Any, index: int) -> Any:
-            return argument.select(dim, index) if isinstance(argument, Tensor) and dim is not None else argument
-
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        """A call for each element of the batch."""
         calls = [
-            operator(*(element(argument, dim, index) for argument, dim in zip(arguments, in_dims, strict=True)))
+            getattr(torch.ops.mnistnorm, name).default(
+                *(
+                    argument.select(dim, index) if isinstance(argument, Tensor) and dim is not None else argument
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
             for index in range(info.batch_size)
         ]
         results = [torch.stack(parts) for parts in zip(*calls, strict=True)]
-        if isinstance(calls[0], tuple):
-            return tuple(results), (0,) * len(results)
-        return results, [0] * len(results)
+        return type(calls[0])(results), type(calls[0])([0] * len(results))
 
-    return run
+    library.register_vmap(qualified, vmap)
 
 
-def _seed(seed: Tensor | None, input: Tensor) -> int:
-    if seed is None:
-        return 0
-    refuse_capture(input)
-    return int(seed)
-
-
-def _register(operator: _NormOperator) -> None:
-    """Defines the operators of a norm, forward and backward."""
-    buffers = ", Tensor? running_mean, Tensor? running_var" if operator.has_buffers else ""
-    moments = ", Tensor mean, Tensor var" if operator.has_buffers else ""
-    first_option = 5 + 2 * operator.has_buffers
-
-    def run(
-        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Any, *more: Any
-    ) -> tuple[Tensor, ...]:
-        norm, epilogue = _unflat(operator, more[first_option - 5 :])
-        inputs = Inputs(input, weight, bias, residual)
-        if not isinstance(norm, BatchNorm):
-            operation = prepare("triton", norm, epilogue, inputs)
-            output, statistics = operation.forward(*inputs, NO_BUFFERS, _seed(seed, input))
-            return output, *statistics
-        mean, var = more[:2]
-        if norm.use_batch_stats:  # a momentum of 1 makes the running statistics those of the batch
-            mean, var = (input.new_zeros(input.shape[1], dtype=statistics_dtype(input)) for _ in range(2))
-        running = Buffers(mean, var, momentum=1.0)
-        operation = prepare("triton", norm, epilogue, inputs, running)
-        output, statistics = operation.forward(*inputs, running, _seed(seed, input))
-        if not norm.use_batch_stats:  # an operator must not return its arguments
-            mean, var = mean.clone(), var.clone()
-        return output, *statistics, mean, var
-
-    def fake(input: Tensor, weight: Any, bias: Any, residual: Any, seed: Any, *more: Any) -> tuple[Tensor, ...]:
-        norm, _ = _unflat(operator, more[first_option - 5 :])
-        dtype = statistics_dtype(input)
-        statistics = input.new_empty(2 * prod(norm.statistics_shape(input)), dtype=dtype)
-        results = torch.empty_like(_dense(norm, input)), statistics
-        if not isinstance(norm, BatchNorm):
-            return results
-        if norm.use_batch_stats:
-            return *results, *(input.new_empty(input.shape[1], dtype=dtype) for _ in range(2))
-        return *results, *map(torch.empty_like, more[:2])
-
-    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        input, weight, bias, residual, seed = inputs[:5]
-        norm, epilogue = _unflat(operator, inputs[first_option:])
-        result, statistics, *_ = output
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.norm, ctx.epilogue, ctx.inputs = norm, epilogue, len(inputs)
-        ctx.has_residual = residual is not None
-        keeps = epilogue.keeps(ctx.has_residual, reads_output=False)
-        kept = {None: None, "output": result, "residual": residual}[keeps]
-        ctx.save_for_backward(input, weight, bias, statistics, kept, seed)
-
-    def differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * ctx.inputs
-        if grad_output is None:
-            return nothing
-
-        def compute(needs: Needs) -> Gradients:
-            options = (ctx.has_residual, list(needs), *_flat(ctx.norm, ctx.epilogue))
-            computed = iter(_call(f"{operator.name}_backward", (grad_output, *ctx.saved_tensors, *options)))
-            return tuple(next(computed) if needed else None for needed in needs)  # type: ignore[return-value]
-
-        gradients = gradients_of(ctx.epilogue, ctx.needs_input_grad[:4], grad_output, compute)
-        return (*gradients, *nothing[4:])
-
-    def run_backward(
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        statistics: Tensor,
-        kept: Tensor | None,
-        seed: Tensor | None,
-        has_residual: bool,
-        needs: Needs,
-        *options: Any,
-    ) -> list[Tensor]:
-        norm, epilogue = _unflat(operator, options)
-        keeps = epilogue.keeps(has_residual, reads_output=False)
-        # What stands for a residual that was not kept has its shape and dtype, which is all that matters here.
-        residual = (kept if keeps == "residual" else input) if has_residual else None
-        operation = prepare("triton", norm, epilogue, Inputs(input, weight, bias, residual))
-        saved = (input, weight, bias, statistics) if kept is None else (input, weight, bias, statistics, kept)
-        gradients = operation.backward(tuple(needs), _seed(seed, input), grad_output, saved)  # type: ignore[arg-type]
-        return [gradient for gradient in gradients if gradient is not None]
-
-    def fake_backward(grad_output: Tensor, input: Tensor, *arguments: Any) -> list[Tensor]:
-        weight, bias, _, _, _, _, needs, *options = arguments
-        norm, _ = _unflat(operator, options)
-        dense = _dense(norm, input)
-        parameters = (
-            None if each is None else torch.empty_like(each, memory_format=torch.contiguous_format)
-            for each in (weight, bias)
-        )
-        like = (dense, *parameters, dense)
-        return [torch.empty_like(each) for each, needed in zip(like, needs, strict=True) if needed and each is not None]
-
-    _implement(
-        operator.name,
-        f"(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed{buffers}, {_EPILOGUE}, "
-        f"{operator.schema}) -> (Tensor output, Tensor statistics{moments})",
-        run,
-        fake,
-        _Formula(setup_context, differentiate),
-    )
-    _implement(
-        f"{operator.name}_backward",
-        f"(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor statistics, Tensor? kept, "
-        f"Tensor? seed, bool has_residual, bool[] needs, {_EPILOGUE}, {operator.schema}) -> Tensor[]",
-        run_backward,
-        fake_backward,
-        _ONLY_ONCE,
-    )
-
-
-def _dense(norm: Norm, input: Tensor) -> Tensor:
-    from ..triton_impl.operation import as_dense  # not at the top: importing it imports Triton
-
-    return as_dense(input, norm.leading(input))[0]
-
-
-def _register_statistics() -> None:
-    """Defines the operators behind `synchronised_statistics`."""
-    name = "synchronised_statistics"
-
-    def run(input: Tensor, process_group: str) -> tuple[Tensor, Tensor, Tensor]:
-        return sync.batch_statistics(sync.batch_moments(input), sync.count_of(input), process_group)
-
-    def fake(input: Tensor, process_group: str) -> tuple[Tensor, Tensor, Tensor]:
-        mean = input.new_empty(input.shape[1])
-        return mean, torch.empty_like(mean), torch.empty_like(mean)
-
-    def run_backward(
-        input: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, process_group: str
-    ) -> list[Tensor]:
-        return [sync.statistics_backward(input, mean, grad_mean, grad_var, process_group)]
-
-    def fake_backward(input: Tensor, *arguments: Any) -> list[Tensor]:
-        return [torch.empty_like(input)]
-
-    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        input, ctx.process_group = inputs
-        mean, _, unbiased = output
-        ctx.mark_non_differentiable(unbiased)
-        ctx.save_for_backward(input, mean)
-
-    def differentiate(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (*ctx.saved_tensors, grad_mean, grad_var, ctx.process_group)
-        (grad_input,) = _call(f"{name}_backward", arguments)
-        return grad_input, None
-
-    schema = "(Tensor input, str process_group) -> (Tensor mean, Tensor var, Tensor unbiased)"
-    _implement(name, schema, run, fake, _Formula(setup_context, differentiate))
-    schema = "(Tensor input, Tensor mean, Tensor grad_mean, Tensor grad_var, str process_group) -> Tensor[]"
-    _implement(f"{name}_backward", schema, run_backward, fake_backward, _ONLY_ONCE)
-
-
-for _operator in _OPERATORS.values():
-    _register(_operator)
-_register_statistics()
+_register(
+    "norm_act",
+    "(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, Tensor? running_mean, "
+    f"Tensor? running_var, {_OPTIONS}) -> (Tensor output, Tensor statistics, Tensor mean, Tensor var)",
+    _forward,
+    _fake_forward,
+    _Formula(_differentiate, _setup_context),
+)
+_register(
+    "norm_act_backward",
+    "(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor statistics, Tensor? kept, Tensor? seed, "
+    f"bool has_residual, bool[] needs, {_OPTIONS}) -> Tensor[]",
+    _backward,
+    _fake_backward,
+    _Formula(),
+)
+_register(
+    "synchronised_statistics",
+    "(Tensor input, str process_group) -> (Tensor mean, Tensor var, Tensor unbiased)",
+    _statistics,
+    _fake_statistics,
+    _Formula(_differentiate_statistics, _setup_statistics_context),
+)
+_register(
+    "synchronised_statistics_backward",
+    "(Tensor input, Tensor mean, Tensor grad_mean, Tensor grad_var, str process_group) -> Tensor[]",
+    _statistics_backward,
+    lambda input, *_: [torch.empty_like(input)],
+    _Formula(),
+)

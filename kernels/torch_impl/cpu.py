@@ -1,4 +1,4 @@
-"""Statistics and gradients on a CPU where torch's own kernels are slow; computed in float32, or the input's dtype if wider.
+"""Statistics and gradients on a CPU where torch's own kernels are slow; computed in float32 or a wider input's dtype.
 
 Batch norm of a dense tensor works on its columns, (N, C * ...): sums over the samples are matrix products, and the
 values of a channel are repeated along a row. Layer norm of short rows avoids every cost per row.
@@ -34,8 +34,8 @@ VECTOR = 8
 SHORT_ROW = 2 * VECTOR - 1
 SHORT_ROWS_ELEMENTS = 2**14
 # For rows up to this length, the threads of torch's backward spend most of their time on cache lines that two of them
-# share to sum the parameters' gradients. Our own sums avoid that; for longer rows, and more of them, it helps to ask for
-# one gradient at a time.
+# share to sum the parameters' gradients. Our own sums avoid that; for longer rows, and more of them, it helps to ask
+# for one gradient at a time.
 CONTENDED_ROW = 32
 MANY_ROWS = 2**12
 LONG_CONTENDED_ROW = 128

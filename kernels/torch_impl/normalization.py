@@ -150,7 +150,7 @@ def _torch_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.native_batch_norm in training, whose kernel for channels side by side loses deviations from a large mean."""
+    """torch.native_batch_norm in training, whose kernel for channels side by side may lose the deviations."""
     arguments = (weight, bias, running_mean, running_var, True, momentum, eps)
     if not cpu.adds_one_by_one(input):
         return torch.native_batch_norm(input, *arguments)

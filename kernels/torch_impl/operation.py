@@ -63,22 +63,15 @@ class TorchOperation:
             return False
         return all(tensor is None or tensor.dtype == self._dtype for tensor in parameters)
 
-    def is_recorded_by_torch(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-        return self._may_be_recorded and normalization.is_best_recorded(self.norm, input, weight, bias)
+    def is_recorded_by_torch(self, inputs: Inputs) -> bool:
+        return self._may_be_recorded and normalization.is_best_recorded(self.norm, *inputs[:3])
 
-    def forward(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        buffers: Buffers,
-        seed: int,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        input, weight, bias, residual = inputs
         if torch.is_autocast_enabled(input.device.type):
             # Statistics stay float32 and the output has the input's dtype, whatever autocast does to operations.
             with torch.autocast(input.device.type, enabled=False):
-                return self.forward(input, weight, bias, residual, buffers, seed)
+                return self.forward(inputs, buffers, seed)
         weight, bias = self._scaled(input, weight, bias)
         wide = self._wide(input)
         output, mean, rstd = normalization.forward(self.norm, wide, weight, bias, buffers)

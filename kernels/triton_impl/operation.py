@@ -76,38 +76,31 @@ class TritonOperation:
             kind=self._plan,
         )
 
-    def forward(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        buffers: Buffers,
-        seed: int,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self._index is not None and not is_current(self.device):
             with made_current(self.device):
-                return self.forward(input, weight, bias, residual, buffers, seed)
-        running_mean, running_var = buffers.running_mean, buffers.running_var
+                return self.forward(inputs, buffers, seed)
+        running = buffers[:2]
         if self.copies:
+            input, weight, bias, residual = inputs
             input, _ = as_dense(input, self.norm.leading(input))
-            residual = _laid_out_like(input, residual)
-            weight, bias, running_mean, running_var = map(_contiguous, (weight, bias, running_mean, running_var))
-        if self.group is not None:
-            assert self._moments is not None
+            inputs = input, _contiguous(weight), _contiguous(bias), _laid_out_like(input, residual)
+            running = _contiguous(buffers.running_mean), _contiguous(buffers.running_var)
+        if self._moments is not None and self.group is not None:
+            input = inputs[0]
             moments = self._moments.moments(input)
             mean, var, unbiased = sync.batch_statistics(moments, self.geometry.slab_size, self.group)
             buffers.update_(mean, unbiased)
             if input.numel() == 0:
-                return torch.empty_like(input), (torch.stack((mean, var)),)
-            return self._forward.run(input, weight, bias, residual, mean, var, 0.0, seed)
+                return torch.empty_like(input), (torch.cat((mean, var)),)
+            return self._forward.run(inputs, (mean, var), 0.0, seed)
         if not self.reduces:
-            return self._forward.run(input, weight, bias, residual, running_mean, running_var, 0.0, seed)
+            return self._forward.run(inputs, running, 0.0, seed)
         momentum = float(buffers.momentum)
         buffers.count_()
-        results = self._forward.run(input, weight, bias, residual, running_mean, running_var, momentum, seed)
+        results = self._forward.run(inputs, running, momentum, seed)
         if self.copies:
-            for buffer, updated in ((buffers.running_mean, running_mean), (buffers.running_var, running_var)):
+            for buffer, updated in zip(buffers[:2], running, strict=True):
                 if buffer is not None and updated is not None and updated is not buffer:
                     buffer.copy_(updated)
         return results
@@ -137,14 +130,14 @@ class TritonOperation:
         if isinstance(norm, BatchNorm):
             norm = replace(norm, use_batch_stats=False, process_group=None)
             buffers = Buffers(weight, torch.ones_like(weight))
-        inputs = Inputs(zeros, weight, torch.ones_like(weight), None)
+        inputs = zeros, weight, torch.ones_like(weight), None
         with torch.no_grad():
             operation = TritonOperation(
                 norm, Epilogue(self.epilogue.dropout_p, Activation("identity")), inputs, buffers
             )
-            return operation.forward(*inputs, buffers, seed)[0]
+            return operation.forward(inputs, buffers, seed)[0]
 
-    def is_recorded_by_torch(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    def is_recorded_by_torch(self, inputs: Inputs) -> bool:
         return False
 
 
@@ -183,21 +176,13 @@ class _Forward:
         self._launch = Launch(forward_kernel, plan.programs, sizes, constants, operation.device)
 
     def run(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        seed: int,
+        self, inputs: Inputs, running: tuple[Tensor | None, ...], momentum: float, seed: int
     ) -> tuple[Tensor, tuple[Tensor]]:
+        input = inputs[0]
         partials = None if self._statistics is None else self._statistics.run(input)
         output = torch.empty_like(input)
         statistics = input.new_empty(2 * self._slabs, dtype=self._dtype)
-        tensors = (input, weight, bias, residual, output, statistics, running_mean, running_var, partials)
-        self._launch.run(tensors, (momentum, seed))
+        self._launch.run((*inputs, output, statistics, *running, partials), (momentum, seed))
         return output, (statistics,)
 
 
