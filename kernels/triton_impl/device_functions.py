@@ -19,7 +19,8 @@ def element_offset(place, sizes, CHANNELS_LAST: tl.constexpr):
     if CHANNELS_LAST:
         first_channel = row % groups * channels
         return (row // groups * positions + position) * (groups * channels) + (first_channel + channel)
-    return (row * channels + channel) * positions + position
+    else:
+        return (row * channels + channel) * positions + position
 
 
 @triton.jit
@@ -35,9 +36,10 @@ def parameter_index(place, sizes, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE:
     _, channels, positions, groups = sizes
     if ELEMENTWISE_AFFINE:
         return tl.cast(channel, tl.int64) * positions + position, (channel < channels) & (position < positions)
-    if PER_CHANNEL:
+    elif PER_CHANNEL:
         return channel, channel < channels
-    return row % groups * channels + channel, (row >= 0) & (channel < channels)
+    else:
+        return row % groups * channels + channel, (row >= 0) & (channel < channels)
 
 
 @triton.jit
@@ -50,7 +52,8 @@ def load_parameter(pointer, index, mask, dtype: tl.constexpr, DEFAULT: tl.conste
     """A weight (1 where there is none) or a bias (0 where there is none)."""
     if pointer is None:
         return tl.full((1, 1, 1), DEFAULT, dtype)
-    return load(pointer, index, mask, dtype)
+    else:
+        return load(pointer, index, mask, dtype)
 
 
 @triton.jit
@@ -60,7 +63,8 @@ def slab_sum(values, PER_CHANNEL: tl.constexpr):
     if values.shape[SLAB_AXIS] == 1:
         # One reduction, in any order, is what the compiler can spread over a cluster.
         return tl.full((1, 1, 1), 0, values.dtype) + tl.sum(values)
-    return tl.sum(tl.sum(values, axis=2, keep_dims=True), axis=1 - SLAB_AXIS, keep_dims=True)
+    else:
+        return tl.sum(tl.sum(values, axis=2, keep_dims=True), axis=1 - SLAB_AXIS, keep_dims=True)
 
 
 @triton.jit
@@ -68,9 +72,10 @@ def parameter_sum(values, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.cons
     """Sums a tile over the axes along which the parameter stays the same: to the shape of `parameter_index`."""
     if ELEMENTWISE_AFFINE:
         return tl.sum(values, axis=0, keep_dims=True)
-    if PER_CHANNEL:
+    elif PER_CHANNEL:
         return slab_sum(values, True)
-    return tl.sum(values, axis=2, keep_dims=True)
+    else:
+        return tl.sum(values, axis=2, keep_dims=True)
 
 
 @triton.jit
@@ -78,7 +83,8 @@ def divide(dividend, divisor):
     """Correctly rounded, where `/` in float32 is not: a mean carries its error into every element."""
     if dividend.dtype == tl.float32:
         return tl.div_rn(dividend, divisor)
-    return dividend / divisor
+    else:
+        return dividend / divisor
 
 
 @triton.jit
@@ -166,22 +172,23 @@ def activate(z, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
     """The activation of z. NaN stays NaN, as in torch."""
     if ACTIVATION == "relu":
         return tl.where(z <= 0.0, 0.0, z)
-    if ACTIVATION == "relu6":
+    elif ACTIVATION == "relu6":
         return tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
-    if ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu":
         return tl.where(z > 0.0, z, z * tl.full((), PARAMETER, z.dtype))
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         return z * sigmoid(z)
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh":
         # 0.5 z (1 + tanh(u / 2)) without the cancellation.
         argument, _ = gelu_tanh_argument(z)
         return z * sigmoid(argument)
-    if ACTIVATION == "hardswish":
+    elif ACTIVATION == "hardswish":
         return z * tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 6.0, z + 3.0)) / 6.0
-    tl.static_assert(ACTIVATION == "identity")
-    return z
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return z
 
 
 @triton.jit
@@ -189,23 +196,24 @@ def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl
     """The gradient of the pre-activation; `value` is that or, for the first three, the output."""
     if ACTIVATION == "relu":
         return tl.where(value <= 0.0, 0.0, gradient)
-    if ACTIVATION == "relu6":
+    elif ACTIVATION == "relu6":
         return tl.where((value <= 0.0) | (value >= 6.0), 0.0, gradient)
-    if ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu":
         return tl.where(value > 0.0, gradient, gradient * tl.full((), PARAMETER, value.dtype))
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         share = sigmoid(value)
         return gradient * share * (1.0 + value * (1.0 - share))
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
         return gradient * (0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density)
-    if ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh":
         argument, slope = gelu_tanh_argument(value)
         share = sigmoid(argument)
         density = share * (1.0 - share)
         return gradient * (share + tl.where(density > 0.0, slope * density, 0.0))  # beyond it the slope may be infinite
-    if ACTIVATION == "hardswish":
+    elif ACTIVATION == "hardswish":
         inside = gradient * (value / 3.0 + 0.5)
         return tl.where(value <= -3.0, 0.0, tl.where(value >= 3.0, gradient, inside))
-    tl.static_assert(ACTIVATION == "identity")
-    return gradient
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return gradient

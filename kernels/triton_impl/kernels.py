@@ -63,7 +63,8 @@ def tiles_per_slab(
     position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
     if PER_CHANNEL:
         return tl.cdiv(sizes[0], BLOCK_ROWS) * position_blocks
-    return tl.cdiv(sizes[1], BLOCK_CHANNELS) * position_blocks
+    else:
+        return tl.cdiv(sizes[1], BLOCK_CHANNELS) * position_blocks
 
 
 @triton.jit
@@ -72,7 +73,8 @@ def slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS: tl.constexpr, PER_CHANNE
     position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
     if PER_CHANNEL:
         return tile // position_blocks, slab_block, tile % position_blocks
-    return slab_block, tile // position_blocks, tile % position_blocks
+    else:
+        return slab_block, tile // position_blocks, tile % position_blocks
 
 
 @triton.jit
@@ -81,7 +83,8 @@ def slabs_at(slab_block, sizes, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.con
     row, channel, _ = tile_at(slab_block, slab_block, 0, BLOCK_ROWS, BLOCK_CHANNELS, 1)
     if PER_CHANNEL:
         return channel, channel < sizes[1], sizes[1]
-    return row, row < sizes[0], sizes[0]
+    else:
+        return row, row < sizes[0], sizes[0]
 
 
 @triton.jit
