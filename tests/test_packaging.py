@@ -10,16 +10,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+SUBPACKAGES = ("compiler", "fusion", "torch_impl", "triton_impl")
+
 # In one process: setuptools unpacks the sdist into the source tree, where two builds at once disturb each other.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 USE = """
+import importlib
 import kernels, mnistnorm, torch
 from mnistnorm.data import load_dataset
 from mnistnorm.kernels import BatchNormReLU2d
 assert kernels.OWNER == "somebody else", kernels.__file__
 assert BatchNormReLU2d is mnistnorm.BatchNormReLU2d
 assert mnistnorm.BatchNormReLU2d(3)(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+for name in ("compiler", "fusion", "torch_impl", "triton_impl"):
+    assert importlib.import_module(f"mnistnorm.kernels.{name}").__file__.startswith(mnistnorm.__path__[0]), name
 assert len(load_dataset("mnist").test) == 10_000
 print(mnistnorm.__file__)
 """
@@ -47,11 +52,16 @@ def test_contents(distributions):
     with tarfile.open(sdist) as archive:
         unpacked = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mnistnorm").glob("*.py")}
-    sources |= {f"mnistnorm/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
+    assert {path.parent.name for path in kernels} == {"kernels", *SUBPACKAGES}
+    sources |= {f"mnistnorm/{path}" for path in kernels}
     sources |= {f"mnistnorm/mnist/{path.name}" for path in (ROOT / "mnistnorm" / "mnist").iterdir()}
     sources |= {"mnistnorm/py.typed", "mnistnorm/kernels/py.typed"}
     assert sources <= set(names)
     assert sources <= unpacked
+    # Nothing of the kernels under another name either, such as that of a module that has moved.
+    for held in (set(names), unpacked):
+        assert {name for name in held if name.startswith("mnistnorm/kernels/") and name.endswith(".py")} <= sources
     assert {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= unpacked
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import triton
 
 from benchmarks import host
-from mnistnorm.kernels import launchers
+from mnistnorm.kernels.triton_impl.launches import Launch
 
 
 def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,15 +33,17 @@ def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_fused_call_reaches_its_launch_and_no_further(norm: str) -> None:
     kernels: list[str] = []
 
-    def run(launches: list[launchers.Launch], device: torch.device) -> None:
-        kernels.extend(launch.kernel.__name__ for launch in launches)
+    def run(launch: Launch, tensors: tuple[Any, ...], varying: tuple[Any, ...] = ()) -> None:
+        kernels.append(launch.kernel.__name__)
 
     parameters = host.SHAPE[-1:] if norm == "layer" else host.SHAPE[1:2]
     inputs = [torch.randn(shape, requires_grad=True) for shape in (host.SHAPE, parameters, parameters)]
-    with host.launches_left_out(), mock.patch.object(launchers, "run", run):
+    with host.launches_left_out(), mock.patch.object(Launch, "run", run):
         output = host.functions(norm, 0.05)["fused"](*inputs)
         torch.autograd.grad(output, inputs, torch.ones_like(output))
-    assert kernels == ["forward_kernel", "backward_kernel"]
+    # The two samples make two partial sums of the parameters' gradients, except where a slab is a channel.
+    sums = [] if norm == "batch" else ["parameter_sums_kernel"]
+    assert kernels == ["forward_kernel", "backward_kernel", *sums]
 
 
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")

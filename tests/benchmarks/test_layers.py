@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import benchmarks.conftest
-from benchmarks import contenders, layers
+from benchmarks import layers
+from benchmarks.instruments import contenders
 from benchmarks.instruments.chain import Chain
 from benchmarks.instruments.contenders import CONTENDERS, Case, UnavailableError, WrongResultError, prepare
 from mnistnorm.cli import choose_device

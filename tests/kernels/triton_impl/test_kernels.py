@@ -1,6 +1,8 @@
 """The Triton kernels, both plans, against torch.nn.functional's norms composed in float64."""
 
 import itertools
+from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import NamedTuple
 from unittest import mock
@@ -11,8 +13,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from mnistnorm.kernels import device as device_functions
-from mnistnorm.kernels import fused_norm, launchers
+from mnistnorm.kernels import batch_norm_relu, group_norm_relu, layer_norm_relu, norms
+from mnistnorm.kernels.activations import ACTIVATIONS, Activation
+from mnistnorm.kernels.contract import Epilogue, gradients_of
+from mnistnorm.kernels.triton_impl import device_functions, kernels
+from mnistnorm.kernels.triton_impl.launches import Launch, made_current
+from mnistnorm.kernels.triton_impl.operation import TritonOperation
+from mnistnorm.kernels.triton_impl.plans import PARAMETER_SUMS_TILE, PARAMETER_SUMS_WIDTH, parameter_sums_plan
 
 PLANS = ["resident", "split"]
 
@@ -35,9 +42,10 @@ class Norm(NamedTuple):
     def parameter_shape(self):
         return self.option if self.name == "layer" else self.shape[1:2]
 
-    @property
-    def options(self):
-        return {"group": {"num_groups": self.option}, "layer": {"normalized_shape": self.option}}.get(self.name, {})
+    def fused(self, eps, training):
+        if self.name == "batch":
+            return norms.BatchNorm(eps, training)
+        return (norms.GroupNorm if self.name == "group" else norms.LayerNorm)(self.option, eps)
 
     def __str__(self):
         return f"{self.name}-{'x'.join(map(str, self.shape))}-{self.option}"
@@ -94,7 +102,7 @@ class Problem:
         weight=True,
         bias=True,
         residual=True,
-        relu=True,
+        activation="relu",
         training=True,
         layout="contiguous",
         plan=None,
@@ -102,7 +110,8 @@ class Problem:
         seed=0,
         parameter_dtype=None,
     ):
-        self.norm, self.relu, self.training = norm, relu, training
+        self.norm, self.training, self.plan, self.seed = norm, training, plan, seed
+        self.epilogue = Epilogue(dropout_p, Activation.of(activation))
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape, dtype=dtype):
@@ -122,26 +131,21 @@ class Problem:
                 randn(*channels, dtype=parameter_dtype),
                 randn(*channels, dtype=parameter_dtype).square() + 0.5,
             )
-        self.shared = {**norm.options, "dropout_p": dropout_p, "seed": seed, "relu": relu, "plan": plan}
-        if norm.name == "batch":
-            self.shared["use_batch_stats"] = training
         self.given = (self.x, self.weight, self.bias, self.residual)
 
     def forward(self):
-        momentum = {"momentum": 0.3} if self.norm.name == "batch" else {}
-        self.output, self.mean, self.rstd = getattr(launchers, f"{self.norm.name}_norm_forward")(
-            *self.given, *self.running, eps=1e-3, **momentum, **self.shared
-        )
+        norm, buffers = self.norm.fused(1e-3, self.training), norms.Buffers(*self.running, momentum=0.3)
+        self.operation = TritonOperation(norm, self.epilogue, self.given, buffers, self.plan)
+        self.output, statistics = self.operation.forward(self.given, buffers, self.seed)
+        kept = {None: (), "output": (self.output,), "residual": (self.residual,)}[self.operation.keeps]
+        self.saved = (*self.given[:3], *statistics, *kept)
         return self.output
 
     def backward(self, needs=None):
         if needs is None:
             needs = tuple(tensor is not None for tensor in self.given)
-        output = self.output if self.relu and self.residual is not None else None
-        return getattr(launchers, f"{self.norm.name}_norm_backward")(
-            *(self.grad_output, self.x, self.weight, self.bias, output, self.mean, self.rstd),
-            **{"has_residual": self.residual is not None, "needs": needs, **self.shared},
-        )
+        compute = partial(self.operation.backward, seed=self.seed, grad_output=self.grad_output, saved=self.saved)
+        return gradients_of(self.epilogue, needs, self.grad_output, compute)
 
     def oracle(self, factor=None):
         """Output, gradients and running statistics in float64; `factor` is what dropout multiplies by."""
@@ -159,8 +163,7 @@ class Problem:
             y = y * factor
         if residual is not None:
             y = y + residual
-        if self.relu:
-            y = y.relu()
+        y = self.epilogue.activation.forward(y)
         needed = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
         gradients = iter(torch.autograd.grad(y, needed, self.grad_output.double()))
         return y, [None if tensor is None else next(gradients) for tensor in self.given], running
@@ -223,11 +226,12 @@ def test_dtypes(norm, plan, dtype, device):
     check(Problem(norm, device, dtype, plan=plan, residual=False, parameter_dtype=dtype), dtype)
 
 
-@pytest.mark.parametrize(("weight", "bias", "residual", "relu"), list(itertools.product([False, True], repeat=4)))
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize(("weight", "bias", "residual"), list(itertools.product([False, True], repeat=3)))
 @pytest.mark.parametrize("plan", ["resident", pytest.param("split", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("norm", SMALL, ids=str)
-def test_options(norm, plan, weight, bias, residual, relu, device):
-    check(Problem(norm, device, plan=plan, weight=weight, bias=bias, residual=residual, relu=relu))
+def test_options(norm, plan, weight, bias, residual, activation, device):
+    check(Problem(norm, device, plan=plan, weight=weight, bias=bias, residual=residual, activation=activation))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -281,7 +285,7 @@ def test_expanded_gradient_and_strided_parameters(norm, device):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("norm", SMALL, ids=str)
 def test_statistics_survive_a_large_mean(norm, plan, device):
-    problem = Problem(norm, device, torch.float32, plan=plan, relu=False, residual=False)
+    problem = Problem(norm, device, torch.float32, plan=plan, activation="identity", residual=False)
     problem.x += 1e4
     # The mean is right to a few roundings of 1e4, 1e-3 each, which every element and the weight's gradient inherit.
     expected, gradients, _ = problem.oracle()
@@ -328,18 +332,20 @@ def kept_by_output(problem):
     return problem.forward()
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("norm", MEDIUM, ids=str)
-def test_dropout(norm, plan, residual, relu, device):
+def test_dropout(norm, plan, residual, activation, device):
     options = {"dropout_p": 0.3, "seed": 2**62 + 5, "plan": plan}
-    factor = kept_by_output(Problem(norm, device, residual=False, relu=False, **options))
+    factor = kept_by_output(Problem(norm, device, residual=False, activation="identity", **options))
     kept = factor != 0
     torch.testing.assert_close(factor[kept], torch.full_like(factor[kept], 1 / 0.7))
     # Far beyond five standard deviations of a binomial.
     assert abs(kept.double().mean() - 0.7) < 5 * (0.3 * 0.7 / kept.numel()) ** 0.5
-    check(Problem(norm, device, residual=residual, relu=relu, **options), factor=factor)
+    problem = Problem(norm, device, residual=residual, activation=activation, **options)
+    check(problem, factor=factor)
+    assert torch.equal(problem.operation.dropout_factor(problem.x, problem.seed), factor)
 
 
 @pytest.mark.parametrize("norm", MEDIUM, ids=str)
@@ -392,21 +398,65 @@ def test_dropout_of_everything(norm, device):
 def test_empty(norm, device):
     problem = Problem(norm, device, residual=False, training=False)
     assert problem.forward().shape == norm.shape
-    grad_input, grad_weight, grad_bias, _ = problem.backward()
-    assert grad_input.shape == norm.shape
+    assert problem.backward((True, False, False, False))[0].shape == norm.shape
+
+    x, weight, bias, _ = (None if tensor is None else tensor.requires_grad_() for tensor in problem.given)
+    if norm.name == "batch":
+        output = batch_norm_relu(x, *problem.running, weight, bias, impl="triton")
+    else:
+        function = group_norm_relu if norm.name == "group" else layer_norm_relu
+        output = function(x, norm.option, weight, bias, impl="triton")
+    grad_input, grad_weight, grad_bias = torch.autograd.grad(output, (x, weight, bias), torch.ones_like(output))
+    assert output.shape == grad_input.shape == norm.shape
     assert torch.equal(grad_weight, torch.zeros(norm.parameter_shape, dtype=torch.float64, device=device))
     assert torch.equal(grad_bias, grad_weight)
 
 
-def test_launches_on_the_device_of_the_tensors():
-    accelerator = "mnistnorm.kernels.launchers.torch.accelerator"
-    with (
-        mock.patch(f"{accelerator}.current_device_index", return_value=0),
-        mock.patch(f"{accelerator}.device_index") as to,
-    ):
-        for device in ("cpu", "cuda:0", "cuda:1"):
-            launchers.run([], torch.device(device))
-    to.assert_called_once_with(1)
+class Accelerator:
+    """In place of torch.accelerator: a machine with several devices."""
+
+    def __init__(self):
+        self.current, self.changes = 0, []
+
+    def current_device_index(self):
+        return self.current
+
+    @contextmanager
+    def device_index(self, index):
+        before, self.current = self.current, index
+        self.changes.append(index)
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def accelerator():
+    accelerator = Accelerator()
+    with mock.patch("mnistnorm.kernels.triton_impl.launches.torch.accelerator", accelerator):
+        yield accelerator
+
+
+def test_launches_on_the_device_of_the_tensors(accelerator):
+    for name in ("cpu", "cuda:0", "cuda:1"):
+        with made_current(torch.device(name)):
+            pass
+    assert accelerator.changes == [1]
+
+
+def test_an_operation_makes_its_device_the_current_one(accelerator):
+    problem = Problem(SMALL[0], "cpu")
+    problem.forward()
+    launched_on = []
+    # The tensors stay on the CPU: only their device is said to be another one.
+    problem.operation.device, problem.operation._index = torch.device("cuda:1"), 1
+    with mock.patch.object(Launch, "run", lambda *_: launched_on.append(accelerator.current)):
+        problem.operation.forward(problem.given, norms.Buffers(*problem.running), 0)
+        problem.backward()
+        assert (set(launched_on), accelerator.changes, accelerator.current) == ({1}, [1, 1], 0)
+        accelerator.current = 1
+        problem.operation.forward(problem.given, norms.Buffers(*problem.running), 0)
+        problem.backward()
+    assert (set(launched_on), accelerator.changes) == ({1}, [1, 1])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -425,7 +475,7 @@ BLOCK = tl.constexpr(64)
 
 @triton.jit
 def offset_kernel(offset_ptr, row, channel, position_block, channels, positions, groups, CHANNELS_LAST: tl.constexpr):
-    place = fused_norm.tile_at(row, channel, position_block, 1, 1, BLOCK)
+    place = kernels.tile_at(row, channel, position_block, 1, 1, BLOCK)
     offset = device_functions.element_offset(place, (row + 1, channels, positions, groups), CHANNELS_LAST)
     tl.store(offset_ptr + tl.arange(0, BLOCK)[None, None, :], offset)
 
@@ -448,7 +498,7 @@ def test_addresses_beyond_32_bits(device):
 
 @triton.jit
 def parameter_kernel(index_ptr, channel, channels, positions):
-    place = fused_norm.tile_at(0, channel, 0, 1, 1, BLOCK)
+    place = kernels.tile_at(0, channel, 0, 1, 1, BLOCK)
     index, _ = device_functions.parameter_index(place, (1, channels, positions, 1), False, True)
     tl.store(index_ptr + tl.arange(0, BLOCK)[None, None, :], index)
 

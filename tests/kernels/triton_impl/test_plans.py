@@ -6,7 +6,8 @@ from math import prod
 import pytest
 from triton.backends.compiler import GPUTarget
 
-from mnistnorm.kernels.launch import CAPACITY, MAX_SPLITS, Geometry, make_plan
+from mnistnorm.kernels.norms import Geometry
+from mnistnorm.kernels.triton_impl.plans import CAPACITY, MAX_SPLITS, make_plan
 
 SM_80, SM_90, SM_120 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 120))
 GFX942 = GPUTarget("hip", "gfx942", 64)
