@@ -203,7 +203,7 @@ def _call(name: str, *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return operator(*arguments)
     if torch._C._are_functorch_transforms_active():
-        return _Transformed.apply(name, *arguments)
+        return _Transformed.apply(*arguments, name)
     if any(isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None for each in arguments):
         raise NotImplementedError('forward-mode derivatives require impl="torch" and no process_group')
     return operator(*arguments)
@@ -215,19 +215,20 @@ class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(getattr(torch.ops.mnistnorm, name).default(*arguments))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, name = arguments
+        return tuple(getattr(torch.ops.mnistnorm, name).default(*inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        name, *arguments = inputs
+        *arguments, name = inputs  # in this order, so that ctx.needs_input_grad is the operator's
         ctx.formula = _formulas[name]
         if ctx.formula.setup_context is not None:
             ctx.formula.setup_context(ctx, arguments, output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return (None, *ctx.formula.backward(ctx, *gradients))
+        return (*ctx.formula.backward(ctx, *gradients), None)
 
 
 def _register(

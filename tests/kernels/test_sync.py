@@ -255,14 +255,18 @@ def test_opcheck(layout, group, device):
     x.requires_grad_()
     mean, var = torch.randn(2, SHAPE[1], dtype=torch.float64, device=device)
     over = {"process_group": group.group_name}
-    norm = {"dropout_p": 0.0, "relu": True, "use_batch_stats": True, **over}
-    backward = {**norm, "has_residual": True, "needs": [True, False, False, True]}
+    statistics = torch.cat([mean, var])
+    norm = ("batch", [], 1e-5, True, group.group_name, 0.0, "relu", 0.0)
     operators = torch.ops.mnistnorm
     for operator, arguments, options in (
         (operators.synchronised_statistics, (x,), over),
         (operators.synchronised_statistics_backward, (x.detach(), mean, mean, var), over),
-        (operators.batch_norm_relu, (x, None, None, residual, None, None, None), {"eps": 1e-5, **norm}),
-        (operators.batch_norm_relu_backward, (grad, x.detach(), None, None, residual, mean, var, None), backward),
+        (operators.norm_act, (x, None, None, residual, None, None, None, *norm), {}),
+        (
+            operators.norm_act_backward,
+            (grad, x.detach(), None, None, statistics, residual, None, True, [True, False, False, True], *norm),
+            {},
+        ),
     ):
         assert set(library.opcheck(operator.default, arguments, options).values()) == {"SUCCESS"}
 

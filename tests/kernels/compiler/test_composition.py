@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from test_functional import DTYPES, LAYOUTS, NORMS, affine, compare, fused_of, make, stock_of
+from oracle import DTYPES, LAYOUTS, NORMS, affine, compare, fused_of, make, stock_of
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, batch_norm_relu
-from mnistnorm.kernels import operators, traced
+from mnistnorm.kernels import compiler
+from mnistnorm.kernels.compiler import composition, operators
 
 SHAPE = (5, 4, 3, 6)
 
@@ -154,7 +155,7 @@ def test_traced_autocast_changes_neither_dtype_nor_result(fused, stock, impl, dt
 
 
 def test_explicit_triton_without_it_is_refused_under_compile(monkeypatch):
-    monkeypatch.setattr("mnistnorm.kernels.functional._missing_for_triton", lambda device: "there is none")
+    monkeypatch.setattr("mnistnorm.kernels.implementations.missing_for_triton", lambda device: "there is none")
     with pytest.raises(Exception, match='impl="triton" does not run on cpu: there is none'):
         compiled(GroupNormReLU(2, 4, impl="triton"))(torch.randn(SHAPE))
 
@@ -185,7 +186,8 @@ def test_inductor(fused, stock, impl, device):
 
 @pytest.fixture
 def always_traced(monkeypatch):
-    monkeypatch.setattr(traced, "is_traced", lambda input: True)
+    monkeypatch.setattr(compiler, "may_trace", lambda: True)
+    monkeypatch.setattr(compiler, "is_traced", lambda input: True)
 
 
 norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
@@ -240,8 +242,9 @@ def test_eager_calls_do_not_enter_the_traced_way(fused, stock, impl, monkeypatch
     def fail(*arguments):
         raise AssertionError
 
-    monkeypatch.setattr(traced, "apply", fail)
-    monkeypatch.setattr(operators, "call", fail)
+    monkeypatch.setattr(composition, "compose", fail)
+    monkeypatch.setattr(composition, "call_operator", fail)
+    monkeypatch.setattr(operators, "_call", fail)
     x = torch.randn(SHAPE, device=device, requires_grad=True)
     fused(impl=impl, dropout_p=0.5, device=device)(x).sum().backward()
 
@@ -387,7 +390,7 @@ def test_forward_mode_is_refused_in_triton(fused, stock, device):
     x = torch.randn(SHAPE, device=device)
     with forward_ad.dual_level():
         assert fused(impl="triton", device=device)(x).shape == SHAPE
-        with pytest.raises(NotImplementedError, match='only with impl="torch"'):
+        with pytest.raises(NotImplementedError, match='require impl="torch"'):
             fused(impl="triton", device=device)(forward_ad.make_dual(x, x))
 
 

@@ -1,0 +1,121 @@
+"""What the public functions keep for backward; batch norm's running statistics and eval mode."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import DTYPES, LAYOUTS, NORMS, TOLERANCE, affine, close, compare, make, norms
+from torch import Tensor
+
+from mnistnorm import batch_norm_relu
+
+pytestmark = pytest.mark.usefixtures("fast_paths")
+
+
+# Weights few beside the input are kept in a scaled copy (layer norm's biases too); layer norm without one has ones.
+@norms
+@pytest.mark.parametrize(
+    ("with_affine", "dropout_p", "copied"),
+    [
+        (True, 0.3, {"batch": 8, "group": 8, "layer": 2 * 12}),
+        (True, 0.0, {}),
+        (False, 0.3, {"batch": 8, "group": 8, "layer": 12}),
+        (False, 0.0, {"layer": 12}),
+    ],
+)
+def test_saves_nothing_but_input_output_and_statistics(norm, with_affine, dropout_p, copied):
+    shape = (4, 8, 12, 12)
+    x = make(shape)
+    parameters = affine(norm.affine_shape(shape), torch.float32) if with_affine else (None, None)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        output = norm.fused(x, *parameters, dropout_p=dropout_p)
+    known = {t.untyped_storage().data_ptr() for t in (x, output, *parameters) if t is not None}
+    other = sum(t.numel() for t in saved if t.untyped_storage().data_ptr() not in known)
+    statistics = {"batch": 2 * 8, "group": 2 * 4 * 2, "layer": 2 * 4 * 8 * 12, "layer3": 2 * 4}
+    name = next(name for name, n in NORMS.items() if n is norm)
+    assert other == statistics[name] + copied.get(name, 0)
+
+
+@norms
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_triton_saves_the_output_only_behind_a_residual(norm, with_residual, device):
+    shape = (2, 4, 3, 5)
+    x, parameters = make(shape, device=device), affine(norm.affine_shape(shape), torch.float32, device)
+    residual = torch.randn(shape, device=device) if with_residual else None
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        output = norm.fused(x, *parameters, residual=residual, dropout_p=0.3, impl="triton")
+    pointers = [tensor.data_ptr() for tensor in saved]
+    assert (output.data_ptr() in pointers) == with_residual
+    # Beside these, the mean and rstd of each slab in one tensor.
+    known = {tensor.data_ptr() for tensor in (x, *parameters, output)}
+    (statistics,) = (tensor for tensor in saved if tensor.data_ptr() not in known)
+    name = next(name for name, n in NORMS.items() if n is norm)
+    assert statistics.shape == (2 * {"batch": 4, "group": 2 * 2, "layer": 2 * 4 * 3, "layer3": 2}[name],)
+    assert statistics.dtype == torch.float32
+    assert sum(tensor.shape == shape for tensor in saved) == 1 + with_residual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (64, 14, 7, 7), (16, 4, 26, 26), (9, 4)], ids=str)
+def test_running_statistics(shape, dtype):
+    x = make(shape, dtype).detach()
+    mine = [torch.full(shape[1:2], 0.25, dtype=dtype), torch.full(shape[1:2], 2.0, dtype=dtype)]
+    theirs = [buffer.double() for buffer in mine]
+    batch_norm_relu(x, *mine, training=True, momentum=0.3)
+    F.batch_norm(x.double(), *theirs, training=True, momentum=0.3)
+    for buffer, exact in zip(mine, theirs, strict=True):
+        close(buffer, exact, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eval_mode(dtype, layout):
+    shape = (3, 4, 6, 5)
+    running = (torch.randn(4).to(dtype), (torch.rand(4) + 0.5).to(dtype))
+    inputs = (make(shape, dtype, layout), *affine((4,), dtype), make(shape, dtype))
+    compare(
+        lambda x, w, b, r: batch_norm_relu(x, *running, w, b, False, residual=r),
+        lambda x, w, b, r: F.batch_norm(x, *(t.to(w.dtype) for t in running), w, b, False) + r,
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3, 3), (64, 4, 7, 7), (64, 4, 16, 16)], ids=str)
+def test_running_variance_beyond_half_precision(shape):
+    # The batch's variance overflows float16; a tenth of it does not.
+    x = (torch.randn(shape) * 400).half()
+    running = torch.zeros(4).half(), torch.ones(4).half()
+    batch_norm_relu(x, *running, training=True)
+    expected = 0.9 + 0.1 * x.float().transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(running[1].float(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("running", [torch.inf, torch.nan])
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (16, 4, 26, 26)], ids=str)
+def test_running_statistics_beyond_numbers(shape, running):
+    x = make(shape).detach()
+    mine, theirs = ([torch.zeros(4), torch.full((4,), running)] for _ in range(2))
+    batch_norm_relu(x, *mine, training=True)
+    F.batch_norm(x, *theirs, training=True)
+    torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_a_later_call_leaves_the_backward_of_an_earlier_one_alone():
+    # Two ways of taking the same statistics, the second after the first has been recorded.
+    small, large = make((3, 4, 6, 5)), make((16, 4, 26, 26))
+    running = torch.zeros(4), torch.ones(4)
+    fused = sum(batch_norm_relu(x, *running, training=True).sum() for x in (small, large))
+    stock = sum(F.relu(F.batch_norm(x, None, None, training=True)).sum() for x in (small, large))
+    for mine, theirs in zip(*(torch.autograd.grad(y, (small, large)) for y in (fused, stock)), strict=True):
+        close(mine.double(), theirs.double(), TOLERANCE[torch.float32])
+
+
+def test_eval_gradient_does_not_see_later_updates():
+    running = torch.zeros(4), torch.ones(4)
+    x = make((3, 4, 6, 5))
+    output = batch_norm_relu(x, *running)
+    running[1].fill_(100.0)
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(grad, (x > 0) / (1 + 1e-5) ** 0.5)
