@@ -1,30 +1,37 @@
 """python -m benchmarks.host: time from a call of norm + dropout + ReLU to its launch, against stock torch's chain.
 
-On a GPU the host has to be done with a call before the GPU is done with those before it. Here the launches are left
-out, so that nothing but that time remains; stock torch's functions run on the CPU, on the same tensors, which are so
-small that there is next to nothing to compute.
+On small tensors a GPU waits for the host. Here the launches are left out, so that nothing but the host's time remains;
+stock torch's functions run on the CPU, on the same tensors, which are so small that there is little to compute. With
+--modules, a chain of nine layers as modules: the fused ones with Triton's launches, over a stub of the driver.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mnistnorm import batch_norm_relu, group_norm_relu, layer_norm_relu
+from mnistnorm import BatchNormAct2d, GroupNormAct, LayerNormAct, batch_norm_relu, group_norm_relu, layer_norm_relu
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, command_of, fraction, output_file, run_program
+from mnistnorm.errors import UserError
 from mnistnorm.kernels import functional, implementations
+from mnistnorm.kernels.activations import Activation
+from mnistnorm.kernels.contract import Epilogue
+from mnistnorm.kernels.implementations import prepare
+from mnistnorm.kernels.norms import NO_BUFFERS, GroupNorm
 from mnistnorm.kernels.triton_impl.launches import Launch
 from mnistnorm.machine import describe_machine
 
+from .instruments import stub_driver
 from .instruments.cases import NORMS, NUM_GROUPS
 from .instruments.timing import Spread, interleaved, ratio
 
@@ -35,7 +42,12 @@ METHOD = (
     f"microseconds of host time per call, medians; input {SHAPE}, float32, gradients recorded; fused: impl='triton', "
     "plans for sm_90, launches left out; stock: norm, dropout, relu of torch.nn.functional on the CPU"
 )
-COLUMNS = "{:<6} {:>7} {:<18} {:>16} {:>16} {:>6} {:>13}"
+LAYERS = 9
+MODULES_METHOD = (
+    f"microseconds of host time per layer, forward + backward, medians; {LAYERS} layers, input {SHAPE}, float32; "
+    "fused: impl='triton', Triton's launches included, over a stub of the driver; stock: modules of torch.nn on the CPU"
+)
+COLUMNS = "{:<6} {:>7} {:<26} {:>16} {:>16} {:>6} {:>13}"
 HEADER = COLUMNS.format("norm", "dropout", "pass", "stock (us)", "fused (us)", "ratio", "quartiles")
 
 
@@ -48,6 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P")
     add("--calls", type=at_least(1), default=200, metavar="N", help="in each round (%(default)s)")
     add("--rounds", type=at_least(2), default=40, metavar="N", help="fused and stock in turn (%(default)s)")
+    add("--modules", action="store_true", help="a chain of layers as modules, launches included (needs a C compiler)")
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     return parser
 
@@ -126,16 +139,83 @@ def measure(norm: str, dropout: float, calls: int, rounds: int) -> list[dict[str
             for contender, function in functions(norm, dropout).items()
         }
         seconds = interleaved(runs, rounds, f"{norm} {dropout} {name}")
-        rows.append(
-            {
-                "norm": norm,
-                "dropout": dropout,
-                "pass": name,
-                "microseconds": {name: [1e6 * value for value in values] for name, values in seconds.items()},
-                "ratio": ratio(seconds, "stock", "fused")._asdict(),
-            }
-        )
+        rows.append(_row(norm, dropout, name, seconds))
     return rows
+
+
+def stock_layer(norm: str, dropout: float) -> nn.Module:
+    norms = {
+        "batch": lambda: nn.BatchNorm2d(SHAPE[1]),
+        "group": lambda: nn.GroupNorm(NUM_GROUPS, SHAPE[1]),
+        "layer": lambda: nn.LayerNorm(SHAPE[-1:]),
+    }
+    return nn.Sequential(norms[norm](), nn.Dropout(dropout), nn.ReLU())
+
+
+def fused_layer(norm: str, dropout: float) -> nn.Module:
+    options: dict[str, Any] = {"dropout_p": dropout, "impl": "triton"}
+    layers = {
+        "batch": lambda: BatchNormAct2d(SHAPE[1], **options),
+        "group": lambda: GroupNormAct(NUM_GROUPS, SHAPE[1], **options),
+        "layer": lambda: LayerNormAct(SHAPE[-1:], **options),
+    }
+    return layers[norm]()
+
+
+def measure_modules(norm: str, dropout: float, calls: int, rounds: int) -> dict[str, Any]:
+    """The figures of a chain of modules, for one layer of it."""
+    x, grad = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+
+    def run_of_chain(layer: Callable[[str, float], nn.Module]) -> Callable[[], float]:
+        chain = nn.Sequential(*(layer(norm, dropout) for _ in range(LAYERS)))
+        inputs = (x, *chain.parameters())
+
+        def run() -> float:
+            start = time.perf_counter()
+            for _ in range(calls):
+                torch.autograd.grad(chain(x), inputs, grad)
+            return (time.perf_counter() - start) / calls / LAYERS
+
+        return run
+
+    runs = {"stock": run_of_chain(stock_layer), "fused": run_of_chain(fused_layer)}
+    return _row(norm, dropout, "modules", interleaved(runs, rounds, f"{norm} {dropout} modules"))
+
+
+def measure_launch(calls: int, rounds: int) -> dict[str, Any]:
+    """A launch by Triton's kernel[grid], and one of ours."""
+    weight, bias = torch.ones(SHAPE[1]), torch.zeros(SHAPE[1])
+    inputs = (torch.randn(SHAPE), weight, bias, None)
+    operation = prepare("triton", GroupNorm(NUM_GROUPS, 1e-5), Epilogue(0.0, Activation("relu")), inputs)
+    caught: list[tuple[Launch, tuple[Any, ...]]] = []
+    with mock.patch.object(Launch, "run", lambda launch, *arguments: caught.append((launch, arguments))):
+        operation.forward(inputs, NO_BUFFERS, 0)
+    launch, arguments = caught[0]
+
+    def run_of_launch(call: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - start) / calls
+
+        return run
+
+    def through_triton() -> None:
+        launch.kernel[launch.grid](*launch.arguments(*arguments), **launch.constants)
+
+    runs = {"stock": run_of_launch(through_triton), "fused": run_of_launch(lambda: launch.run(*arguments))}
+    return _row("group", 0.0, "launch: kernel[grid], ours", interleaved(runs, rounds, "launch"))
+
+
+def _row(norm: str, dropout: float, name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "norm": norm,
+        "dropout": dropout,
+        "pass": name,
+        "microseconds": {name: [1e6 * value for value in values] for name, values in seconds.items()},
+        "ratio": ratio(seconds, "stock", "fused")._asdict(),
+    }
 
 
 def line(row: dict[str, Any]) -> str:
@@ -150,23 +230,39 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows that the flags ask for."""
+    for norm, dropout in itertools.product(args.norms, args.dropout):
+        if args.modules:
+            yield measure_modules(norm, dropout, args.calls, args.rounds)
+        else:
+            yield from measure(norm, dropout, args.calls, args.rounds)
+    if args.modules:
+        yield measure_launch(args.calls, args.rounds)
+
+
 def host(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
+    reason = stub_driver.unavailable() if args.modules else None
+    if reason:
+        raise UserError(f"--modules needs a stub of the CUDA driver: {reason}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     machine = describe_machine(torch.device("cpu"))
+    method = MODULES_METHOD if args.modules else METHOD
     print(machine)
-    print(METHOD)
+    print(method)
     print(HEADER)
     rows = []
-    with launches_left_out():
-        for norm in args.norms:
-            for dropout in args.dropout:
-                for row in measure(norm, dropout, args.calls, args.rounds):
-                    rows.append(row)
-                    print(line(row), flush=True)
+    with ExitStack() as stack:
+        stack.enter_context(triton_on_the_cpu() if args.modules else launches_left_out())
+        if args.modules:
+            stack.enter_context(stub_driver.stub_driver())
+        for row in measure_all(args):
+            rows.append(row)
+            print(line(row), flush=True)
     if args.json:
-        document = {"command": command_of("benchmarks.host", argv), "machine": machine, "method": METHOD, "rows": rows}
+        document = {"command": command_of("benchmarks.host", argv), "machine": machine, "method": method, "rows": rows}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")
     return 0
 

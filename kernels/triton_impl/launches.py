@@ -32,7 +32,7 @@ class Launch:
         device: of the tensors.
     """
 
-    __slots__ = ("_compiled", "_constexprs", "constants", "device", "grid", "is_direct", "kernel", "sizes")
+    __slots__ = ("_constexprs", "_direct", "constants", "device", "grid", "is_direct", "kernel", "sizes")
 
     def __init__(
         self, kernel: Any, programs: int, sizes: Sequence[Any], constants: dict[str, Any], device: torch.device
@@ -40,7 +40,7 @@ class Launch:
         self.kernel, self.grid, self.sizes, self.constants = kernel, (programs, 1, 1), tuple(sizes), constants
         self.device = device
         self.is_direct = launches_directly(device)
-        self._compiled: Any = None
+        self._direct: tuple[Any, tuple[Any, ...]] | None = None
         self._constexprs = tuple(constants[name] for name in kernel.arg_names if name in constants)
 
     def run(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None:
@@ -57,27 +57,20 @@ class Launch:
                 address = tensor.data_ptr()
                 bits |= address
                 addresses.append(address)
-        runtime = triton.knobs.runtime
-        hooked = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks
-        compiled = self._compiled
-        if bits % ALIGNMENT or hooked or compiled is None:
+        if self._direct is None or bits % ALIGNMENT or self._has_hooks():
             compiled = self.kernel[self.grid](*tensors, *self.sizes, *varying, **self.constants)
             if bits % ALIGNMENT == 0:
-                self._compiled = compiled
+                no_hooks = None, None, None  # the metadata for them, the one before and the one after
+                self._direct = compiled.run, (compiled.function, compiled.packed_metadata, *no_hooks)
             return
-        compiled.run(
-            *self.grid,
-            triton.runtime.driver.active.get_current_stream(self.device.index),
-            compiled.function,
-            compiled.packed_metadata,
-            None,  # metadata for the hooks, and the hooks
-            None,
-            None,
-            *addresses,
-            *self.sizes,
-            *varying,
-            *self._constexprs,
-        )
+        run, fixed = self._direct
+        stream = triton.runtime.driver.active.get_current_stream(self.device.index)
+        run(*self.grid, stream, *fixed, *addresses, *self.sizes, *varying, *self._constexprs)
+
+    def _has_hooks(self) -> bool:
+        """Whether somebody wants to know about each launch, or to change its arguments."""
+        runtime = triton.knobs.runtime
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks)
 
     def arguments(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> tuple[Any, ...]:
         """The kernel's positional arguments: `kernel.warmup(*arguments, grid=grid, **constants)` only compiles it."""
