@@ -109,6 +109,7 @@ class Problem:
         dropout_p=0.0,
         seed=0,
         parameter_dtype=None,
+        spread=1.0,
     ):
         self.norm, self.training, self.plan, self.seed = norm, training, plan, seed
         self.epilogue = Epilogue(dropout_p, Activation.of(activation))
@@ -120,7 +121,7 @@ class Problem:
         parameter_dtype = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
         place = LAYOUTS[layout]
         self.x = place(randn(*norm.shape))
-        self.weight = randn(*norm.parameter_shape, dtype=parameter_dtype) if weight else None
+        self.weight = randn(*norm.parameter_shape, dtype=parameter_dtype) * spread if weight else None
         self.bias = randn(*norm.parameter_shape, dtype=parameter_dtype) if bias else None
         self.residual = place(randn(*norm.shape)) if residual else None
         self.grad_output = place(randn(*norm.shape))
@@ -234,6 +235,28 @@ def test_options(norm, plan, weight, bias, residual, activation, device):
     check(Problem(norm, device, plan=plan, weight=weight, bias=bias, residual=residual, activation=activation))
 
 
+# Every entry of the table, and one with another parameter than its own.
+EVERY_ACTIVATION = [*map(Activation.of, ACTIVATIONS), Activation("leaky_relu", 0.2)]
+every_activation = pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=str)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+@every_activation
+def test_activations(activation, norm, plan, device):
+    dropout = {"dropout_p": 0.25, "seed": 3}
+    factor = kept_by_output(Problem(norm, device, residual=False, activation="identity", plan=plan, **dropout))
+    # Each with two dtypes and two layouts of those here; over the norms and plans, with all of them.
+    sample = EVERY_ACTIVATION.index(activation) + 2 * SMALL.index(norm) + PLANS.index(plan)
+    dtypes, layouts = (torch.float64, torch.float32, torch.bfloat16), list(LAYOUTS)
+    for index, (dropped, residual) in enumerate(itertools.product((False, True), repeat=2), sample):
+        dtype, layout = dtypes[index % 3], layouts[index % 4]
+        # So far apart that all pieces of the activations are met.
+        options = {"plan": plan, "layout": layout, "residual": residual, "activation": activation, "spread": 3.0}
+        problem = Problem(norm, device, dtype, **options, **(dropout if dropped else {}))
+        check(problem, dtype, factor if dropped else None)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("norm", [BATCH_NORMS[0], BATCH_NORMS[5]], ids=str)
@@ -304,16 +327,44 @@ def test_no_gradient_at_exactly_zero(norm, plan, device):
     assert not problem.backward()[2].any()
 
 
+def is_defined(activation, value):
+    """Whether torch's gradient of an activation there is one thing: a number, or the same for one element and many."""
+    gradients = []
+    for count in (1, 64):
+        pre_activation = torch.full((count,), value, dtype=torch.float64, requires_grad=True)
+        gradients.append(torch.autograd.grad(activation.forward(pre_activation).sum(), pre_activation)[0])
+    one, many = gradients
+    same = torch.allclose(one.expand_as(many), many, equal_nan=True)
+    return same and not (one.isnan().any() and value == value)
+
+
+@every_activation
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("norm", SMALL, ids=str)
-def test_nan_and_infinity_pass_as_in_torch(norm, value, residual, device):
+def test_nan_and_infinity_pass_as_in_torch(norm, value, residual, activation, device):
     for place in ("x", "residual") if residual else ("x",):
-        problem = Problem(norm, device, residual=residual)
+        problem = Problem(norm, device, residual=residual, activation=activation)
         getattr(problem, place)[1, 2, 1, 4] = value
         expected, gradients, _ = problem.oracle()
         torch.testing.assert_close(problem.forward(), expected, equal_nan=True)
-        torch.testing.assert_close(problem.backward()[0], gradients[0], equal_nan=True)
+        # In x it makes a whole slab NaN, whatever the activation's gradient.
+        if place == "x" or is_defined(activation, value):
+            torch.testing.assert_close(problem.backward()[0], gradients[0], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "norm", [Norm("batch", (4, 8, 3)), Norm("group", (4, 8, 3), 2), Norm("layer", (12, 8), (8,))], ids=str
+)
+@every_activation
+def test_activations_where_they_bend_and_far_out(activation, norm, device):
+    for residual, dtype in itertools.product((False, True), (torch.float64, torch.float32)):
+        problem = Problem(norm, device, dtype, residual=residual, activation=activation)
+        problem.weight.zero_()
+        problem.bias.copy_(torch.tensor([-1e30, -100.0, -3.0, 0.0, 3.0, 6.0, 100.0, 1e30]))
+        if residual:
+            problem.residual.zero_()
+        check(problem, dtype)
 
 
 @pytest.mark.parametrize("norm", [*MEDIUM, Norm("batch", (33, 20, 3, 3)), Norm("layer", (7, 26), (26,))], ids=str)
@@ -449,7 +500,11 @@ def test_an_operation_makes_its_device_the_current_one(accelerator):
     launched_on = []
     # The tensors stay on the CPU: only their device is said to be another one.
     problem.operation.device, problem.operation._index = torch.device("cuda:1"), 1
-    with mock.patch.object(Launch, "run", lambda *_: launched_on.append(accelerator.current)):
+
+    def run(launch, tensors, varying=()):
+        launched_on.append(accelerator.current)
+
+    with mock.patch.object(Launch, "run", run):
         problem.operation.forward(problem.given, norms.Buffers(*problem.running), 0)
         problem.backward()
         assert (set(launched_on), accelerator.changes, accelerator.current) == ({1}, [1, 1], 0)
@@ -468,6 +523,80 @@ def test_a_device_that_is_not_the_current_one():
 @pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 1_000_003), (torch.bfloat16, 70_001)])
 def test_long_rows(dtype, length, device):
     check(Problem(Norm("layer", (2, length), (length,)), device, dtype, residual=False), dtype)
+
+
+class TestParameterSums:
+    """The kernel that adds up partial gradients of weight and bias."""
+
+    def sums(self, partials, parameters, device, given, dtype, which=(True, True)):
+        """What the kernel makes of random partial sums, and those sums, for weight and bias."""
+        generator = torch.Generator().manual_seed(partials * parameters)
+        parts = [
+            torch.randn(partials, parameters, dtype=torch.float64, generator=generator).to(device, given)
+            if wanted
+            else None
+            for wanted in which
+        ]
+        gradients = [torch.empty(parameters, dtype=dtype, device=device) if wanted else None for wanted in which]
+        programs, blocks = parameter_sums_plan(parameters)
+        launch = Launch(kernels.parameter_sums_kernel, programs, (partials, parameters), blocks, torch.device(device))
+        launch.run((*parts, *gradients))
+        return gradients, parts
+
+    def check(self, partials, parameters, device, given=torch.float32, dtype=torch.float32, which=(True, True)):
+        gradients, parts = self.sums(partials, parameters, device, given, dtype, which)
+        for gradient, part in zip(gradients, parts, strict=True):
+            if part is not None:
+                # Relative to terms of size 1, of which there are `partials`.
+                assert_close(gradient, part.double().sum(0), dtype, scale=partials**0.5)
+
+    @pytest.mark.parametrize("parameters", [1, 3, 63, 64, 65, 3 * PARAMETER_SUMS_WIDTH + 7])
+    @pytest.mark.parametrize("partials", [1, 2, 31, 32, 33, 67])
+    def test_odd_numbers(self, partials, parameters, device):
+        self.check(partials, parameters, device)
+
+    @pytest.mark.parametrize("parameters", [1, 5])
+    def test_more_partials_than_a_block(self, parameters, device):
+        for partials in (PARAMETER_SUMS_TILE - 1, PARAMETER_SUMS_TILE + 1, 2 * PARAMETER_SUMS_TILE + 77):
+            assert partials + 1 >= parameter_sums_plan(parameters)[1]["BLOCK_PARTIALS"]
+            self.check(partials, parameters, device)
+
+    @pytest.mark.parametrize("which", [(True, False), (False, True)], ids=["weight", "bias"])
+    def test_one_alone(self, which, device):
+        self.check(33, 65, device, which=which)
+
+    @pytest.mark.parametrize(
+        ("given", "dtype"),
+        [(torch.float64, torch.float64), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
+        ids=str,
+    )
+    def test_types(self, given, dtype, device):
+        self.check(33, 65, device, given, dtype)
+
+    def test_sums_are_rounded_once(self, device):
+        (gradient, _), (parts, _) = self.sums(67, 65, device, torch.float32, torch.bfloat16)
+        exact = parts.double().sum(0)
+        nearest = (exact - exact.bfloat16().double()).abs()
+        assert ((gradient.double() - exact).abs() <= nearest + 1e-5).all()
+
+    @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        "norm",
+        [Norm("batch", (40, 5, 10, 11)), Norm("group", (5, 6, 7, 6), 3), Norm("layer", (60, 11), (11,))],
+        ids=str,
+    )
+    def test_of_an_operation(self, norm, parameter_dtype, device):
+        training = norm.name != "batch"  # whose slabs are channels, unless the statistics are given
+        problem = Problem(norm, device, torch.bfloat16, training=training, parameter_dtype=parameter_dtype)
+        launched, run = [], Launch.run
+
+        def note(launch, tensors, varying=()):
+            launched.append(launch.kernel)
+            run(launch, tensors, varying)
+
+        with mock.patch.object(Launch, "run", note):
+            check(problem, torch.bfloat16)
+        assert kernels.parameter_sums_kernel in launched
 
 
 BLOCK = tl.constexpr(64)
