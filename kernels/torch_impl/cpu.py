@@ -249,16 +249,24 @@ def short_rows_forward(
     output, mean, rstd = torch.native_batch_norm(input.view(1, rows, length), None, None, None, None, True, 0.0, eps)
     if cancels(mean, rstd, MAX_SAFE_PRODUCT):
         return torch.native_layer_norm(input, (length,), weight, bias, eps)
-    # Repeat weight and bias over several rows: an inner loop over a single short row would be slow.
-    several = math.gcd(rows, 64)
-    values = output.view(-1, several * length)
+    return scale_rows_(output.view(rows, length), weight, bias).view(input.shape), mean, rstd
+
+
+def scale_rows_(matrix: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """matrix * weight + bias in place, for parameters of one row."""
+    rows, length = matrix.shape
+    several = math.gcd(rows, 64)  # an inner loop over a single short row would be slow
+    values = matrix.view(-1, several * length)
+    weight, bias = (
+        None if parameter is None else parameter.reshape(-1).repeat(several) for parameter in (weight, bias)
+    )
     if weight is not None and bias is not None:
-        torch.addcmul(bias.repeat(several), values, weight.repeat(several), out=values)
+        torch.addcmul(bias, values, weight, out=values)
     elif weight is not None:
-        values.mul_(weight.repeat(several))
+        values.mul_(weight)
     elif bias is not None:
-        values.add_(bias.repeat(several))
-    return output.view(input.shape), mean, rstd
+        values.add_(bias)
+    return matrix
 
 
 def layer_norm_backward(

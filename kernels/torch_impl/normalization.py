@@ -36,10 +36,18 @@ def with_statistics(
 ) -> Tensor:
     """The normalized tensor again, from the statistics of `forward`."""
     if isinstance(norm, BatchNorm):
-        output = torch.empty_like(input, memory_format=memory_format_of(input))
-        return _scale_and_shift(input, weight, bias, mean, rstd, output)
-    # Torch has no kernel that takes statistics; to compute them again costs little beside the rest.
-    return forward(norm, input, weight, bias, NO_BUFFERS)[0]
+        return _scale_and_shift(input, weight, bias, mean, rstd)
+    if not (input.is_contiguous() and input.dtype == mean.dtype):
+        return forward(norm, input, weight, bias, NO_BUFFERS)[0]
+    # As a batch norm of one sample, with a channel for each slab or channel of a sample.
+    mean, rstd = mean.reshape(-1), rstd.reshape(-1)
+    if isinstance(norm, GroupNorm):
+        samples, channels = input.shape[:2]
+        mean, rstd = (each.repeat_interleave(channels // norm.num_groups) for each in (mean, rstd))
+        weight, bias = (None if parameter is None else parameter.repeat(samples) for parameter in (weight, bias))
+        return _scale_and_shift(input.view(1, samples * channels, -1), weight, bias, mean, rstd).view(input.shape)
+    output = _scale_and_shift(input.view(1, len(mean), -1), None, None, mean, rstd)
+    return cpu.scale_rows_(output.view(len(mean), -1), weight, bias).view(input.shape)
 
 
 def backward(
@@ -123,14 +131,15 @@ def _batch_norm(
                 buffer.copy_(moved)
         return output, mean, rstd
     rstd = (var + norm.eps).rsqrt()
-    output = torch.empty_like(input, memory_format=memory_format_of(input)) if scratch is None else scratch
-    return _scale_and_shift(input, weight, bias, mean, rstd, output), mean, rstd
+    return _scale_and_shift(input, weight, bias, mean, rstd, scratch), mean, rstd
 
 
 def _scale_and_shift(
-    input: Tensor, weight: Parameter, bias: Parameter, mean: Tensor, rstd: Tensor, output: Tensor
+    input: Tensor, weight: Parameter, bias: Parameter, mean: Tensor, rstd: Tensor, output: Tensor | None = None
 ) -> Tensor:
-    """Batch norm with given statistics into `output`, in the format of the output."""
+    """Batch norm with given statistics; into `output`, if given, which has the format of the result."""
+    if output is None:
+        output = torch.empty_like(input, memory_format=memory_format_of(input))
     if cpu.has_columns(input):
         cpu.scale_and_shift(input, weight, bias, mean, rstd, output)
     elif input.numel() > 0:
