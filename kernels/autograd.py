@@ -64,19 +64,19 @@ def _differentiable_backward(
     operation: Operation, needs: Needs, seed: int, grad_output: Tensor, saved: Saved
 ) -> tuple[Tensor | None, ...]:
     """The gradients again, by differentiable operations of torch: what create_graph=True asks for."""
-    unpacked = operation.unpack(saved)
     epilogue, activation = operation.epilogue, operation.epilogue.activation
+    kept = saved[-1] if operation.keeps else None
     # Views, so that the gradients are those of this operation alone where one input was computed from another.
     input, weight, bias, residual = (
         None if tensor is None else tensor.view_as(tensor)
-        for tensor in (*unpacked[:3], unpacked.kept if operation.keeps == "residual" else None)
+        for tensor in (*saved[:3], kept if operation.keeps == "residual" else None)
     )
     assert input is not None
-    value = normalize(operation.norm, input, weight, bias, unpacked.mean, unpacked.rstd)
+    value = normalize(operation.norm, input, weight, bias, *operation.mean_and_rstd(saved))
     if epilogue.dropout_p > 0:
         value = value * operation.dropout_factor(input, seed)
     if activation.gradient_from_output:
-        sign = unpacked.kept if operation.keeps == "output" else value
+        sign = kept if operation.keeps == "output" else value
         assert sign is not None
         grad_residual = grad_output = activation.backward(grad_output, sign.detach())
     else:

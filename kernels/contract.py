@@ -5,7 +5,7 @@ y = activation(dropout(norm(input) * weight + bias) + residual)
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -58,17 +58,6 @@ class Epilogue:
         return "residual" if has_residual else None
 
 
-class Unpacked(NamedTuple):
-    """What was saved, in terms that both implementations share."""
-
-    input: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor
-    rstd: Tensor
-    kept: Tensor | None
-
-
 class Operation(Protocol):
     """A norm and its epilogue in one implementation, for tensors of one kind: all that calls with them share.
 
@@ -93,7 +82,7 @@ class Operation(Protocol):
     def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
         """The gradients; that of a residual only where `epilogue.passes_gradient` is False."""
 
-    def unpack(self, saved: Saved) -> Unpacked: ...
+    def mean_and_rstd(self, saved: Saved) -> tuple[Tensor, Tensor]: ...
 
     def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
         """0 where forward drops an element and 1 / (1 - dropout_p) elsewhere, of the input's shape and dtype."""

@@ -108,7 +108,7 @@ def batch_norm_relu(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
     norm = BatchNorm(_number(eps), bool(training), group_name)
     momentum = momentum if isinstance(momentum, Tensor) else _number(momentum)
-    buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked)
+    buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked if training else None)
     return _call(key, implementation, norm, epilogue, (input, weight, bias, residual), buffers)
 
 

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..contract import Epilogue, Gradients, Inputs, Needs, Saved, Unpacked
+from ..contract import Epilogue, Gradients, Inputs, Needs, Saved
 from ..norms import Buffers, LayerNorm, Norm, statistics_dtype
 from . import normalization
 from .dropout import drop_
@@ -79,7 +79,10 @@ class TorchOperation:
         return output if wide is input else output.to(input.dtype), (mean, rstd)
 
     def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
-        input, weight, bias, mean, rstd, kept = self.unpack(saved)
+        input, weight, bias, *_ = saved
+        assert input is not None
+        mean, rstd = self.mean_and_rstd(saved)
+        kept = saved[-1] if self.keeps else None
         scaled_weight, scaled_bias = self._scaled(input, weight, bias)
         wide, grad_output = self._wide(input), self._wide(grad_output)
         activation, dropout_p = self.epilogue.activation, self.epilogue.dropout_p
@@ -118,12 +121,11 @@ class TorchOperation:
             grad_residual,
         )
 
-    def unpack(self, saved: Saved) -> Unpacked:
-        input, weight, bias, mean, rstd, *kept = saved
-        assert input is not None
+    def mean_and_rstd(self, saved: Saved) -> tuple[Tensor, Tensor]:
+        _, _, _, mean, rstd, *_ = saved
         assert mean is not None
         assert rstd is not None
-        return Unpacked(input, weight, bias, mean, rstd, kept[0] if kept else None)
+        return mean, rstd
 
     def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
         factor = torch.full_like(input, self.epilogue.scale, memory_format=self._memory_format)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import sync
 from ..activations import Activation
-from ..contract import Epilogue, Gradients, Inputs, Needs, Saved, Unpacked
+from ..contract import Epilogue, Gradients, Inputs, Needs, Saved
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm, geometry_of, statistics_dtype
 from .kernels import backward_kernel, forward_kernel, gradient_sums_kernel, parameter_sums_kernel, statistics_kernel
 from .launches import Launch, current_target, is_current, made_current
@@ -114,12 +114,11 @@ class TritonOperation:
             backward = self._backwards[needs] = _Backward(self, needs)
         return backward.run(seed, grad_output, saved)
 
-    def unpack(self, saved: Saved) -> Unpacked:
-        input, weight, bias, statistics, *kept = saved
-        assert input is not None
+    def mean_and_rstd(self, saved: Saved) -> tuple[Tensor, Tensor]:
+        statistics = saved[3]
         assert statistics is not None
         mean, rstd = statistics.view(2, *self._statistics_shape)
-        return Unpacked(input, weight, bias, mean, rstd, kept[0] if kept else None)
+        return mean, rstd
 
     def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
         # The operation itself, with given statistics, weight 0 and bias 1, over zeros in the input's own strides.
@@ -213,8 +212,8 @@ class _Backward:
 
     def run(self, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
         operation = self._operation
-        input, weight, bias, statistics, *others = saved
-        kept = others[0] if others else None
+        input, weight, bias, statistics, *_ = saved
+        kept = saved[4] if operation.keeps else None
         assert input is not None
         assert statistics is not None
         if operation.copies:
