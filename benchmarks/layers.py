@@ -1,4 +1,4 @@
-"""python -m benchmarks.layers: time of norm + dropout + residual + ReLU, fused, stock, compiled and by others."""
+"""python -m benchmarks.layers: time of norm + dropout + residual + activation, fused, stock, compiled and by others."""
 
 import argparse
 import itertools
@@ -25,6 +25,7 @@ from mnistnorm.cli import (
     run_program,
     thread_count,
 )
+from mnistnorm.kernels.activations import ACTIVATIONS
 from mnistnorm.machine import describe_machine
 from mnistnorm.plots import png
 
@@ -69,7 +70,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
     add("--groups", type=at_least(1), default=NUM_GROUPS, metavar="N", help="of group norm (%(default)s)")
     add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P", help="(0.05 0)")
-    add("--residual", action="store_true", help="add a residual before the ReLU")
+    add("--residual", action="store_true", help="add a residual before the activation")
+    add("--activation", choices=ACTIVATIONS, default="relu", metavar="A", help=f"{', '.join(ACTIVATIONS)} (relu)")
     add("--dtypes", choices=DTYPES, nargs="+", default=["float32"], help="of everything but statistics (float32)")
     help = "layer norm of channels_last is over (C, H, W), not over W (contiguous)"
     add("--layouts", choices=LAYOUTS, nargs="+", default=["contiguous"], help=help)
@@ -109,7 +111,7 @@ def choose_contenders(asked: Sequence[str] | None, device: torch.device) -> tupl
 def chains(args: argparse.Namespace, sizes: Sequence[Shape]) -> Iterator[list[Chain]]:
     """What is timed together, for everything that the flags ask for but shapes and passes."""
     for dtype, layout, norm, dropout in itertools.product(args.dtypes, args.layouts, args.norms, args.dropout):
-        options = (DTYPES[dtype], dropout, args.residual, layout == "channels_last", args.groups)
+        options = (DTYPES[dtype], dropout, args.residual, layout == "channels_last", args.groups, args.activation)
         yield [Chain(norm, size, *options) for size in sizes]
 
 
@@ -181,6 +183,7 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
 def section(row: dict[str, Any]) -> str:
     """What a part of the table has in common."""
     residual = ", residual" if row["residual"] else ""
+    residual += f", {row['activation']}" if row["activation"] != "relu" else ""
     return f"{row['dtype']}, {row['layout']}{residual}, {PASSES[row['passes']]}"
 
 
@@ -294,6 +297,7 @@ def layers(argv: Sequence[str] | None) -> int:
                 "norm": first.norm,
                 "dropout": first.dropout,
                 "residual": first.residual,
+                "activation": first.activation,
                 "dtype": str(first.dtype)[6:],
                 "layout": LAYOUTS[first.channels_last],
                 "passes": passes,

@@ -27,6 +27,7 @@ from mnistnorm.cli import (
     run_program,
 )
 from mnistnorm.errors import UserError
+from mnistnorm.kernels.activations import ACTIVATIONS
 from mnistnorm.kernels.triton_impl.plans import Kind
 from mnistnorm.machine import describe_machine
 from mnistnorm.plots import COLORS, png
@@ -95,7 +96,8 @@ def add_chain_flags(parser: argparse.ArgumentParser, shapes: str = "64x256x56x56
     add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
     add("--groups", type=at_least(1), metavar="N", help="of group norm (32, or 2 where channels are few)")
     add("--dropout", type=fraction, default=0.0, metavar="P", help="(%(default)s)")
-    add("--residual", action="store_true", help="add a residual before the ReLU")
+    add("--residual", action="store_true", help="add a residual before the activation")
+    add("--activation", choices=ACTIVATIONS, default="relu", metavar="A", help=f"{', '.join(ACTIVATIONS)} (relu)")
     add("--channels-last", action="store_true", help="layer norm is then over (C, H, W), not over W")
     add("--plan", choices=["resident", "split"], help="of the fused kernels (the one that they choose)")
 
@@ -109,7 +111,7 @@ def chains(args: argparse.Namespace) -> list[Chain]:
     found = []
     for size in dict.fromkeys(args.shape):
         groups = args.groups or default_groups(size[1])
-        options = (DTYPES[args.dtype], args.dropout, args.residual, args.channels_last, groups)
+        options = (DTYPES[args.dtype], args.dropout, args.residual, args.channels_last, groups, args.activation)
         found += [Chain(norm, size, *options) for norm in args.norms]
     for chain in found:
         chain.check()

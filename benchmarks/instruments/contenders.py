@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU
+from mnistnorm import BatchNormAct2d, GroupNormAct, LayerNormAct
 from mnistnorm.errors import one_line
+from mnistnorm.kernels.activations import Activation
 from mnistnorm.kernels.implementations import Impl
 
 from .cases import NORMS
@@ -23,6 +24,8 @@ Passes = Literal["forward", "backward", "both"]
 # lose, of the others four units in the last place, as the modules of a chain round one after the other.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 1e-10}
 
+# Where an activation's derivative jumps.
+BENDS = (-3.0, 0.0, 3.0, 6.0)
 
 NOT_INSTALLED = "is not installed"
 
@@ -36,15 +39,15 @@ class WrongResultError(Exception):
 
 
 class Stock(nn.Module):
-    """A norm, dropout, residual and ReLU, one after the other."""
+    """A norm, dropout, residual and activation, one after the other."""
 
-    def __init__(self, norm: nn.Module, dropout: float) -> None:
+    def __init__(self, norm: nn.Module, chain: Chain) -> None:
         super().__init__()
-        self.norm, self.dropout = norm, dropout
+        self.norm, self.dropout, self.activation = norm, chain.dropout, Activation.of(chain.activation)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         y = F.dropout(self.norm(input), self.dropout)
-        return F.relu(y if residual is None else y + residual)
+        return self.activation.forward(y if residual is None else y + residual)
 
 
 def stock_norm(chain: Chain) -> nn.Module:
@@ -58,17 +61,18 @@ def stock_norm(chain: Chain) -> nn.Module:
 
 
 def stock(chain: Chain) -> nn.Module:
-    return Stock(stock_norm(chain), chain.dropout)
+    return Stock(stock_norm(chain), chain)
 
 
 def fused(chain: Chain, impl: Impl = "torch") -> nn.Module:
+    options: dict[str, Any] = {"dropout_p": chain.dropout, "activation": chain.activation, "impl": impl}
     match chain.norm:
         case "batch":
-            return BatchNormReLU2d(chain.shape[1], dropout_p=chain.dropout, impl=impl)
+            return BatchNormAct2d(chain.shape[1], **options)
         case "group":
-            return GroupNormReLU(chain.groups, chain.shape[1], dropout_p=chain.dropout, impl=impl)
+            return GroupNormAct(chain.groups, chain.shape[1], **options)
         case _:
-            return LayerNormReLU(chain.normalized_shape, dropout_p=chain.dropout, impl=impl)
+            return LayerNormAct(chain.normalized_shape, **options)
 
 
 def triton(chain: Chain) -> nn.Module:
@@ -82,13 +86,13 @@ def liger_kernel(chain: Chain) -> nn.Module:
     else:
         width = _only_rows(chain)
         norm = importlib.import_module("liger_kernel.transformers.layer_norm").LigerLayerNorm(width, eps=1e-5)
-    return Stock(norm, chain.dropout)
+    return Stock(norm, chain)
 
 
 def torchnorm(chain: Chain) -> nn.Module:
     if chain.norm == "group":
         raise UnavailableError("its group norm is torch's")
-    return Stock(importlib.import_module("torchnorm").LayerNorm(_only_rows(chain)), chain.dropout)
+    return Stock(importlib.import_module("torchnorm").LayerNorm(_only_rows(chain)), chain)
 
 
 def apex(chain: Chain) -> nn.Module:
@@ -102,11 +106,11 @@ def apex(chain: Chain) -> nn.Module:
             raise UnavailableError(
                 "its group norm is torch's but for channels_last, 16 or 32 groups and certain channels"
             )
-    return Stock(norm, chain.dropout)
+    return Stock(norm, chain)
 
 
 def flag_gems(chain: Chain) -> nn.Module:
-    return Stock(_Native(stock_norm(chain), chain, importlib.import_module("flag_gems")), chain.dropout)
+    return Stock(_Native(stock_norm(chain), chain, importlib.import_module("flag_gems")), chain)
 
 
 def _only_rows(chain: Chain) -> int:
@@ -288,8 +292,8 @@ class Case:
     def check(self) -> None:
         """Compares output and gradients with float64's, for the elements that the dropout happened to keep.
 
-        No gradient comes in where rounding decides on which side of ReLU's bend an element is, or whether its value
-        is that of a kept one.
+        No gradient comes in where rounding decides on which side of an activation's bend an element is, or whether its
+        value is that of a kept one.
 
         Raises:
             WrongResultError: they differ by more than rounding explains, or the dropout drops too many or too few.
@@ -303,17 +307,22 @@ class Case:
         kept = normalized / (1 - p) if residual is None else normalized / (1 - p) + residual
         dropped = torch.zeros_like(kept) if residual is None else residual
         close = tolerance * max(1.0, kept.abs().max().item())
-        settled, value = kept.abs() > close, kept
+        activate = Activation.of(self.chain.activation).forward
+
+        def is_off_bends(values: Tensor) -> Tensor:
+            return torch.stack([(values - bend).abs() > close for bend in BENDS]).all(0)
+
+        settled, value = is_off_bends(kept), kept
         if p:
             actual = output.detach().double()
-            is_kept = (actual - kept.relu()).abs() <= (actual - dropped.relu()).abs()
+            is_kept = (actual - activate(kept)).abs() <= (actual - activate(dropped)).abs()
             value = torch.where(is_kept, kept, dropped)
-            settled &= (kept.relu() - dropped.relu()).abs() > 2 * close
-            settled &= (dropped == 0) | (dropped.abs() > close)
+            settled &= (activate(kept) - activate(dropped)).abs() > 2 * close
+            settled &= (dropped == 0) | is_off_bends(dropped)
             count, drops = int(settled.sum()), int((settled & ~is_kept).sum())
             if abs(drops - p * count) > 6 * (p * (1 - p) * count) ** 0.5:  # six standard deviations
                 raise WrongResultError(f"drops {drops} of {count} elements")
-        expected = value.relu()
+        expected = activate(value)
         grad = self.tensors.grad * settled
         gradients = torch.autograd.grad(expected, inputs, grad.double())
         names = ("output", *(f"gradient of the {name}" for name in ("input", "weight", "bias", "residual")))
