@@ -14,7 +14,6 @@ from itertools import product
 from math import gcd
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 from xml.etree import ElementTree
 
 import pytest
@@ -23,7 +22,11 @@ import triton
 
 from benchmarks.compiled import ACTIVATION_LOADS, ACTIVATION_STORES
 from benchmarks.instruments import machine_code
-from mnistnorm.kernels import launchers
+from benchmarks.instruments.launching import planned_for
+from mnistnorm.kernels.activations import ACTIVATIONS, Activation
+from mnistnorm.kernels.contract import Epilogue
+from mnistnorm.kernels.norms import BatchNorm, Buffers, GroupNorm, LayerNorm
+from mnistnorm.kernels.triton_impl.operation import TritonOperation
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 NORMS = ("batch", "group", "layer")
@@ -39,14 +42,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # What else makes for other code, in float32, which takes the most registers: a residual alone and no ReLU are parts of
 # "dropout-residual"; "eval" is batch norm with given statistics.
-VARIANTS = ("dropout", "dropout-residual", "eval")
-
+VARIANTS = (
+    *("dropout", "dropout-residual", "eval"),
+    # The other activations, each with something else of what its pre-activation is made of.
+    *("silu", "gelu-residual", "gelu_tanh-dropout-residual", "hardswish", "leaky_relu-residual", "relu6"),
+)
 
 # What the machine code and the matrix hang on, and where it is noted that all of it passed.
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = (
-    *(f"kernels/{name}.py" for name in ("device", "fused_norm", "launch", "launchers")),
-    *("benchmarks/machine_code.py", "benchmarks/compiled.py", "tests/kernels/test_compiled.py"),
+    *(f"kernels/triton_impl/{name}.py" for name in ("device_functions", "kernels", "plans", "operation", "launches")),
+    *("kernels/norms.py", "benchmarks/instruments/machine_code.py", "benchmarks/compiled.py"),
+    "tests/kernels/triton_impl/test_compile_matrix.py",
 )
 PASSED = Path(__file__).with_name("compile_matrix.json")
 
@@ -82,8 +89,22 @@ class Case(NamedTuple):
         return 8 * itemsize * gcd(self.length, 16 // itemsize)
 
     @property
+    def activation(self) -> Activation:
+        return Activation.of(next((name for name in self.variant.split("-") if name in ACTIVATIONS), "relu"))
+
+    @property
+    def sums_parameters(self) -> bool:
+        """Whether several programs sum the gradient of the same parameter."""
+        if self.norm == "layer" and self.channels_last and self.shape == LARGE:
+            return self.dtype != torch.float64  # as many parameters as rows have elements: one program sums all rows
+        return self.norm != "batch" or self.variant == "eval"  # else a slab has its own parameters
+
+    @property
     def launches(self) -> int:
-        """Forward and backward of one of the network's sizes, where clusters of programs can hold a slab together."""
+        """Forward and backward of one of the network's sizes, where clusters of programs can hold a slab together.
+
+        Without the sums over what several programs leave of the parameters' gradients.
+        """
         size = self.shape[2]
         if self.norm == "group" and self.channels_last and size >= 24 and self.dtype == torch.float64:
             return 3  # the backward alone, short of registers, is in two
@@ -96,39 +117,29 @@ class Case(NamedTuple):
         return 2 if fits else 4
 
 
-def run(launches, device):
-    for kernel, grid, arguments, constants in launches:
-        kernel[grid](*arguments, **constants)
-
-
 def launch(case, samples=None, plan=None):
     """The forward and the backward, all gradients needed, on tensors without memory."""
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     shape = (samples or case.shape[0], *case.shape[1:])
     x = torch.empty(shape, dtype=case.dtype, device="meta").to(memory_format=layout)
     residual = torch.empty_like(x) if "residual" in case.variant else None
-    parameter_shape = shape[1:2]
-    dropout_p = 0.05 if "dropout" in case.variant else 0.0
-    options = {"seed": 1, "dropout_p": dropout_p, "relu": True, "plan": plan}
-    only_forward = {"eps": 1e-5}
-    running = ()
+    buffers = Buffers()
     if case.norm == "batch":
-        options["use_batch_stats"] = case.variant != "eval"
-        only_forward["momentum"] = 0.1
-        running = torch.empty(2, shape[1], device="meta").unbind()
+        norm = BatchNorm(1e-5, use_batch_stats=case.variant != "eval")
+        buffers = Buffers(*torch.empty(2, shape[1], device="meta").unbind(), momentum=0.1)
     elif case.norm == "group":
-        options["num_groups"] = 2 if shape[1] % 2 == 0 else 1
+        norm = GroupNorm(2 if shape[1] % 2 == 0 else 1, 1e-5)
     else:
-        parameter_shape = options["normalized_shape"] = shape[1:] if case.channels_last else shape[3:]
-    weight, bias = torch.empty(2, *parameter_shape, device="meta").unbind()
-    forward = getattr(launchers, f"{case.norm}_norm_forward")
-    backward = getattr(launchers, f"{case.norm}_norm_backward")
-    gpu = machine_code.TARGETS[case.target].gpu
-    with mock.patch.object(launchers, "run", run), mock.patch.object(launchers, "current_target", return_value=gpu):
-        y, mean, rstd = forward(x, weight, bias, residual, *running, **only_forward, **options)
-        has_residual = residual is not None
-        options |= {"has_residual": has_residual, "needs": (True, True, True, has_residual)}
-        backward(torch.empty_like(x), x, weight, bias, y if has_residual else None, mean, rstd, **options)
+        norm = LayerNorm(shape[1:] if case.channels_last else shape[3:], 1e-5)
+    weight, bias = torch.empty(2, *norm.parameter_shape(x), device="meta").unbind()
+    epilogue = Epilogue(0.05 if "dropout" in case.variant else 0.0, case.activation)
+    inputs = x, weight, bias, residual
+    with planned_for(machine_code.TARGETS[case.target].gpu):
+        operation = TritonOperation(norm, epilogue, inputs, buffers, plan)
+        y, statistics = operation.forward(inputs, buffers, 1)
+        kept = {None: (), "output": (y,), "residual": (residual,)}[operation.keeps]
+        saved = (*inputs[:3], *statistics, *kept)
+        operation.backward((True, True, True, residual is not None), 1, torch.empty_like(x), saved)
 
 
 def compile_cases(target, cases):
@@ -207,12 +218,16 @@ def reports(request, processes):
 
 @pytest.mark.parametrize("case", cases())
 def test_fits_without_spills_and_moves_wide(reports, case):
+    names = [compiled.kernel for compiled in reports(case)]
+    assert names.count("parameter_sums_kernel") == case.sums_parameters
     if case.shape[0] == NETWORK[0] and case.target in ("sm_90", "sm_100"):
-        assert len(reports(case)) == case.launches
+        assert len(names) == case.launches + case.sums_parameters
     for compiled in reports(case):
         assert compiled.fits, compiled
         assert not compiled.spills, compiled
         assert compiled.local_memory == 0, compiled
+        if compiled.kernel == "parameter_sums_kernel":  # moves no activations
+            continue
         loads = {bits for line in ACTIVATION_LOADS for bits in compiled.widths("load", line)}
         stores = {bits for line in ACTIVATION_STORES for bits in compiled.widths("store", line)}
         assert loads == {case.bits}, compiled
@@ -287,7 +302,7 @@ class TestNote:
 
     def test_a_source_that_changed_meanwhile(self, tmp_path, passed):
         report = self.report(tmp_path, "2000-01-01T00:00:00+00:00", self.EXPECTED * "<testcase/>")
-        with pytest.raises(SystemExit, match=r"kernels/launch\.py.* changed meanwhile"):
+        with pytest.raises(SystemExit, match=r"kernels/triton_impl/plans\.py.* changed meanwhile"):
             note(report)
         assert not passed.exists()
 
