@@ -25,6 +25,7 @@ class _Kind(NamedTuple):
             with respect to grad_output.
         modules: the torch.nn classes that compute it.
         gradient_from_output: whether the output tells the gradient: then backward needs no pre-activation.
+        records_output: whether autograd keeps the output of `forward_`, if anything, and no copy of its input.
         masks: whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and
             where the output is 0: then the output alone tells which elements dropout removed.
         default: of the parameter, 0 where there is none.
@@ -36,6 +37,7 @@ class _Kind(NamedTuple):
     backward: Callable[[Tensor, Tensor, float], Tensor]
     modules: tuple[type[nn.Module], ...]
     gradient_from_output: bool = False
+    records_output: bool = False
     masks: bool = False
     default: float = 0.0
     attribute: str = ""
@@ -48,6 +50,7 @@ _KINDS = {
         lambda grad, _, __: grad,
         (nn.Identity,),
         gradient_from_output=True,
+        records_output=True,
     ),
     "relu": _Kind(
         lambda x, _: F.relu(x),
@@ -55,6 +58,7 @@ _KINDS = {
         lambda grad, value, _: _aten.threshold_backward.default(grad, value, 0),
         (nn.ReLU,),
         gradient_from_output=True,
+        records_output=True,
         masks=True,
     ),
     "relu6": _Kind(
@@ -71,6 +75,7 @@ _KINDS = {
         lambda grad, value, slope: _aten.leaky_relu_backward.default(grad, value, slope, False),
         (nn.LeakyReLU,),
         gradient_from_output=True,  # with a positive slope the output has the sign of the input
+        records_output=True,
         default=0.01,
         attribute="negative_slope",
     ),
@@ -162,6 +167,11 @@ class Activation:
     def gradient_from_output(self) -> bool:
         """Whether the output tells the gradient, so that backward needs no pre-activation."""
         return self._kind.gradient_from_output
+
+    @property
+    def records_output(self) -> bool:
+        """Whether autograd keeps the output of `forward_`, if anything, and no copy of its input."""
+        return self._kind.records_output
 
     @property
     def masks(self) -> bool:

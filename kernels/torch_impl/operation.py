@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..contract import Epilogue, Gradients, Inputs, Needs, Saved
 from ..norms import Buffers, LayerNorm, Norm, statistics_dtype
-from . import normalization
+from . import native
 from .dropout import drop_
 from .layouts import memory_format_of
 
@@ -49,7 +49,7 @@ class TorchOperation:
         input, weight, bias, residual = inputs
         activation = self.epilogue.activation
         parameters = weight, bias, buffers.running_mean, buffers.running_var
-        if not activation.gradient_from_output or self._widens or (self._makes_weight and input.dtype != self._dtype):
+        if not activation.records_output or self._widens or (self._makes_weight and input.dtype != self._dtype):
             return False
         if weight is None and bias is not None:
             return False  # torch's second derivatives would leave out the bias's
@@ -64,7 +64,7 @@ class TorchOperation:
         return all(tensor is None or tensor.dtype == self._dtype for tensor in parameters)
 
     def is_recorded_by_torch(self, inputs: Inputs) -> bool:
-        return self._may_be_recorded and normalization.is_best_recorded(self.norm, *inputs[:3])
+        return self._may_be_recorded and native.is_best_recorded(self.norm, *inputs[:3])
 
     def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         input, weight, bias, residual = inputs
@@ -74,7 +74,7 @@ class TorchOperation:
                 return self.forward(inputs, buffers, seed)
         weight, bias = self._scaled(input, weight, bias)
         wide = self._wide(input)
-        output, mean, rstd = normalization.forward(self.norm, wide, weight, bias, buffers)
+        output, mean, rstd = native.forward(self.norm, wide, weight, bias, buffers)
         output = self.epilogue.activation.forward_(self._drop_and_add_(output, residual, seed))
         return output if wide is input else output.to(input.dtype), (mean, rstd)
 
@@ -92,7 +92,7 @@ class TorchOperation:
             assert kept is not None
             grad = activation.backward(grad_output, self._wide(kept))
         else:
-            value = normalization.with_statistics(self.norm, wide, scaled_weight, scaled_bias, mean, rstd)
+            value = native.with_statistics(self.norm, wide, scaled_weight, scaled_bias, mean, rstd)
             grad = activation.backward(grad_output, self._drop_and_add_(value, kept, seed))
         grad_residual = grad.to(input.dtype) if needs[3] else None
         if not any(needs[:3]):
@@ -103,7 +103,7 @@ class TorchOperation:
                 grad = grad.clone(memory_format=self._memory_format)
             grad = grad.contiguous(memory_format=self._memory_format)
             drop_(grad, self._memory_format, dropout_p, seed)
-        grad_input, grad_weight, grad_bias = normalization.backward(
+        grad_input, grad_weight, grad_bias = native.backward(
             self.norm,
             grad.contiguous(memory_format=self._memory_format),
             wide,
