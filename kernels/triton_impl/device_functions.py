@@ -210,7 +210,8 @@ def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl
         argument, slope = gelu_tanh_argument(value)
         share = sigmoid(argument)
         density = share * (1.0 - share)
-        return gradient * (share + tl.where(density > 0.0, slope * density, 0.0))  # beyond it the slope may be infinite
+        # Where the density is 0 the slope may be infinite.
+        return gradient * tl.where(density > 0.0, share + slope * density, share)
     elif ACTIVATION == "hardswish":
         inside = gradient * (value / 3.0 + 0.5)
         return tl.where(value <= -3.0, 0.0, tl.where(value >= 3.0, gradient, inside))

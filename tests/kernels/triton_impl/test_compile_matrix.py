@@ -42,11 +42,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # What else makes for other code, in float32, which takes the most registers: a residual alone and no ReLU are parts of
 # "dropout-residual"; "eval" is batch norm with given statistics.
-VARIANTS = (
-    *("dropout", "dropout-residual", "eval"),
-    # The other activations, each with something else of what its pre-activation is made of.
+VARIANTS = ("dropout", "dropout-residual", "eval")
+# The other activations, each with something else of what its pre-activation is made of.
+ACTIVATION_VARIANTS = (
     *("silu", "gelu-residual", "gelu_tanh-dropout-residual", "hardswish", "leaky_relu-residual", "relu6"),
 )
+# Those of them that `make test` compiles.
+SAMPLED_VARIANTS = {"batch": "gelu_tanh-dropout-residual", "group": "gelu-residual", "layer": "silu"}
 
 # What the machine code and the matrix hang on, and where it is noted that all of it passed.
 ROOT = Path(__file__).parents[3]
@@ -164,7 +166,10 @@ def count_compilations(case, batch_sizes, plan):
 
 def marks_of(case):
     """Which run compiles it: `make test` two of the network's sizes and the prime one, `make test-slow` a few more."""
-    if case.shape[0] == NETWORK[0]:
+    if case.variant in ACTIVATION_VARIANTS:
+        sampled = case.shape == NETWORK and case.target == "sm_90"
+        marks = [] if case.variant == SAMPLED_VARIANTS[case.norm] else [pytest.mark.slow]
+    elif case.shape[0] == NETWORK[0]:
         dtypes = {NETWORK: (torch.float32, torch.bfloat16), (128, 14, 7, 7): (torch.float32,)}.get(case.shape, ())
         sampled = case.target == "sm_90" and case.dtype in dtypes and case.variant in ("plain", "dropout-residual")
         sampled = sampled and not case.channels_last
@@ -180,7 +185,9 @@ def cases():
     matrix = [Case(*values) for values in product(NORMS, SHAPES, DTYPES, (False, True), TARGETS)]
     matrix += [
         Case(norm, shape, torch.float32, False, target, variant)
-        for norm, shape, target, variant in product(NORMS, (NETWORK, LARGE, PRIME), TARGETS, VARIANTS)
+        for norm, shape, target, variant in product(
+            NORMS, (NETWORK, LARGE, PRIME), TARGETS, (*VARIANTS, *ACTIVATION_VARIANTS)
+        )
         if norm == "batch" or variant != "eval"
     ]
     return [
@@ -214,6 +221,13 @@ def reports(request, processes):
         return {target: processes.submit(compile_cases, target, cases) for target, cases in groups[group].items()}
 
     return lambda case: compiled(case.group)[case.target].result()[case]
+
+
+def test_every_activation_is_compiled():
+    variants = {Case("batch", PRIME, torch.float32, False, "sm_90", variant) for variant in ACTIVATION_VARIANTS}
+    compiled = {case.activation.name for case in variants} | {"relu"}
+    # Identity is less of everything.
+    assert compiled | {"identity"} == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("case", cases())
