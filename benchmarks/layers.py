@@ -183,7 +183,7 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
 def section(row: dict[str, Any]) -> str:
     """What a part of the table has in common."""
     residual = ", residual" if row["residual"] else ""
-    residual += f", {row['activation']}" if row["activation"] != "relu" else ""
+    residual += f", {row['activation']}" if row.get("activation", "relu") != "relu" else ""
     return f"{row['dtype']}, {row['layout']}{residual}, {PASSES[row['passes']]}"
 
 

@@ -53,11 +53,6 @@ class FusedLayer(nn.Module):
         """Calls `_function`, or what stands for it, with all that the layer holds."""
         raise NotImplementedError
 
-    def _options(self, residual: Any, activation: ActivationLike) -> dict[str, Any]:
-        """The keyword arguments that all functions take."""
-        dropout_p = self.dropout_p if self.training else 0.0
-        return {"residual": residual, "dropout_p": dropout_p, "activation": activation, "impl": self.impl}
-
     def _record(self, input: fx.Proxy, residual: Any, in_place: bool | None) -> Any:
         """Records a call in a trace of torch.fx: of the layer as a leaf, or of its function if it is the root."""
         tracer: Any = input.tracer
@@ -72,8 +67,8 @@ class FusedLayer(nn.Module):
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}, activation={self.activation}, impl={self.impl}"
 
 
-def _record_function(tracer: Any, function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Any:
-    return tracer.create_proxy("call_function", function, arguments, options)
+def _record_function(tracer: Any, function: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Any:
+    return tracer.create_proxy("call_function", function, arguments, keywords)
 
 
 def _fits(residual: Any, input: Tensor) -> bool:
@@ -180,7 +175,10 @@ class _BatchNormAct(FusedLayer, _NormBase):
             self.eps,
             num_batches_tracked=self.num_batches_tracked if tracks else None,
             process_group=self.process_group if training else None,
-            **self._options(residual, activation),
+            residual=residual,
+            dropout_p=self.dropout_p if training else 0.0,
+            activation=activation,
+            impl=self.impl,
         )
 
 
@@ -253,8 +251,13 @@ class GroupNormAct(FusedLayer, nn.GroupNorm):
         self.set_options(dropout_p, activation, impl)
 
     def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
-        options = self._options(residual, activation)
-        return function(input, self.num_groups, self.weight, self.bias, self.eps, **options)
+        return function(
+            *(input, self.num_groups, self.weight, self.bias, self.eps),
+            residual=residual,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            activation=activation,
+            impl=self.impl,
+        )
 
 
 class _InstanceNormAct(FusedLayer, _NormBase):
@@ -308,7 +311,13 @@ class _InstanceNormAct(FusedLayer, _NormBase):
 
     def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
         groups = input.shape[1] if isinstance(input, Tensor) else self.num_features
-        return function(input, groups, self.weight, self.bias, self.eps, **self._options(residual, activation))
+        return function(
+            *(input, groups, self.weight, self.bias, self.eps),
+            residual=residual,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            activation=activation,
+            impl=self.impl,
+        )
 
 
 class InstanceNormAct1d(_InstanceNormAct):
@@ -381,8 +390,13 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
         self.set_options(dropout_p, activation, impl)
 
     def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
-        options = self._options(residual, activation)
-        return function(input, self.normalized_shape, self.weight, self.bias, self.eps, **options)
+        return function(
+            *(input, self.normalized_shape, self.weight, self.bias, self.eps),
+            residual=residual,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            activation=activation,
+            impl=self.impl,
+        )
 
 
 # The names of the layers with their default activation.

@@ -1,7 +1,7 @@
 """The fused operation by operations that torch can trace, differentiate and transform.
 
 The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one calls the
-operators of operators.py. Values, dtypes and the guarantees of dropout are those of the eager call; its mask is not.
+operators of custom_ops.py. Values, dtypes and the guarantees of dropout are those of the eager call; its mask is not.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contract import Epilogue, Inputs
 from ..norms import BatchNorm, Buffers, GroupNorm, Norm, statistics_dtype
 from ..torch_impl.differentiable import normalize_channels
-from . import operators
+from . import custom_ops
 
 
 def compose(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) -> Tensor:
@@ -43,7 +43,7 @@ def call_operator(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffe
     if epilogue.dropout_p > 0:
         # Made from the input, so that it is fake where that is.
         seed = torch.randint_like(inputs[0].new_zeros((), dtype=torch.int64, device="cpu"), 2**63 - 1)
-    output, mean, var = operators.norm_act(norm, epilogue, inputs, seed, buffers)
+    output, mean, var = custom_ops.norm_act(norm, epilogue, inputs, seed, buffers)
     if isinstance(norm, BatchNorm) and norm.use_batch_stats:
         buffers.update_(mean, var)
     return output
@@ -52,7 +52,7 @@ def call_operator(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffe
 def _batch_norm(norm: BatchNorm, input: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers) -> Tensor:
     running_mean, running_var = buffers.running_mean, buffers.running_var
     if norm.process_group is not None:
-        mean, var, unbiased = operators.synchronised_statistics(input, norm.process_group)
+        mean, var, unbiased = custom_ops.synchronised_statistics(input, norm.process_group)
         buffers.update_(mean.detach(), unbiased)
         return normalize_channels(input, weight, bias, mean, (var + norm.eps).rsqrt())
     if running_mean is None or running_var is None:

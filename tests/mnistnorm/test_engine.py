@@ -103,6 +103,17 @@ def test_another_optimizers_state_is_refused(mnist: Dataset) -> None:
 
 
 @pytest.mark.parametrize("optimizer", LEARNING_RATES)
+def test_a_step_takes_the_learning_rate_of_its_middle(optimizer: str, mnist: Dataset) -> None:
+    run = trainer(mnist, optimizer=optimizer)
+    peaks = [group["lr"] for each in run.optimizers for group in each.param_groups]
+    for step, (images, labels) in zip(range(3), run.batches, strict=False):
+        run.train_step(images, labels)
+        factor = lr_factor((step + 0.5) / run.total_steps)
+        rates = [group["lr"] for each in run.optimizers for group in each.param_groups]
+        assert rates == pytest.approx([peak * factor for peak in peaks])
+
+
+@pytest.mark.parametrize("optimizer", LEARNING_RATES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_parameter_is_trained(norm: str, optimizer: str, mnist: Dataset) -> None:
     run = trainer(mnist, norm=norm, optimizer=optimizer)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, batch_norm_relu
 from mnistnorm.kernels import compiler
-from mnistnorm.kernels.compiler import composition, operators
+from mnistnorm.kernels.compiler import composition, custom_ops
 
 SHAPE = (5, 4, 3, 6)
 
@@ -244,7 +244,7 @@ def test_eager_calls_do_not_enter_the_traced_way(fused, stock, impl, monkeypatch
 
     monkeypatch.setattr(composition, "compose", fail)
     monkeypatch.setattr(composition, "call_operator", fail)
-    monkeypatch.setattr(operators, "_call", fail)
+    monkeypatch.setattr(custom_ops, "_call", fail)
     x = torch.randn(SHAPE, device=device, requires_grad=True)
     fused(impl=impl, dropout_p=0.5, device=device)(x).sum().backward()
 

@@ -5,7 +5,7 @@ import torch
 from torch import library
 
 from mnistnorm.kernels.activations import ACTIVATIONS, Activation
-from mnistnorm.kernels.compiler import operators
+from mnistnorm.kernels.compiler import custom_ops
 from mnistnorm.kernels.contract import Epilogue
 from mnistnorm.kernels.norms import NO_BUFFERS, BatchNorm, GroupNorm, LayerNorm
 
@@ -48,13 +48,13 @@ def sample(
     running = [None, None]
     if isinstance(norm, BatchNorm):
         running = [torch.randn(4, device=device), torch.rand(4, device=device) + 0.5]
-    return [*tensors, *running], operators._flat(norm, Epilogue(dropout_p, Activation.of(activation)))
+    return [*tensors, *running], custom_ops._flat(norm, Epilogue(dropout_p, Activation.of(activation)))
 
 
 def sample_backward(tensors, options, needs):
     output, statistics = torch.ops.mnistnorm.norm_act(*tensors, *options)[:2]
     x, weight, bias, residual, seed = tensors[:5]
-    _, epilogue = operators._unflat(options)
+    _, epilogue = custom_ops._unflat(options)
     keeps = epilogue.keeps(residual is not None, reads_output=False)
     kept = {None: None, "output": output, "residual": residual}[keeps]
     saved = [None if t is None else t.detach() for t in (torch.randn_like(output), x, weight, bias, statistics, kept)]
@@ -69,7 +69,7 @@ def check(name, arguments):
 def test_options_of_the_operators_stand_for_norm_and_epilogue(norm):
     for activation in (*map(Activation.of, ACTIVATIONS), Activation("leaky_relu", 0.25)):
         epilogue = Epilogue(0.25, activation)
-        assert operators._unflat(operators._flat(norm, epilogue)) == (norm, epilogue)
+        assert custom_ops._unflat(custom_ops._flat(norm, epilogue)) == (norm, epilogue)
 
 
 @norms
@@ -78,7 +78,7 @@ def test_dropout_is_not_captured_in_a_cuda_graph(norm, device, monkeypatch):
         tensors, options = sample(norm, device, dropout_p=dropout_p)
         backward = sample_backward(tensors, options, [True] * 4)
         checked = []
-        monkeypatch.setattr(operators, "refuse_capture", checked.append)
+        monkeypatch.setattr(custom_ops, "refuse_capture", checked.append)
         torch.ops.mnistnorm.norm_act(*tensors, *options)
         torch.ops.mnistnorm.norm_act_backward(*backward)
         assert [tensor.device.type for tensor in checked] == 2 * times * [device]
@@ -111,7 +111,7 @@ def test_second_derivative_is_refused(norm, device):
     tensors, _ = sample(norm, device, dropout_p=0.0)
     buffers = NO_BUFFERS._replace(running_mean=tensors[5], running_var=tensors[6])
     epilogue = Epilogue(0.0, Activation("relu"))
-    output = operators.norm_act(norm, epilogue, tuple(tensors[:4]), None, buffers)[0]
+    output = custom_ops.norm_act(norm, epilogue, tuple(tensors[:4]), None, buffers)[0]
     (grad,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(NotImplementedError, match=r'second derivatives under torch\.compile.* require impl="torch"'):
         grad.sum().backward()
