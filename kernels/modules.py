@@ -305,7 +305,7 @@ class _InstanceNormAct(FusedLayer, _NormBase):
             message = f"expected {self.num_features} channels (num_features), got input of shape {shape}"
             if self.affine:
                 raise ValueError(message)
-            warnings.warn(f"{message}; num_features is not used, because affine is False", stacklevel=4)
+            warnings.warn(f"{message}; num_features is not used, because affine is False", stacklevel=6)
         if input.shape[2:].numel() == 1:
             raise ValueError(f"expected more than 1 spatial element, got input of shape {shape}")
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DTYPES, LAYOUTS, NORMS, TOLERANCE, affine, close, compare, make, norms
-from torch import Tensor
+from oracle import DTYPES, LAYOUTS, NORMS, TOLERANCE, affine, close, compare, impls, make, norms
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mnistnorm import batch_norm_relu
+from mnistnorm import BatchNormAct2d, batch_norm_relu
 
 pytestmark = pytest.mark.usefixtures("fast_paths")
 
@@ -119,3 +120,96 @@ def test_eval_gradient_does_not_see_later_updates():
     running[1].fill_(100.0)
     (grad,) = torch.autograd.grad(output.sum(), x)
     torch.testing.assert_close(grad, (x > 0) / (1 + 1e-5) ** 0.5)
+
+
+class StockBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("impl", "shape"), [("torch", (3, 4, 2, 5)), ("torch", (16, 4, 26, 26)), ("triton", (3, 4, 2, 5))], ids=str
+)
+@pytest.mark.parametrize("momentum", [0.3, None], ids=["moving", "cumulative"])
+@pytest.mark.parametrize("last", [True, False], ids=["last", "in the middle"])
+def test_a_checkpointed_layer_counts_as_torchs_does(impl, shape, momentum, last, device):
+    # Recomputed for backward, only what comes before the last tensor that is saved runs a second time.
+    results = []
+    for norm in (BatchNormAct2d(4, momentum=momentum, impl=impl), StockBatchNorm(4, momentum=momentum)):
+        norm = norm.to(device, torch.float64)
+        region = nn.Sequential(nn.Identity(), norm, *(() if last else (nn.Conv2d(4, 4, 1).to(device, torch.float64),)))
+        for step in range(3):
+            x = make(shape, torch.float64, device=device, offset=float(step))
+            checkpoint(region, x, use_reentrant=False).sum().backward()
+        results.append(dict(norm.named_buffers()))
+    fused, stock = results
+    assert fused["num_batches_tracked"] == stock["num_batches_tracked"]
+    # The interpreter rounds float64 scalars to float32.
+    torch.testing.assert_close(fused, stock, rtol=1e-6, atol=1e-6)
+
+
+@impls
+@pytest.mark.parametrize("ready", [False, True], ids=["first call", "ready call"])
+def test_the_function_counts_batches_in_training_alone(impl, ready, device):
+    x, running = (
+        make((3, 4, 2, 5), device=device).detach(),
+        [torch.zeros(4, device=device), torch.ones(4, device=device)],
+    )
+    counter = torch.tensor(5, device=device)
+    options = {"num_batches_tracked": counter, "impl": impl}
+    if ready:
+        batch_norm_relu(x, *(buffer.clone() for buffer in running), training=True, impl=impl)
+        batch_norm_relu(x, *running, training=False, impl=impl)
+    batch_norm_relu(x, *running, training=True, **options)
+    assert counter == 6
+    batch_norm_relu(x, *running, training=False, **options)
+    assert counter == 6
+    batch_norm_relu(x, None, None, training=True, **options)
+    assert counter == 7
+    batch_norm_relu(x[:0], *running, training=True, **options)
+    assert counter == 8
+
+
+@impls
+def test_a_cumulative_average_takes_the_counter_given(impl, device):
+    batches = [make((3, 4, 2, 5), device=device, offset=float(step)).detach() * (step + 1) for step in range(3)]
+    running = torch.zeros(4, device=device), torch.ones(4, device=device)
+    counter = torch.tensor(0, device=device)
+    for x in batches:
+        batch_norm_relu(x, *running, training=True, momentum=None, num_batches_tracked=counter, impl=impl)
+    assert counter == 3
+    exact = [x.double().transpose(0, 1).flatten(1) for x in batches]
+    close(running[0], sum(x.mean(1) for x in exact) / 3, 1e-5)
+    close(running[1], sum(x.var(1) for x in exact) / 3, 1e-5)
+
+
+@impls
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("ready", [False, True], ids=["first call", "after a good call"])
+def test_errors_leave_counter_and_statistics_alone(impl, momentum, ready, device):
+    x, running = (
+        make((3, 4, 2, 5), device=device).detach(),
+        [torch.zeros(4, device=device), torch.ones(4, device=device)],
+    )
+    counter = torch.tensor(0, device=device)
+    options = {"momentum": momentum, "num_batches_tracked": counter, "impl": impl}
+    if ready:
+        batch_norm_relu(x, *running, training=True, **options)
+    before = [tensor.clone() for tensor in (*running, counter)]
+    weight = torch.ones(4, device=device)
+    for arguments, bad in (
+        ((x[0, 0, 0], *running), {}),
+        ((x.int(), *running), {}),
+        ((x[:1, :, :1, :1], *running), {}),
+        ((x, *running, weight[:3]), {}),
+        ((x, *running, weight.double()), {}),
+        ((x, running[0], None), {}),
+        ((x, *running), {"residual": x[:1]}),
+        ((x, *running), {"dropout_p": 2.0}),
+        ((x, *running), {"activation": "tanh"}),
+        ((x, *running), {"eps": 0.0}),
+        ((x, *running), {"process_group": "world"}),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            batch_norm_relu(*arguments, training=True, **options, **bad)
+        assert all(torch.equal(one, other) for one, other in zip((*running, counter), before, strict=True))

@@ -1,9 +1,10 @@
-"""The modules against nn.BatchNorm2d, nn.GroupNorm and nn.LayerNorm followed by dropout, sum and ReLU."""
+"""The modules against the norms of torch.nn followed by dropout, sum and activation."""
 
 import copy
 import importlib
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU
+from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, kernels
+from mnistnorm.kernels import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    GroupNormAct,
+    InstanceNormAct1d,
+    InstanceNormAct2d,
+    InstanceNormAct3d,
+    LayerNormAct,
+)
 
 SHAPE = (5, 4, 6, 3)
 
@@ -29,6 +40,9 @@ PAIRS = {
     "layer of two": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"eps": 0.1}),
     "layer plain": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"elementwise_affine": False}),
     "layer no bias": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"bias": False}),
+    "instance": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), {}),
+    "instance affine": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), {"affine": True, "eps": 0.1}),
+    "instance no bias": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), {"affine": True, "bias": False}),
 }
 pairs = pytest.mark.parametrize(("fused", "stock", "arguments", "options"), PAIRS.values(), ids=PAIRS)
 
@@ -256,6 +270,152 @@ def test_autocast_changes_neither_dtype_nor_result(fused, dropout_p):
 def test_bad_options(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(4, **options)
+
+
+def test_names_of_the_relu_layers():
+    for name in ("BatchNormReLU1d", "BatchNormReLU2d", "BatchNormReLU3d", "GroupNormReLU", "LayerNormReLU"):
+        assert getattr(kernels, name) is getattr(kernels, name.replace("ReLU", "Act"))
+
+
+# Each layer with the shapes that it accepts, on the left those of a batch.
+DIMENSIONS = {
+    "batch 1d": (BatchNormAct1d, nn.BatchNorm1d, (4,), [(5, 4), (5, 4, 3)]),
+    "batch 2d": (BatchNormAct2d, nn.BatchNorm2d, (4,), [(5, 4, 6, 3)]),
+    "batch 3d": (BatchNormAct3d, nn.BatchNorm3d, (4,), [(5, 4, 2, 3, 2)]),
+    "group": (GroupNormAct, nn.GroupNorm, (2, 4), [(5, 4), (5, 4, 3), (5, 4, 6, 3), (5, 4, 2, 3, 2)]),
+    "layer": (LayerNormAct, nn.LayerNorm, (4,), [(4,), (5, 4), (5, 3, 2, 4)]),
+    "instance 1d": (InstanceNormAct1d, nn.InstanceNorm1d, (4,), [(5, 4, 3), (4, 3)]),
+    "instance 2d": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), [(5, 4, 6, 3), (4, 6, 3)]),
+    "instance 3d": (InstanceNormAct3d, nn.InstanceNorm3d, (4,), [(5, 4, 2, 3, 2), (4, 2, 3, 2)]),
+}
+dimensions = pytest.mark.parametrize(("fused", "stock", "arguments", "shapes"), DIMENSIONS.values(), ids=DIMENSIONS)
+
+
+@dimensions
+@pytest.mark.parametrize(
+    ("impl", "activation", "with_residual"),
+    [
+        *(("torch", activation, residual) for activation in (nn.ReLU(), nn.SiLU()) for residual in (False, True)),
+        ("torch", nn.LeakyReLU(0.2), True),
+        ("triton", nn.LeakyReLU(0.2), True),
+        pytest.param("triton", nn.SiLU(), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_layers_of_all_dimensions(fused, stock, arguments, shapes, impl, activation, with_residual, device):
+    options = {"affine": True} if issubclass(stock, nn.modules.instancenorm._InstanceNorm) else {}
+    ours = randomize(fused(*arguments, **options, activation=activation, impl=impl)).to(device, torch.float64)
+    theirs = randomize(stock(*arguments, **options)).to(device, torch.float64)
+    for shape in shapes:
+        for training in (True, False):
+            ours.train(training)
+            theirs.train(training)
+            x, residual, grad = (torch.randn(shape, dtype=torch.float64, device=device) for _ in range(3))
+            tensors = [x * 3 + 1, residual] if with_residual else [x * 3 + 1]
+            inputs, exact = ([tensor.clone().requires_grad_() for tensor in tensors] for _ in range(2))
+            output = ours(*inputs)
+            value = theirs(exact[0])
+            expected = activation(value + exact[1] if with_residual else value)
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+            leaves, exact_leaves = [*inputs, *ours.parameters()], [*exact, *theirs.parameters()]
+            gradients = torch.autograd.grad(output, leaves, grad)
+            exact_gradients = torch.autograd.grad(expected, exact_leaves, grad)
+            torch.testing.assert_close(gradients, exact_gradients, rtol=1e-4, atol=2e-5)
+            same_tensors(ours.state_dict(), theirs.state_dict())
+
+
+@dimensions
+def test_dimensions_that_torch_refuses_are_refused(fused, stock, arguments, shapes):
+    ours, theirs = fused(*arguments), stock(*arguments)
+    for shape in ((4,), (5, 4), (5, 4, 3), (5, 4, 6, 3), (5, 4, 2, 3, 2), (5, 4, 2, 3, 2, 2)):
+        x = torch.randn(shape)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                expected = theirs(x)
+        except (ValueError, RuntimeError) as error:
+            with pytest.raises((ValueError, RuntimeError)) as raised:
+                ours(x)
+            if isinstance(error, ValueError):
+                assert isinstance(raised.value, ValueError)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.testing.assert_close(ours(x), F.relu(expected), rtol=1e-5, atol=1e-5)
+
+
+# ---- instance norm
+
+INSTANCE_NORMS = {name: case for name, case in DIMENSIONS.items() if name.startswith("instance")}
+instance_norms = pytest.mark.parametrize(
+    ("fused", "stock", "arguments", "shapes"), INSTANCE_NORMS.values(), ids=INSTANCE_NORMS
+)
+
+
+@instance_norms
+def test_defaults_of_instance_norm(fused, stock, arguments, shapes):
+    ours, theirs = fused(*arguments), stock(*arguments)
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "weight", "bias", "running_mean"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert list(ours.state_dict()) == []
+    assert theirs.extra_repr() in ours.extra_repr()
+    # A state of either loads into the other.
+    ours, theirs = randomize(fused(*arguments, affine=True)), stock(*arguments, affine=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(shapes[0])
+    torch.testing.assert_close(ours(x), F.relu(theirs(x)), rtol=1e-5, atol=1e-5)
+
+
+@instance_norms
+def test_instance_norm_of_a_sample_without_a_batch(fused, stock, arguments, shapes):
+    layer, shape = randomize(fused(*arguments, affine=True)), shapes[1]
+    x, residual = torch.randn(shape), torch.randn(shape)
+    torch.testing.assert_close(layer(x, residual), layer(x[None], residual[None])[0])
+    with pytest.raises(RuntimeError, match="residual must have the input's shape"):
+        layer(x, residual[None])
+    with pytest.raises(RuntimeError, match="residual must have the input's shape"):
+        layer(x, residual[:2])
+
+
+@instance_norms
+def test_what_instance_norm_refuses(fused, stock, arguments, shapes):
+    with pytest.raises(ValueError, match="track_running_stats must be False"):
+        fused(*arguments, track_running_stats=True)
+    shape = shapes[0]
+    for bad in (torch.randn(shape[:1]), torch.randn(*shape, 1)):
+        with pytest.raises(ValueError, match=r"expected \dD or \dD input"):
+            fused(*arguments)(bad)
+        with pytest.raises(ValueError, match=r"expected \dD or \dD input"):
+            stock(*arguments)(bad)
+    one_element = torch.randn(*shape[:2], *(1 for _ in shape[2:]))
+    for layer in (fused(*arguments), stock(*arguments)):
+        with pytest.raises(ValueError, match=r"(?i)expected more than 1 spatial element"):
+            layer(one_element)
+
+
+@instance_norms
+def test_instance_norm_of_other_channels(fused, stock, arguments, shapes):
+    # Without parameters it computes them, as torch does, and warns; with parameters it cannot.
+    for shape in ((5, 6, *shapes[0][2:]), (6, *shapes[0][2:])):
+        x = torch.randn(shape)
+        with pytest.warns(UserWarning, match="num_features"):
+            expected = F.relu(stock(*arguments)(x))
+        with pytest.warns(UserWarning, match="num_features is not used, because affine is False") as warned:
+            output = fused(*arguments)(x)
+        assert [warning.filename for warning in warned] == [__file__]
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        for layer in (fused(*arguments, affine=True), stock(*arguments, affine=True)):
+            with pytest.raises(ValueError, match=r"num_features|channels"):
+                layer(x)
+
+
+def test_instance_norm_in_half_precision_keeps_the_format():
+    x = torch.randn(5, 4, 6, 3).bfloat16().contiguous(memory_format=torch.channels_last)
+    output = InstanceNormAct2d(4, activation="gelu")(x)
+    assert output.dtype == torch.bfloat16
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    expected = F.gelu(F.instance_norm(x.double()))
+    torch.testing.assert_close(output.double(), expected, rtol=1.6e-2, atol=1.6e-2)
 
 
 def test_errors_of_batch_norm_change_nothing():

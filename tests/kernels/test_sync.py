@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from mnistnorm import BatchNormReLU2d, batch_norm_relu, fuse, unfuse
 from mnistnorm.kernels import sync
+from mnistnorm.kernels.activations import ACTIVATIONS
 
 SHAPE = (6, 4, 5, 3)
 
@@ -132,6 +133,9 @@ def group(tmp_path) -> Iterator[ProcessGroup]:
         (torch.float64, {"dropout_p": 0.3}),
         (torch.float64, {"dropout_p": 0.3, "activation": "identity"}),
         *((dtype, {"residual": True, "dropout_p": 0.3}) for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        *((torch.float64, {"residual": True, "activation": name}) for name in ACTIVATIONS),
+        (torch.float64, {"dropout_p": 0.3, "activation": nn.LeakyReLU(0.2)}),
+        (torch.float64, {"dropout_p": 0.3, "activation": "silu"}),
     ],
     ids=str,
 )
