@@ -10,6 +10,7 @@ import torch
 import triton
 
 from benchmarks import host
+from benchmarks.instruments import machine_code, stub_driver
 from mnistnorm.kernels.triton_impl.launches import Launch
 
 
@@ -27,6 +28,29 @@ def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFi
         assert set(row["microseconds"]) == {"stock", "fused"}
         assert all(len(values) == 2 and min(values) > 0 for values in row["microseconds"].values())
         assert host.line(row) in printed
+
+
+def test_modules_are_measured_with_their_launches(tmp_path: Path) -> None:
+    file = tmp_path / "host.json"
+    flags = ["--modules", "--calls", "1", "--rounds", "2", "--dropout", "0.05", "--json", str(file)]
+    with machine_code.compiler_processes(1) as pool:
+        reason = pool.submit(stub_driver.unavailable).result()
+        if reason:
+            pytest.skip(f"no stub of the driver: {reason}")
+        assert pool.submit(host.main, flags).result() == 0
+    report = json.loads(file.read_text())
+    assert report["method"] == host.MODULES_METHOD
+    *chains, launch = report["rows"]
+    assert [(row["norm"], row["pass"]) for row in chains] == [(norm, "modules") for norm in host.NORMS]
+    assert launch["pass"] == "launch: kernel[grid], ours"
+
+
+def test_modules_are_refused_in_one_line_where_there_is_no_stub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stub_driver, "unavailable", lambda: "there is no C compiler")
+    assert host.main(["--modules"]) == 1
+    assert "--modules needs a stub of the CUDA driver: there is no C compiler" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("norm", host.NORMS)
