@@ -202,7 +202,8 @@ def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl
         return tl.where(value > 0.0, gradient, gradient * tl.full((), PARAMETER, value.dtype))
     elif ACTIVATION == "silu":
         share = sigmoid(value)
-        return gradient * share * (1.0 + value * (1.0 - share))
+        # Where the share is 0 the value may be infinite; without the select this spills on sm_100.
+        return gradient * tl.where(share > 0.0, share * (1.0 + value * (1.0 - share)), share)
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
         return gradient * (0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density)
@@ -210,7 +211,7 @@ def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl
         argument, slope = gelu_tanh_argument(value)
         share = sigmoid(argument)
         density = share * (1.0 - share)
-        # Where the density is 0 the slope may be infinite.
+        # Where the density is 0 the slope may be infinite; a select of that product alone spills on sm_90.
         return gradient * tl.where(density > 0.0, share + slope * density, share)
     elif ACTIVATION == "hardswish":
         inside = gradient * (value / 3.0 + 0.5)
