@@ -126,11 +126,10 @@ def test_values_and_gradients(norm, activation, options):
 
 @activations
 @norms
-@pytest.mark.parametrize("sample", range(3))
-def test_values_and_gradients_in_triton(norm, activation, sample, device):
+def test_values_and_gradients_in_triton(norm, activation, device):
     # Other options for each norm and activation.
-    first = 3 * (CASES.index(activation) + [*NORMS.values()].index(norm))
-    check_values(norm, activation, "triton", device, OPTIONS[(first + sample) % len(OPTIONS)])
+    index = CASES.index(activation) + 4 * [*NORMS.values()].index(norm)
+    check_values(norm, activation, "triton", device, OPTIONS[index % len(OPTIONS)])
 
 
 @pytest.mark.slow
@@ -268,10 +267,15 @@ def check_derivatives(norm, activation, impl, device, with_residual, dropout_p):
 
 
 @activations
-@impls
 @residuals
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("impl", "training", "dropout_p"),
+    [
+        *(("torch", training, dropout_p) for training in (True, False) for dropout_p in (0.0, 0.3)),
+        ("triton", True, 0.3),
+        ("triton", False, 0.0),
+    ],
+)
 def test_keeps_one_tensor_beside_the_input_and_that_is_alive_anyway(
     activation, impl, with_residual, dropout_p, training, device
 ):
@@ -302,11 +306,17 @@ def test_keeps_one_tensor_beside_the_input_and_that_is_alive_anyway(
 # ---- the residual's gradient where it is that of the output
 
 
-@impls
-@norms
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("name", "impl", "compiled"),
+    [
+        *((name, impl, False) for name in ("batch", "group", "layer3") for impl in ("torch", "triton")),
+        *(("batch", impl, True) for impl in ("torch", "triton")),
+        *(pytest.param(name, "triton", True, marks=pytest.mark.slow) for name in ("group", "layer3")),
+    ],
+)
 @pytest.mark.parametrize("alone", [False, True], ids=["all gradients", "the residual's alone"])
-def test_the_residual_gets_a_gradient_behind_no_activation(norm, impl, compiled, alone, device):
+def test_the_residual_gets_a_gradient_behind_no_activation(name, impl, compiled, alone, device):
+    norm = NORMS[name]
     x, residual = make(SHAPE, device=device), make(SHAPE, offset=0.0, device=device)
     parameters = affine(norm.affine_shape(SHAPE), torch.float32, device)
     if alone:
@@ -429,13 +439,26 @@ def test_torch_func(name, impl, device):
     gradients = torch.func.grad(loss, argnums=(0, 1))
     _, *expected = step(call, x, residual, grads)
     same(list(gradients(x, residual)), expected)
-    xs = torch.stack([x, -x])
-    for index, gradient in enumerate(torch.func.vmap(gradients, in_dims=(0, None))(xs, residual)):
-        same(gradient[0], expected[index])
-        same(gradient[1], step(call, -x, residual, grads)[1 + index])
 
 
-@in_triton_slow
+@pytest.mark.parametrize("name", ["batch", "group", "layer3"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_vmap_of_gradients(name, impl, device):
+    call, (x, residual, grads) = with_every_activation(NORMS[name], impl, device), sample(device)
+
+    def loss(x, residual):
+        return sum((output * grad).sum() for output, grad in zip(call(x, residual), grads, strict=True))
+
+    gradients = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(
+        torch.stack([x, -x]), residual
+    )
+    for index, one in enumerate((x, -x)):
+        _, *expected = step(call, one, residual, grads)
+        same([gradient[index] for gradient in gradients], expected)
+
+
+@pytest.mark.parametrize("name", ["batch", "group", "layer3"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_make_fx(name, impl, device):
     call, (x, residual, grads) = with_every_activation(NORMS[name], impl, device), sample(device)
 

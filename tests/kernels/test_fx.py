@@ -20,16 +20,16 @@ from mnistnorm.kernels import (
 )
 
 LAYERS = {
-    "batch 1d": (lambda **options: BatchNormAct1d(4, **options), (5, 4, 3)),
-    "batch 2d": (lambda **options: BatchNormAct2d(4, **options), (5, 4, 2, 3)),
-    "batch 3d": (lambda **options: BatchNormAct3d(4, **options), (5, 4, 2, 3, 2)),
-    "batch cumulative": (lambda **options: BatchNormAct2d(4, momentum=None, **options), (5, 4, 2, 3)),
-    "batch untracked": (lambda **options: BatchNormAct2d(4, track_running_stats=False, **options), (5, 4, 2, 3)),
-    "group": (lambda **options: GroupNormAct(2, 4, **options), (5, 4, 2, 3)),
-    "layer": (lambda **options: LayerNormAct((4, 2, 3), **options), (5, 4, 2, 3)),
-    "instance 1d": (lambda **options: InstanceNormAct1d(4, affine=True, **options), (5, 4, 3)),
-    "instance 2d": (lambda **options: InstanceNormAct2d(4, affine=True, **options), (5, 4, 2, 3)),
-    "instance 3d": (lambda **options: InstanceNormAct3d(4, affine=True, **options), (5, 4, 2, 3, 2)),
+    "batch 1d": (lambda **options: BatchNormAct1d(4, **options), (2, 4, 3)),
+    "batch 2d": (lambda **options: BatchNormAct2d(4, **options), (2, 4, 2, 3)),
+    "batch 3d": (lambda **options: BatchNormAct3d(4, **options), (2, 4, 2, 3, 2)),
+    "batch cumulative": (lambda **options: BatchNormAct2d(4, momentum=None, **options), (2, 4, 2, 3)),
+    "batch untracked": (lambda **options: BatchNormAct2d(4, track_running_stats=False, **options), (2, 4, 2, 3)),
+    "group": (lambda **options: GroupNormAct(2, 4, **options), (2, 4, 2, 3)),
+    "layer": (lambda **options: LayerNormAct((4, 2, 3), **options), (2, 4, 2, 3)),
+    "instance 1d": (lambda **options: InstanceNormAct1d(4, affine=True, **options), (2, 4, 3)),
+    "instance 2d": (lambda **options: InstanceNormAct2d(4, affine=True, **options), (2, 4, 2, 3)),
+    "instance 3d": (lambda **options: InstanceNormAct3d(4, affine=True, **options), (2, 4, 2, 3, 2)),
 }
 layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 training_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mnistnorm import BatchNormAct2d, batch_norm_relu, group_norm_relu, layer_norm_relu
 from mnistnorm.kernels import functional, implementations
 from mnistnorm.kernels.activations import Activation
+from mnistnorm.kernels.triton_impl.launches import Launch
 from mnistnorm.kernels.triton_impl.operation import TritonOperation
 
 SHAPE = (3, 4, 2, 5)
@@ -161,15 +162,20 @@ def test_bad_input_is_refused_after_a_good_call(call, bad, error, message, impl,
         return implementations.choose_implementation(impl if given == "auto" else given, device)
 
     monkeypatch.setattr(functional, "choose_implementation", choose)
+    launches = mock.Mock()
+    monkeypatch.setattr(Launch, "run", launches)  # what the kernels would compute does not matter
     for _ in range(2):
         call()
     assert kinds() == 1
+    launches.reset_mock()
     for _ in range(2):
         with pytest.raises(error, match=message):
             call(**bad)
+    launches.assert_not_called()
     assert kinds() == 1
     with only_ready_calls():
         call()
+    assert launches.called == (impl == "triton")
 
 
 def test_each_kind_is_its_own():
