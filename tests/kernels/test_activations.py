@@ -209,17 +209,14 @@ def test_the_table_agrees_with_torch(activation):
 @activations
 @norms
 @residuals
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_first_and_second_derivatives(norm, activation, with_residual, dropout_p):
-    check_derivatives(norm, activation, "torch", "cpu", with_residual, dropout_p)
+def test_first_and_second_derivatives(norm, activation, with_residual):
+    check_derivatives(norm, activation, "torch", "cpu", with_residual, 0.4)
 
 
 @pytest.mark.slow
 @activations
-@norms
-@residuals
-def test_first_and_second_derivatives_in_triton(norm, activation, with_residual, device):
-    check_derivatives(norm, activation, "triton", device, with_residual, 0.4)
+def test_first_and_second_derivatives_in_triton(activation, device):
+    check_derivatives(NORMS["batch"], activation, "triton", device, True, 0.4)
 
 
 @activations
@@ -322,17 +319,19 @@ def test_the_residual_gets_a_gradient_behind_no_activation(name, impl, compiled,
     if alone:
         x, *parameters = (tensor.detach() for tensor in (x, *parameters))
 
-    def call(x, w, b, r):
-        return norm.fused(x, w, b, residual=r, activation="identity", impl=impl)
+    def call(x, w, b, r, dropout_p):
+        return norm.fused(x, w, b, residual=r, dropout_p=dropout_p, activation="identity", impl=impl)
 
     if compiled:
         torch._dynamo.reset()
         call = torch.compile(call, backend="aot_eager", fullgraph=True)
-    output = call(x, *parameters, residual)
-    grad = torch.randn_like(output)
-    output.backward(grad)
-    assert torch.equal(residual.grad, grad)
-    assert (x.grad is None) == alone
+    leaves = [residual] if alone else [x, *parameters, residual]
+    for dropout_p in (0.0,) if compiled else (0.0, 0.4):  # without dropout autograd may record torch's own operations
+        output = call(x, *parameters, residual, dropout_p)
+        grad = torch.randn_like(output)
+        *others, of_residual = torch.autograd.grad(output, leaves, grad)
+        assert torch.equal(of_residual, grad)
+        assert all(gradient.abs().max() > 1e-3 for gradient in others)
 
 
 # ---- tracing: all activations in one graph

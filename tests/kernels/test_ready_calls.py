@@ -23,6 +23,16 @@ norms = pytest.mark.parametrize(
     "norm", [NORMS[n] for n in ("batch", "group", "layer3")], ids=["batch", "group", "layer"]
 )
 
+norms_fewer_in_triton = pytest.mark.parametrize(
+    ("norm", "impl"),
+    [
+        *((NORMS[name], "torch") for name in ("batch", "group", "layer3")),
+        (NORMS["batch"], "triton"),
+        *(pytest.param(NORMS[name], "triton", marks=pytest.mark.slow) for name in ("group", "layer3")),
+    ],
+    ids=["batch", "group", "layer", "batch in triton", "group in triton", "layer in triton"],
+)
+
 
 @pytest.fixture(autouse=True)
 def no_calls_are_ready(monkeypatch):
@@ -310,8 +320,7 @@ def test_a_layer_whose_options_change(impl, device):
 # ---- the modes of torch between ready calls
 
 
-@norms
-@impls
+@norms_fewer_in_triton
 def test_grad_modes(norm, impl, device):
     x, grad = make(SHAPE, device=device), torch.randn(SHAPE, device=device)
     parameters = affine(norm.affine_shape(SHAPE), torch.float32, device)
@@ -357,8 +366,7 @@ def test_autocast_between_ready_calls(norm, impl, device):
         assert torch.equal(norm.fused(x, *parameters, impl=impl), expected)
 
 
-@norms
-@impls
+@norms_fewer_in_triton
 def test_tracing_between_ready_calls(norm, impl, device):
     x = make(SHAPE, device=device).detach()
 
