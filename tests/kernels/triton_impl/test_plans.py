@@ -7,7 +7,13 @@ import pytest
 from triton.backends.compiler import GPUTarget
 
 from mnistnorm.kernels.norms import Geometry
-from mnistnorm.kernels.triton_impl.plans import CAPACITY, MAX_SPLITS, make_plan
+from mnistnorm.kernels.triton_impl.plans import (
+    CAPACITY,
+    MAX_SPLITS,
+    PARAMETER_SUMS_TILE,
+    make_plan,
+    parameter_sums_plan,
+)
 
 SM_80, SM_90, SM_120 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 120))
 GFX942 = GPUTarget("hip", "gfx942", 64)
@@ -194,3 +200,11 @@ def test_a_backward_short_of_registers_holds_less():
     for options in ({"residual": True}, {"dropout": True}, {"residual": True, "dropout": True}):
         plan = make_plan(geometry, 4, SM_90, backward=True, **options)
         assert plan.reduction == ("split" if len(options) == 2 else "resident")
+
+
+@pytest.mark.parametrize("parameters", [1, 2, 3, 63, 64, 65, 1000, 150_528])
+def test_parameter_sums_cover_every_parameter(parameters):
+    programs, constants = parameter_sums_plan(parameters)
+    width = constants["BLOCK_PARAMETERS"]
+    assert (programs - 1) * width < parameters <= programs * width
+    assert width * constants["BLOCK_PARTIALS"] == PARAMETER_SUMS_TILE
