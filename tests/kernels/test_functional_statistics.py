@@ -122,22 +122,22 @@ def test_eval_gradient_does_not_see_later_updates():
     torch.testing.assert_close(grad, (x > 0) / (1 + 1e-5) ** 0.5)
 
 
-class StockBatchNorm(nn.BatchNorm2d):
-    def forward(self, x):
-        return F.relu(super().forward(x))
-
-
 @pytest.mark.parametrize(
     ("impl", "shape"), [("torch", (3, 4, 2, 5)), ("torch", (16, 4, 26, 26)), ("triton", (3, 4, 2, 5))], ids=str
 )
 @pytest.mark.parametrize("momentum", [0.3, None], ids=["moving", "cumulative"])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Identity()], ids=str)
 @pytest.mark.parametrize("last", [True, False], ids=["last", "in the middle"])
-def test_a_checkpointed_layer_counts_as_torchs_does(impl, shape, momentum, last, device):
+def test_a_checkpointed_layer_counts_as_torchs_does(impl, shape, activation, momentum, last, device):
     # Recomputed for backward, only what comes before the last tensor that is saved runs a second time.
     results = []
-    for norm in (BatchNormAct2d(4, momentum=momentum, impl=impl), StockBatchNorm(4, momentum=momentum)):
-        norm = norm.to(device, torch.float64)
-        region = nn.Sequential(nn.Identity(), norm, *(() if last else (nn.Conv2d(4, 4, 1).to(device, torch.float64),)))
+    fused, stock = (
+        BatchNormAct2d(4, momentum=momentum, activation=activation, impl=impl),
+        nn.BatchNorm2d(4, momentum=momentum),
+    )
+    after = [] if last else [nn.Conv2d(4, 4, 1)]
+    for norm, layers in ((fused, [fused, *after]), (stock, [stock, activation, *after])):
+        region = nn.Sequential(*layers).to(device, torch.float64)
         for step in range(3):
             x = make(shape, torch.float64, device=device, offset=float(step))
             checkpoint(region, x, use_reentrant=False).sum().backward()
