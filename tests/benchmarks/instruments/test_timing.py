@@ -10,7 +10,7 @@ import pytest
 from benchmarks.instruments import timing
 from benchmarks.instruments.timing import interleaved
 
-ROOT = Path(timing.__file__).parents[1]
+ROOT = Path(timing.__file__).parents[2]
 
 
 def test_every_round_runs_all_in_turning_order() -> None:
