@@ -92,7 +92,7 @@ class TritonOperation:
             mean, var, unbiased = sync.batch_statistics(moments, self.geometry.slab_size, self.group)
             buffers.update_(mean, unbiased)
             if input.numel() == 0:
-                return torch.empty_like(input), (torch.cat((mean, var)),)
+                return torch.empty_like(input), (torch.stack((mean, var), -1).flatten(),)
             return self._forward.run(inputs, (mean, var), 0.0, seed)
         if not self.reduces:
             return self._forward.run(inputs, running, 0.0, seed)
@@ -117,7 +117,7 @@ class TritonOperation:
     def mean_and_rstd(self, saved: Saved) -> tuple[Tensor, Tensor]:
         statistics = saved[3]
         assert statistics is not None
-        mean, rstd = statistics.view(2, *self._statistics_shape)
+        mean, rstd = statistics.view(*self._statistics_shape, 2).unbind(-1)
         return mean, rstd
 
     def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
