@@ -23,7 +23,7 @@ from .instruments.chain import Chain
 from .instruments.counting import Phases, launch_traffic, total
 from .instruments.gpus import GPU, GPUS
 from .instruments.inductor import inductor
-from .instruments.launching import CaughtLaunch, launches_caught, planned_for
+from .instruments.interception import CaughtLaunch, launches_caught, planned_for
 from .instruments.machine_code import TARGETS, Compiled, compiler_processes
 from .traffic import CONTENDERS, add_chain_flags, chains, compare, count_fused
 

@@ -16,7 +16,7 @@ _aten = torch.ops.aten
 
 
 class _Kind(NamedTuple):
-    """What is known of an activation. Functions take its parameter last, whether they have a use for it or not.
+    """Formulas and properties of an activation. Every function takes the parameter last, used or not.
 
     Attributes:
         forward: of a tensor; differentiable.
@@ -25,7 +25,7 @@ class _Kind(NamedTuple):
             with respect to grad_output.
         modules: the torch.nn classes that compute it.
         gradient_from_output: whether the output tells the gradient: then backward needs no pre-activation.
-        records_output: whether autograd keeps the output of `forward_`, if anything, and no copy of its input.
+        records_output: whether autograd saves at most the output of `forward_`, not a copy of its input.
         masks: whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and
             where the output is 0: then the output alone tells which elements dropout removed.
         default: of the parameter, 0 where there is none.
@@ -152,42 +152,28 @@ class Activation:
         raise _unknown(activation)
 
     def __str__(self) -> str:
-        return f"{self.name}({self.parameter:g})" if self._kind.attribute else self.name
+        return f"{self.name}({self.parameter:g})" if self.kind.attribute else self.name
 
     @property
     def short(self) -> "str | Activation":
-        """Its name, where that alone stands for it."""
-        return self.name if self.parameter == self._kind.default else self
+        """The name if the parameter is the default, otherwise the activation itself."""
+        return self.name if self.parameter == self.kind.default else self
 
     @property
-    def _kind(self) -> _Kind:
+    def kind(self) -> _Kind:
+        """Its formulas and properties."""
         return _KINDS[self.name]
 
-    @property
-    def gradient_from_output(self) -> bool:
-        """Whether the output tells the gradient, so that backward needs no pre-activation."""
-        return self._kind.gradient_from_output
-
-    @property
-    def records_output(self) -> bool:
-        """Whether autograd keeps the output of `forward_`, if anything, and no copy of its input."""
-        return self._kind.records_output
-
-    @property
-    def masks(self) -> bool:
-        """Whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and at 0."""
-        return self._kind.masks
-
     def forward(self, input: Tensor) -> Tensor:
-        return self._kind.forward(input, self.parameter)
+        return self.kind.forward(input, self.parameter)
 
     def forward_(self, input: Tensor) -> Tensor:
         """In place."""
-        return self._kind.forward_(input, self.parameter)
+        return self.kind.forward_(input, self.parameter)
 
     def backward(self, grad_output: Tensor, value: Tensor) -> Tensor:
         """The gradient of the input; `value` is the pre-activation, or the output where `gradient_from_output`."""
-        return self._kind.backward(grad_output, value, self.parameter)
+        return self.kind.backward(grad_output, value, self.parameter)
 
 
 def _unknown(activation: object) -> ValueError:

@@ -54,9 +54,9 @@ class _Fused(torch.autograd.Function):
 
 
 def _in_strides(input: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A saved input that a hook for saved tensors has packed, in the layout that forward saw: dropout depends on it."""
+    """Restores the strides that forward saw, after a hook for saved tensors changed them: dropout depends on them."""
     if any(stride == 0 and n > 1 for stride, n in zip(strides, input.shape, strict=True)):
-        return input.contiguous()  # what overlaps is in no dense format
+        return input.contiguous()  # forward made overlapping inputs contiguous
     return torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device).copy_(input)
 
 
@@ -75,7 +75,7 @@ def _differentiable_backward(
     value = normalize(operation.norm, input, weight, bias, *operation.mean_and_rstd(saved))
     if epilogue.dropout_p > 0:
         value = value * operation.dropout_factor(input, seed)
-    if activation.gradient_from_output:
+    if activation.kind.gradient_from_output:
         sign = kept if operation.keeps == "output" else value
         assert sign is not None
         grad_residual = grad_output = activation.backward(grad_output, sign.detach())
@@ -84,6 +84,6 @@ def _differentiable_backward(
     tensors = (input, weight, bias, residual)
     wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed and tensor is not None]
     gradients = iter(torch.autograd.grad(value, wanted, grad_output, create_graph=True) if wanted else ())
-    if activation.gradient_from_output:
+    if activation.kind.gradient_from_output:
         return (*(next(gradients) if needed else None for needed in needs[:3]), grad_residual if needs[3] else None)
     return tuple(next(gradients) if needed else None for needed in needs)

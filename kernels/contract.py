@@ -3,14 +3,15 @@
 y = activation(dropout(norm(input) * weight + bias) + residual)
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 
 from .activations import Activation
-from .norms import Buffers, Norm
+from .norms import Buffers, Norm, statistics_dtype
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """Input, weight, bias and residual: the tensors that gradients are for."""
@@ -46,49 +47,58 @@ class Epilogue:
         return self.activation.name == "identity"
 
     def keeps(self, has_residual: bool, reads_output: bool) -> Kept | None:
-        """Which tensor, alive anyway, backward has to have besides the input.
+        """Which tensor is saved besides the input; it is alive anyway.
 
         Without a residual the pre-activation is recomputed from the input, except by an implementation that
         `reads_output` where the output tells the gradient, because reading costs less.
         """
         if self.passes_gradient or not (has_residual or reads_output):
             return None
-        if self.activation.gradient_from_output:
+        if self.activation.kind.gradient_from_output:
             return "output"
         return "residual" if has_residual else None
 
 
-class Operation(Protocol):
-    """A norm and its epilogue in one implementation, for tensors of one kind: all that calls with them share.
+class Operation(ABC):
+    """A norm and its epilogue in one implementation, for tensors of one kind: everything that calls with them share.
+
+    Args:
+        norm, epilogue: what is computed.
+        inputs: tensors of that kind: shapes, strides, dtypes, device.
+        reads_output: see `Epilogue.keeps`.
 
     Attributes:
-        norm, epilogue: what is computed.
         keeps: what the last of the saved tensors is, if it is not one of the statistics.
-        input_strides: of the input that it was prepared for.
+        input_strides: of the input.
+        dtype: of the statistics.
     """
 
-    @property
-    def norm(self) -> Norm: ...
-    @property
-    def epilogue(self) -> Epilogue: ...
-    @property
-    def keeps(self) -> Kept | None: ...
-    @property
-    def input_strides(self) -> tuple[int, ...]: ...
+    def __init__(self, norm: Norm, epilogue: Epilogue, inputs: Inputs, *, reads_output: bool) -> None:
+        input, _, _, residual = inputs
+        self.norm, self.epilogue = norm, epilogue
+        self.has_residual = residual is not None
+        self.keeps = epilogue.keeps(self.has_residual, reads_output)
+        self.input_strides, self.dtype = input.stride(), statistics_dtype(input)
 
+    @abstractmethod
     def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the output and the statistics for backward; updates `buffers`. The seed decides what is dropped."""
 
+    @abstractmethod
     def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
         """The gradients; that of a residual only where `epilogue.passes_gradient` is False."""
 
-    def mean_and_rstd(self, saved: Saved) -> tuple[Tensor, Tensor]: ...
+    @abstractmethod
+    def mean_and_rstd(self, saved: Saved) -> tuple[Tensor, Tensor]:
+        """The statistics among the saved tensors."""
 
+    @abstractmethod
     def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
         """0 where forward drops an element and 1 / (1 - dropout_p) elsewhere, of the input's shape and dtype."""
 
     def is_recorded_by_torch(self, inputs: Inputs) -> bool:
         """Whether autograd is to record the operations of `forward` instead of using `backward`."""
+        return False
 
 
 def gradients_of(

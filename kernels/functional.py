@@ -1,4 +1,4 @@
-"""The three public functions: they check their arguments, and keep what they prepared for calls of the same kind."""
+"""The three public functions: they check their arguments and cache what they prepare for calls of the same kind."""
 
 import operator
 from collections.abc import Sequence
@@ -74,14 +74,17 @@ def batch_norm_relu(
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; Srivastava et al. 2014, "Dropout".
     """
     key = None
-    if momentum is None and num_batches_tracked is not None:
+    if momentum is None and isinstance(num_batches_tracked, Tensor):
         momentum = 1.0 / (num_batches_tracked + 1).double()
     if process_group is None:
-        options = ("batch", training, momentum.__class__, eps, dropout_p, activation, impl)
+        kinds = momentum.__class__, num_batches_tracked.__class__
+        options = ("batch", training, kinds, eps, dropout_p, activation, impl)
         key, ready = _find(options, input, weight, bias, residual, running_mean, running_var)
         if ready is not None:
-            buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked)  # type: ignore[arg-type]
+            buffers = Buffers(running_mean, running_var, float(momentum))  # type: ignore[arg-type]
             seed = draw_seed(input) if dropout_p else 0
+            if training and num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
             return apply(ready[0], (input, weight, bias, residual), buffers, seed, ready[1])
     implementation = _implementation(impl, input)
     if not 2 <= input.dim() <= 5:
@@ -101,15 +104,17 @@ def batch_norm_relu(
         raise ValueError(f"eps must be positive, or 0 when not training, got {eps}")
     if momentum is None:
         raise TypeError("momentum must be a number, got None without num_batches_tracked for a cumulative average")
+    if num_batches_tracked is not None and not isinstance(num_batches_tracked, Tensor):
+        raise TypeError(f"num_batches_tracked must be a Tensor or None, got {type(num_batches_tracked).__name__}")
     if process_group is not None and not isinstance(process_group, ProcessGroup):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
     group_name = process_group.group_name if training and process_group is not None else None
     if training and group_name is None and channels > 0 and input.numel() == channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
     norm = BatchNorm(_number(eps), bool(training), group_name)
-    momentum = momentum if isinstance(momentum, Tensor) else _number(momentum)
-    buffers = Buffers(running_mean, running_var, momentum, num_batches_tracked if training else None)
-    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual), buffers)
+    buffers = Buffers(running_mean, running_var, momentum if compiler.is_traced(input) else float(momentum))
+    counter = num_batches_tracked if training else None
+    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual), buffers, counter)
 
 
 def group_norm_relu(
@@ -163,7 +168,7 @@ def group_norm_relu(
     if input.numel() == num_groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {tuple(input.shape)}")
     norm = GroupNorm(num_groups, _number(eps))
-    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual), NO_BUFFERS)
+    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual))
 
 
 def layer_norm_relu(
@@ -210,8 +215,10 @@ def layer_norm_relu(
     if tuple(input.shape[-len(shape) :]) != shape:
         raise RuntimeError(f"input must have shape (*, {', '.join(map(str, shape))}), got {tuple(input.shape)}")
     epilogue = _check(input, weight, bias, shape, residual, dropout_p, activation)
+    if not all(type(size) is int for size in shape):
+        key = None  # the sizes may be tensors, which can change
     norm = LayerNorm(tuple(map(_integer, shape)), _number(eps))
-    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual), NO_BUFFERS)
+    return _call(key, implementation, norm, epilogue, (input, weight, bias, residual))
 
 
 Key = tuple[Any, ...]
@@ -232,7 +239,7 @@ def _find(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
 ) -> tuple[Key | None, Ready | None]:
-    """A key of all that a call depends on but the elements of its tensors, and what was kept for it.
+    """The cache key of a call, everything but the values of its tensors, and its cached entry.
 
     No key for a call that torch may trace, or that the checks will refuse.
     """
@@ -255,22 +262,40 @@ def _find(
 
 
 def _call(
-    key: Key | None, implementation: Implementation, norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers
+    key: Key | None,
+    implementation: Implementation,
+    norm: Norm,
+    epilogue: Epilogue,
+    inputs: Inputs,
+    buffers: Buffers = NO_BUFFERS,
+    counter: Tensor | None = None,
 ) -> Tensor:
-    """Runs a call whose arguments were checked; with a key, keeps what it prepares for the next one."""
+    """Runs a call whose arguments were checked, and counts the batch; with a key, caches the prepared operation."""
     input, *_ = inputs
-    if input.numel() == 0 and not (isinstance(norm, BatchNorm) and norm.process_group is not None):
-        buffers.count_()
-        return _empty_output(inputs)
+    synchronises = isinstance(norm, BatchNorm) and norm.process_group is not None
     if compiler.is_traced(input):
         compute = composition.call_operator if implementation == "triton" else composition.compose
-        return compute(norm, epilogue, inputs, buffers)
+        is_empty = input.numel() == 0 and not synchronises
+        output = _empty_output(inputs) if is_empty else compute(norm, epilogue, inputs, buffers)
+        if counter is not None:
+            counter.add_(1)
+        return output
+    # Count before computing: a checkpointed region is computed again only up to the last tensor that it saves.
+    if counter is not None:
+        counter.add_(1)
+    if input.numel() == 0 and not synchronises:
+        return _empty_output(inputs)
     operation = prepare(implementation, norm, epilogue, inputs, buffers)
     requires_grad = any(tensor is not None and tensor.requires_grad for tensor in inputs)
     if key is not None and not any(isinstance(option, Tensor | nn.Module) for option in key[0]):  # which can change
         remember(_ready, key, (operation, requires_grad))
     seed = draw_seed(input) if epilogue.dropout_p > 0 else 0
-    return apply(operation, inputs, buffers, seed, requires_grad)
+    try:
+        return apply(operation, inputs, buffers, seed, requires_grad)
+    except ValueError:  # of a process group with too few values, found by the collective
+        if counter is not None:
+            counter.sub_(1)
+        raise
 
 
 def _empty_output(inputs: Inputs) -> Tensor:
@@ -284,7 +309,7 @@ def _empty_output(inputs: Inputs) -> Tensor:
 
 
 def _number(value: Any) -> Any:
-    """A float of what is equal to one, such as NumPy's numbers and 0-dim tensors."""
+    """Converts NumPy scalars and 0-d tensors to floats."""
     return value if torch.compiler.is_compiling() else float(value)
 
 
@@ -307,7 +332,7 @@ def _check(
     dropout_p: float,
     activation: ActivationLike,
 ) -> Epilogue:
-    """Raises, in torch's error types, for what the three functions have in common."""
+    """Checks the arguments that the three functions share; errors have torch's types."""
     if input.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         # torch raises this for such a dtype: a kind of RuntimeError.
         raise NotImplementedError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")

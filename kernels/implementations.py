@@ -90,13 +90,13 @@ def prepare(
 def _operation_class(implementation: Implementation) -> Callable[[Norm, Epilogue, Inputs, Buffers], Operation]:
     if implementation == "torch":
         return TorchOperation
-    from .triton_impl.operation import TritonOperation  # takes time, and Triton does not exist on every platform
+    from .triton_impl.operation import TritonOperation  # imported lazily: slow, and not available everywhere
 
     return TritonOperation
 
 
 def remember(cache: dict[Any, Any], key: Hashable, value: object) -> None:
-    """Adds an entry to a cache of bounded size. Safe with several threads, as each step of it is."""
+    """Adds an entry to a cache of bounded size. Thread-safe: every step is atomic."""
     if len(cache) >= MAX_CACHED:
         cache.clear()
     cache[key] = value

@@ -28,7 +28,7 @@ class FusedLayer(nn.Module):
     _function: ClassVar[Callable[..., Tensor]]
 
     def set_options(self, dropout_p: float, activation: ActivationLike, impl: Impl) -> None:
-        """Checks and sets what a norm of torch.nn does not have."""
+        """Checks and sets the options that the norms of torch.nn lack."""
         epilogue = check_epilogue(dropout_p, activation, impl)
         self.dropout_p, self.activation, self.impl = dropout_p, epilogue.activation.short, impl
 
@@ -47,7 +47,7 @@ class FusedLayer(nn.Module):
         return Activation.of(self.activation).forward(output)
 
     def _check_input(self, input: Tensor) -> None:
-        """Raises for what the function takes and the module does not."""
+        """Rejects inputs that the function accepts but the module does not."""
 
     def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
         """Calls `_function`, or what stands for it, with all that the layer holds."""
@@ -72,7 +72,7 @@ def _record_function(tracer: Any, function: Callable[..., Tensor], *arguments: A
 
 
 def _fits(residual: Any, input: Tensor) -> bool:
-    """Whether the operation can add it."""
+    """Whether the fused operation accepts this residual."""
     return isinstance(residual, Tensor) and (residual.shape, residual.dtype, residual.device) == (
         input.shape,
         input.dtype,
@@ -164,6 +164,8 @@ class _BatchNormAct(FusedLayer, _NormBase):
         tracks = training and self.track_running_stats
         # nn's rules: in training the running statistics are updated if tracked, in eval mode used if they exist.
         running_mean, running_var = (self.running_mean, self.running_var) if tracks or not training else (None, None)
+        counter = self.num_batches_tracked if tracks else None
+        momentum = 0.0 if not tracks or (self.momentum is None and counter is None) else self.momentum
         return function(
             input,
             running_mean,
@@ -171,9 +173,9 @@ class _BatchNormAct(FusedLayer, _NormBase):
             self.weight,
             self.bias,
             training or running_mean is None,
-            self.momentum if tracks else 0.0,
+            momentum,
             self.eps,
-            num_batches_tracked=self.num_batches_tracked if tracks else None,
+            num_batches_tracked=counter,
             process_group=self.process_group if training else None,
             residual=residual,
             dropout_p=self.dropout_p if training else 0.0,
@@ -292,7 +294,7 @@ class _InstanceNormAct(FusedLayer, _NormBase):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, _in_place: bool | None = None) -> Tensor:
         if isinstance(input, Tensor) and input.dim() + 1 in self.layouts:  # a sample without a batch
-            batch = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+            batch = input.unsqueeze(0), residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
             return super().forward(*batch, _in_place=_in_place).squeeze(0)
         return super().forward(input, residual, _in_place=_in_place)
 
@@ -310,7 +312,7 @@ class _InstanceNormAct(FusedLayer, _NormBase):
             raise ValueError(f"expected more than 1 spatial element, got input of shape {shape}")
 
     def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
-        groups = input.shape[1] if isinstance(input, Tensor) else self.num_features
+        groups = max(1, input.shape[1]) if isinstance(input, Tensor) else self.num_features
         return function(
             *(input, groups, self.weight, self.bias, self.eps),
             residual=residual,
@@ -399,6 +401,6 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
         )
 
 
-# The names of the layers with their default activation.
+# Aliases: ReLU is the default activation.
 BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d = BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 GroupNormReLU, LayerNormReLU = GroupNormAct, LayerNormAct

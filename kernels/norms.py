@@ -1,10 +1,9 @@
-"""What a norm is: batch, group and layer norm as data, and what both implementations have to know of them.
+"""What a norm is: batch, group and layer norm as data, and what both implementations need to know about them.
 
 A slab is the set of elements that share one mean.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ class Geometry(NamedTuple):
         groups: rows that make up a sample.
         per_channel: whether a slab is a channel (batch norm), or else a row.
         elementwise_affine: whether each element of a row has its own weight (layer norm), or else each channel.
-        channels_last: whether neighbours in memory are the channels of a position, or else the positions of a channel.
+        channels_last: whether channels, not positions, are adjacent in memory.
     """
 
     rows: int
@@ -48,8 +47,19 @@ class Geometry(NamedTuple):
         return self.channels * (self.positions if self.elementwise_affine else self.groups)
 
 
+class _ChannelNorm:
+    """What batch and group norm have in common: a weight and a bias for each channel."""
+
+    def parameter_shape(self, input: Tensor) -> Shape:
+        return input.shape[1:2]
+
+    def leading(self, input: Tensor) -> int:
+        """The number of dimensions before the channels."""
+        return 1
+
+
 @dataclass(frozen=True)
-class BatchNorm:
+class BatchNorm(_ChannelNorm):
     """A slab is a channel of all samples.
 
     Attributes:
@@ -62,15 +72,8 @@ class BatchNorm:
     use_batch_stats: bool = True
     process_group: str | None = None
 
-    def parameter_shape(self, input: Tensor) -> Shape:
-        return input.shape[1:2]
-
     def statistics_shape(self, input: Tensor) -> Shape:
         return input.shape[1:2]
-
-    def leading(self, input: Tensor) -> int:
-        """The number of dimensions before the channels."""
-        return 1
 
     def geometry(self, shape: Shape, channels_last: bool) -> Geometry:
         samples, channels, *spatial = shape
@@ -81,7 +84,7 @@ class BatchNorm:
 
 
 @dataclass(frozen=True)
-class GroupNorm:
+class GroupNorm(_ChannelNorm):
     """A slab is a group of channels of one sample.
 
     Attributes:
@@ -92,15 +95,8 @@ class GroupNorm:
     num_groups: int
     eps: float
 
-    def parameter_shape(self, input: Tensor) -> Shape:
-        return input.shape[1:2]
-
     def statistics_shape(self, input: Tensor) -> Shape:
         return (input.shape[0], self.num_groups)
-
-    def leading(self, input: Tensor) -> int:
-        """The number of dimensions before the channels."""
-        return 1
 
     def geometry(self, shape: Shape, channels_last: bool) -> Geometry:
         samples, channels, *spatial = shape
@@ -148,30 +144,19 @@ class Buffers(NamedTuple):
     Attributes:
         running_mean, running_var: (C,); both or neither. Given statistics where the batch's are not used.
         momentum: weight of this batch in the running statistics.
-        num_batches_tracked: counts the batches, a 0-dim tensor.
     """
 
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     momentum: float | Tensor = 0.0
-    num_batches_tracked: Tensor | None = None
-
-    def count_(self) -> None:
-        """Counts one batch. Where a kernel moves the running statistics, called before it: see `update_`.
-
-        A checkpointed region is computed again up to the last tensor that is saved; what comes later counts only once.
-        """
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
 
     def update_(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        """Moves the running statistics towards those of this batch, and counts it."""
+        """Moves the running statistics towards those of this batch."""
         weight = self.momentum.to(mean.dtype) if isinstance(self.momentum, Tensor) else self.momentum
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased_var)):
             if running is not None:
                 # Not torch.lerp, which makes NaN of an infinity.
                 running.copy_(running.to(batch.dtype) * (1 - weight) + batch * weight)
-        self.count_()
 
 
 NO_BUFFERS = Buffers()
@@ -180,8 +165,3 @@ NO_BUFFERS = Buffers()
 def statistics_dtype(input: Tensor) -> torch.dtype:
     """The dtype of means and sums: float32, or float64 for a float64 input."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
-@lru_cache(maxsize=4096)
-def geometry_of(norm: Norm, shape: Shape, channels_last: bool) -> Geometry:
-    return norm.geometry(shape, channels_last)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from mnistnorm.kernels.triton_impl.plans import Kind, cdiv
 
 from .chain import Chain
-from .launching import CaughtLaunch, launches_caught, planned_for
+from .interception import CaughtLaunch, launches_caught, planned_for
 
 if TYPE_CHECKING:
     from . import watch

@@ -56,7 +56,6 @@ def _batch_norm(norm: BatchNorm, input: Tensor, weight: Tensor | None, bias: Ten
         buffers.update_(mean.detach(), unbiased)
         return normalize_channels(input, weight, bias, mean, (var + norm.eps).rsqrt())
     if running_mean is None or running_var is None:
-        buffers.count_()
         return F.batch_norm(input, None, None, weight, bias, True, 0.0, norm.eps)
     if not norm.use_batch_stats:
         mean, var = running_mean.to(input.dtype), running_var.to(input.dtype)

@@ -178,7 +178,7 @@ def batch_norm_backward(
     return grad_input, mean_grad_xhat * count, mean_grad * count
 
 
-def adds_one_by_one(input: Tensor) -> bool:
+def sums_sequentially(input: Tensor) -> bool:
     """Whether the channels lie side by side: torch then sums each channel element by element, in float32."""
     if input.is_contiguous():
         side_by_side = input.numel() == input.shape[0] * input.shape[1]
@@ -191,7 +191,7 @@ def cancels(mean: Tensor, rstd: Tensor, limit: float = MAX_SAFE_MEAN_TO_STD) -> 
     """Whether a mean is so large that float32 loses the deviation from it.
 
     The default limit is for E[x^2] - E[x]^2, as torch's group norm computes it on a CPU for channels last, and for the
-    sums of `adds_one_by_one`; MAX_SAFE_PRODUCT is for x * rstd - mean * rstd.
+    sums of `sums_sequentially`; MAX_SAFE_PRODUCT is for x * rstd - mean * rstd.
     """
     return mean.is_cpu and not (mean.detach() * rstd.detach()).abs().max().item() <= limit
 

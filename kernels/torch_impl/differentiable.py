@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..norms import BatchNorm, GroupNorm, LayerNorm, Norm, statistics_dtype
-from .layouts import as_rows, memory_format_of, of_rows
+from .layouts import as_rows, from_rows, memory_format_of
 
 
 def normalize(
@@ -24,7 +24,7 @@ def normalize(
         weight = torch.ones_like(bias)  # without a weight, torch's second derivatives leave out the bias's
     match norm:
         case BatchNorm(eps, use_batch_stats=True):
-            value = of_rows(F.batch_norm(as_rows(wide), None, None, weight, bias, True, 0.0, eps), input)
+            value = from_rows(F.batch_norm(as_rows(wide), None, None, weight, bias, True, 0.0, eps), input)
         case BatchNorm():
             value = normalize_channels(wide, weight, bias, mean, rstd)
         case GroupNorm(num_groups, eps):

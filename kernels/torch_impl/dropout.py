@@ -12,7 +12,7 @@ _aten = torch.ops.aten
 
 # Up to this probability, draw the indices of the dropped elements; beyond it, a random byte for each element.
 SPARSE = 0.125
-# Elements processed at a time in the one and the other way: what is drawn stays small, and the bytes stay in the cache.
+# Elements processed at a time by either method: what is drawn stays small, and the bytes stay in the cache.
 SPARSE_CHUNK = 2**22
 CHUNK = 2**18
 

@@ -30,6 +30,6 @@ def as_rows(input: Tensor) -> Tensor:
     return input.transpose(0, 1).reshape(1, input.shape[1], -1)
 
 
-def of_rows(rows: Tensor, input: Tensor) -> Tensor:
+def from_rows(rows: Tensor, input: Tensor) -> Tensor:
     """Undoes `as_rows`, for a tensor of the input's shape."""
     return rows.view(input.transpose(0, 1).shape).transpose(0, 1)

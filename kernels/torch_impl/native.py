@@ -1,4 +1,4 @@
-"""The norms alone, forward and backward: torch's own kernels, without their faults, or those of cpu.py.
+"""The norms alone, forward and backward: torch's kernels, with workarounds for their bugs, or those of cpu.py.
 
 Weight and bias are in the dtype of the statistics; dropout has scaled them already.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import sync
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm, statistics_dtype
 from . import cpu
-from .layouts import as_rows, memory_format_of, of_rows, with_standard_strides
+from .layouts import as_rows, from_rows, memory_format_of, with_standard_strides
 
 _aten = torch.ops.aten
 
@@ -78,7 +78,7 @@ def backward(
             return cpu.layer_norm_backward(grad, input, normalized_shape, weight, bias, output, mean, rstd, needs)
 
 
-def is_best_recorded(norm: Norm, input: Tensor, weight: Parameter, bias: Parameter) -> bool:
+def autograd_is_faster(norm: Norm, input: Tensor, weight: Parameter, bias: Parameter) -> bool:
     """Whether the gradients that autograd takes of `forward` are right, and faster than `backward`.
 
     All parameters and buffers are in the dtype of the statistics.
@@ -93,7 +93,7 @@ def is_best_recorded(norm: Norm, input: Tensor, weight: Parameter, bias: Paramet
                 and not cpu.has_batch_statistics(input)
                 # Autograd would pass a gradient of another layout, or of the rows that `_torch_batch_norm` makes, to a
                 # kernel that rounds its intermediate results to half precision.
-                and not (is_half and (not input.is_contiguous() or cpu.adds_one_by_one(input)))
+                and not (is_half and (not input.is_contiguous() or cpu.sums_sequentially(input)))
             )
         case GroupNorm():
             return not is_half  # torch's second derivatives lose a large mean in half precision
@@ -118,14 +118,14 @@ def _batch_norm(
         mean, var, unbiased, scratch = cpu.batch_statistics(input)
         buffers.update_(mean, unbiased)
     else:
-        buffers.count_()
         # Autograd also saves the running statistics, which it has no use for: aliases without a common version, as a
         # later call may update them before this one's backward.
         running = [
             None if each is None else each.data.to(dtype) for each in (buffers.running_mean, buffers.running_var)
         ]
-        momentum = float(buffers.momentum)
-        output, mean, rstd = _torch_batch_norm(input, weight, bias, running[0], running[1], momentum, norm.eps)
+        output, mean, rstd = _torch_batch_norm(
+            *(input, weight, bias, running[0], running[1], float(buffers.momentum), norm.eps)
+        )
         for buffer, moved in zip((buffers.running_mean, buffers.running_var), running, strict=True):
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
                 buffer.copy_(moved)
@@ -161,7 +161,7 @@ def _torch_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch.native_batch_norm in training, whose kernel for channels side by side may lose the deviations."""
     arguments = (weight, bias, running_mean, running_var, True, momentum, eps)
-    if not cpu.adds_one_by_one(input):
+    if not cpu.sums_sequentially(input):
         return torch.native_batch_norm(input, *arguments)
     running = [(buffer, buffer.clone()) for buffer in (running_mean, running_var) if buffer is not None]
     output, mean, rstd = torch.native_batch_norm(input, *arguments)
@@ -169,7 +169,7 @@ def _torch_batch_norm(
         for buffer, before in running:
             buffer.copy_(before)
         output, mean, rstd = torch.native_batch_norm(as_rows(input), *arguments)
-        output = of_rows(output, input).contiguous(memory_format=memory_format_of(input))
+        output = from_rows(output, input).contiguous(memory_format=memory_format_of(input))
     return output, mean, rstd
 
 

@@ -12,30 +12,20 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..contract import Epilogue, Gradients, Inputs, Needs, Saved
-from ..norms import Buffers, LayerNorm, Norm, statistics_dtype
+from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved
+from ..norms import Buffers, LayerNorm, Norm
 from . import native
 from .dropout import drop_
 from .layouts import memory_format_of
 
 
-class TorchOperation:
-    """A norm and its epilogue for tensors of one kind.
-
-    Args:
-        norm, epilogue: what is computed.
-        inputs: tensors of that kind: shapes, strides, dtypes, device.
-        buffers: of a batch norm.
-    """
+class TorchOperation(Operation):
+    """A norm and its epilogue in PyTorch."""
 
     def __init__(self, norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) -> None:
-        input, weight, _, residual = inputs
-        self.norm, self.epilogue = norm, epilogue
-        self.keeps = epilogue.keeps(residual is not None, reads_output=True)
-        self.input_strides = input.stride()
-        self._has_residual = residual is not None
-        self._dtype = statistics_dtype(input)
-        is_half = input.dtype != self._dtype
+        super().__init__(norm, epilogue, inputs, reads_output=True)
+        input, weight, *_ = inputs
+        is_half = input.dtype != self.dtype
         # Only torch's kernels for a CPU take half-precision inputs with float32 parameters, in all three norms.
         self._widens = is_half and input.device.type != "cpu"
         # Without a float32 weight, torch rounds the statistics of a half-precision input to half precision.
@@ -49,7 +39,7 @@ class TorchOperation:
         input, weight, bias, residual = inputs
         activation = self.epilogue.activation
         parameters = weight, bias, buffers.running_mean, buffers.running_var
-        if not activation.records_output or self._widens or (self._makes_weight and input.dtype != self._dtype):
+        if not activation.kind.records_output or self._widens or (self._makes_weight and input.dtype != self.dtype):
             return False
         if weight is None and bias is not None:
             return False  # torch's second derivatives would leave out the bias's
@@ -59,12 +49,12 @@ class TorchOperation:
         if copies and prod(self._parameter_shape) * 32 > input.numel():
             return False
         # It does not see the dropout, whose elements only a mask removes from the gradient.
-        if self.epilogue.dropout_p > 0 and (residual is not None or not activation.masks):
+        if self.epilogue.dropout_p > 0 and (residual is not None or not activation.kind.masks):
             return False
-        return all(tensor is None or tensor.dtype == self._dtype for tensor in parameters)
+        return all(tensor is None or tensor.dtype == self.dtype for tensor in parameters)
 
     def is_recorded_by_torch(self, inputs: Inputs) -> bool:
-        return self._may_be_recorded and native.is_best_recorded(self.norm, *inputs[:3])
+        return self._may_be_recorded and native.autograd_is_faster(self.norm, *inputs[:3])
 
     def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         input, weight, bias, residual = inputs
@@ -97,7 +87,7 @@ class TorchOperation:
         grad_residual = grad.to(input.dtype) if needs[3] else None
         if not any(needs[:3]):
             return None, None, None, grad_residual
-        masked = activation.masks and not self._has_residual
+        masked = activation.kind.masks and not self.has_residual
         if dropout_p > 0 and not masked:
             if grad is grad_output or grad_residual is not None:
                 grad = grad.clone(memory_format=self._memory_format)
@@ -138,13 +128,13 @@ class TorchOperation:
     def _scaled(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the dtype of the statistics, times 1 / (1 - p)."""
         if self._makes_weight:
-            weight = input.new_ones(self._parameter_shape, dtype=self._dtype)
+            weight = input.new_ones(self._parameter_shape, dtype=self.dtype)
         return self._scaled_one(weight), self._scaled_one(bias)
 
     def _scaled_one(self, parameter: Tensor | None) -> Tensor | None:
         if parameter is None:
             return None
-        parameter = parameter.to(self._dtype).contiguous()  # torch's channels-last kernels ignore a weight's strides
+        parameter = parameter.to(self.dtype).contiguous()  # torch's channels-last kernels ignore a weight's strides
         return parameter * self.epilogue.scale if self.epilogue.dropout_p > 0 else parameter
 
     def _unscaled(self, gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:

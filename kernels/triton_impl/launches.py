@@ -68,7 +68,7 @@ class Launch:
         run(*self.grid, stream, *fixed, *addresses, *self.sizes, *varying, *self._constexprs)
 
     def _has_hooks(self) -> bool:
-        """Whether somebody wants to know about each launch, or to change its arguments."""
+        """Whether launch hooks or pre-run hooks are registered."""
         runtime = triton.knobs.runtime
         return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks)
 

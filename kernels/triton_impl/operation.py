@@ -12,41 +12,36 @@ from torch import Tensor
 
 from .. import sync
 from ..activations import Activation
-from ..contract import Epilogue, Gradients, Inputs, Needs, Saved
-from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm, geometry_of, statistics_dtype
+from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved
+from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm
 from .kernels import backward_kernel, forward_kernel, gradient_sums_kernel, parameter_sums_kernel, statistics_kernel
 from .launches import Launch, current_target, is_current, made_current
 from .plans import Kind, Plan, make_plan, parameter_sums_plan
 
 
-class TritonOperation:
-    """A norm and its epilogue for tensors of one kind: plans and launches, with everything that stays the same.
+class TritonOperation(Operation):
+    """A norm and its epilogue in Triton: the plans, and the launches with everything that stays the same.
 
-    Args:
-        norm, epilogue: what is computed.
-        inputs: tensors of that kind: shapes, strides, dtypes, device.
-        buffers: of a batch norm.
-        plan: how slabs are reduced; None chooses.
+    `plan` says how slabs are reduced; None chooses.
     """
 
     def __init__(
         self, norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers = NO_BUFFERS, plan: Kind | None = None
     ) -> None:
+        super().__init__(norm, epilogue, inputs, reads_output=False)
         input, weight, bias, residual = inputs
         activation = epilogue.activation
         dense, channels_last = as_dense(input, norm.leading(input))
         parameters = weight, bias, buffers.running_mean, buffers.running_var
-        self.norm, self.epilogue = norm, epilogue
-        self.keeps = epilogue.keeps(residual is not None, reads_output=False)
-        self.input_strides, self.strides = input.stride(), dense.stride()
+        self.strides = dense.stride()
         self.copies = (
             dense is not input
             or _laid_out_like(dense, residual) is not residual
             or any(tensor is not None and not tensor.is_contiguous() for tensor in parameters)
         )
-        self.device, self.dtype = input.device, statistics_dtype(input)
+        self.device = input.device
         self._index = input.device.index  # None on a CPU
-        self.geometry = geometry_of(norm, input.shape, channels_last)
+        self.geometry = norm.geometry(input.shape, channels_last)
         self.group = norm.process_group if isinstance(norm, BatchNorm) else None
         self.reduces = not isinstance(norm, BatchNorm) or norm.use_batch_stats
         self.dropout = round(epilogue.dropout_p * 2**31), epilogue.scale  # the probability in units of 2^-31
@@ -57,7 +52,6 @@ class TritonOperation:
             "PARAMETER": activation.parameter,
         }
         self._itemsize, self._target = input.element_size(), current_target(input.device)
-        self._has_residual = residual is not None
         self._plan: Kind | None = plan if self.group is None else "split"
         self._statistics_shape = norm.statistics_shape(input)
         self._forward = _Forward(self, reduces=self.reduces and self.group is None)
@@ -70,7 +64,7 @@ class TritonOperation:
         return make_plan(
             *(self.geometry, self._itemsize, self._target),
             backward=backward,
-            residual=self._has_residual,
+            residual=self.has_residual,
             dropout=self.epilogue.dropout_p > 0,
             reduces=reduces,
             kind=self._plan,
@@ -96,9 +90,7 @@ class TritonOperation:
             return self._forward.run(inputs, (mean, var), 0.0, seed)
         if not self.reduces:
             return self._forward.run(inputs, running, 0.0, seed)
-        momentum = float(buffers.momentum)
-        buffers.count_()
-        results = self._forward.run(inputs, running, momentum, seed)
+        results = self._forward.run(inputs, running, float(buffers.momentum), seed)
         if self.copies:
             for buffer, updated in zip(buffers[:2], running, strict=True):
                 if buffer is not None and updated is not None and updated is not buffer:
@@ -135,9 +127,6 @@ class TritonOperation:
                 norm, Epilogue(self.epilogue.dropout_p, Activation("identity")), inputs, buffers
             )
             return operation.forward(inputs, buffers, seed)[0]
-
-    def is_recorded_by_torch(self, inputs: Inputs) -> bool:
-        return False
 
 
 class _Statistics:
@@ -218,9 +207,11 @@ class _Backward:
         assert statistics is not None
         if operation.copies:
             input, _ = as_dense(input, operation.norm.leading(input))
-            weight, bias, kept = _contiguous(weight), _contiguous(bias), _laid_out_like(input, kept)
+            weight, bias = _contiguous(weight), _contiguous(bias)
         if grad_output.stride() != operation.strides:
             grad_output = _laid_out_like(input, grad_output)
+        if kept is not None and kept.stride() != operation.strides:  # a hook for saved tensors may change it
+            kept = _laid_out_like(input, kept)
         needs_input, needs_weight, needs_bias, needs_residual = self._needs
         grad_input = torch.empty_like(input) if needs_input else None
         grad_residual = torch.empty_like(input) if needs_residual else None
@@ -255,7 +246,7 @@ class _Backward:
 
 
 def _sizes(operation: TritonOperation, plan: Plan) -> tuple[int, int, int, int]:
-    """As the kernels take them: in vectors, so that the compiler sees that the lengths are multiples of those."""
+    """Sizes in vectors, so that the compiler knows that the lengths are multiples of the vector length."""
     rows, channels, positions, groups = operation.geometry[:4]
     return rows, channels // plan.constants["CHANNEL_VECTOR"], positions // plan.constants["POSITION_VECTOR"], groups
 

@@ -128,3 +128,33 @@ def test_bad_arguments_change_nothing(bad):
     assert (running[0] == 0).all()
     assert (running[1] == 1).all()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"momentum": torch.full((4,), 0.1)}, RuntimeError),
+        ({"momentum": np.full(4, 0.1)}, TypeError),
+        ({"num_batches_tracked": 3}, TypeError),
+    ],
+    ids=["momentum of tensors", "momentum of NumPy", "counter"],
+)
+@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (8, 4, 200, 200)], ids=str)  # which take different ways on a CPU
+def test_a_bad_momentum_or_counter_changes_nothing(bad, error, shape):
+    buffers = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    counter = torch.tensor(0)
+    for momentum in (torch.tensor(0.1), np.array(0.1)):  # good calls, of the same kind otherwise
+        batch_norm_relu(torch.randn(shape), torch.zeros(4), torch.ones(4), training=True, momentum=momentum)
+    with pytest.raises((error, ValueError)):
+        batch_norm_relu(torch.randn(shape), **buffers, training=True, **{"num_batches_tracked": counter, **bad})
+    assert counter == 0
+    assert (buffers["running_mean"] == 0).all()
+    assert (buffers["running_var"] == 1).all()
+
+
+def test_sizes_that_are_tensors_are_read_at_each_call():
+    x, size = torch.randn(3, 5), torch.tensor(5)
+    layer_norm_relu(x, (size,))
+    size.fill_(7)
+    with pytest.raises(RuntimeError, match="input must have shape .*7"):
+        layer_norm_relu(x, (size,))

@@ -161,3 +161,19 @@ def test_parameters_with_strides(norm, impl, shape, layout, device):
         ]
         for actual, expected in zip(*gradients, strict=True):
             close(actual, expected, 1e-11)
+
+
+@norms
+@impls
+@pytest.mark.parametrize("activation", ["relu", "silu"])  # which keep the output, and the residual
+def test_hooks_for_saved_tensors_may_change_strides(norm, impl, activation, device):
+    x, residual = (make((2, 4, 3, 5), torch.float64, "channels_last", offset=o, device=device) for o in (0.5, 0.0))
+    grad = torch.randn(x.shape, dtype=torch.float64, device=device)
+
+    def gradients():
+        output = norm.fused(x, None, None, residual=residual, activation=activation, impl=impl)
+        return torch.autograd.grad(output, (x, residual), grad)
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
+        torch.testing.assert_close(gradients(), expected)

@@ -437,3 +437,22 @@ def test_is_not_taken_for_a_batch_norm():
 def test_the_folder_of_a_checkout_is_not_imported_beside_the_package():
     with pytest.raises(ImportError, match=r"import mnistnorm\.kernels instead"):
         importlib.import_module("kernels")
+
+
+def test_a_cumulative_average_without_a_counter_leaves_the_running_statistics():
+    ours, theirs = BatchNormAct2d(4, momentum=None, activation="identity"), nn.BatchNorm2d(4, momentum=None)
+    x = torch.randn(SHAPE)
+    for module in (ours, theirs):
+        module.num_batches_tracked = None
+        module(x)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_instance_norm_of_a_sample_refuses_a_residual_that_is_no_tensor():
+    with pytest.raises(TypeError, match="residual must be a Tensor or None, got float"):
+        InstanceNormAct2d(3)(torch.randn(3, 5, 5), 1.0)
+
+
+def test_instance_norm_without_channels():
+    assert InstanceNormAct2d(0)(torch.randn(2, 0, 5, 5)).shape == nn.InstanceNorm2d(0)(torch.randn(2, 0, 5, 5)).shape

@@ -22,7 +22,7 @@ import triton
 
 from benchmarks.compiled import ACTIVATION_LOADS, ACTIVATION_STORES
 from benchmarks.instruments import machine_code
-from benchmarks.instruments.launching import planned_for
+from benchmarks.instruments.interception import planned_for
 from mnistnorm.kernels.activations import ACTIVATIONS, Activation
 from mnistnorm.kernels.contract import Epilogue
 from mnistnorm.kernels.norms import BatchNorm, Buffers, GroupNorm, LayerNorm

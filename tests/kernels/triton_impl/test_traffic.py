@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.instruments import counting, watch
 from benchmarks.instruments.chain import EPS, Chain
 from benchmarks.instruments.counting import interpreted
-from benchmarks.instruments.launching import launches_caught, planned_for
+from benchmarks.instruments.interception import launches_caught, planned_for
 from mnistnorm.kernels import norms
 from mnistnorm.kernels.activations import ACTIVATIONS
 from mnistnorm.kernels.triton_impl.kernels import parameter_sums_kernel
