@@ -146,6 +146,13 @@ class Activation:
                     return cls(name, float(getattr(activation, kind.attribute)) if kind.attribute else 0.0)
         raise _unknown(activation)
 
+    def module(self) -> nn.Module:
+        """A module of torch.nn that computes it."""
+        if self.name == "gelu_tanh":
+            return nn.GELU(approximate="tanh")
+        (kind,) = self._kind.modules
+        return kind(self.parameter) if self._kind.attribute else kind()
+
     def __str__(self) -> str:
         return f"{self.name}({self.parameter:g})" if self._kind.attribute else self.name
 

@@ -41,6 +41,9 @@ class FusedLayer(nn.Module):
         epilogue = check_epilogue(dropout_p, activation, impl)
         self.dropout_p, self.activation, self.impl = dropout_p, epilogue.activation.short, impl
 
+    in_forward = False
+    """Whether it is called by a forward that fuse rewrote, with `_in_place`: any other call wants the norm alone."""
+
     def forward(self, input: Tensor, residual: Tensor | None = None, *, _in_place: bool | None = None) -> Tensor:
         """Of the input's shape and dtype; `residual` of the same shape is added before the activation.
 
@@ -48,13 +51,15 @@ class FusedLayer(nn.Module):
         """
         if isinstance(input, fx.Proxy):
             return self._record(input, residual, _in_place)
-        if _in_place is None or _fits(residual, input):
-            return self._compute(input, residual, self.activation)
-        output = self._compute(input, None, _IDENTITY)
+        if self.in_forward and _in_place is None and residual is None:
+            return self._compute(input, None, _IDENTITY, 0.0)
+        if _in_place is None or residual is None or _fits(residual, input):
+            return self._compute(input, residual, self.activation, self.dropout_p)
+        output = self._compute(input, None, _IDENTITY, self.dropout_p)
         output = (operator.iadd if _in_place else operator.add)(output, residual)
         return Activation.of(self.activation).forward(output)
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike, dropout_p: float) -> Tensor:
         raise NotImplementedError
 
     def _record(self, input: fx.Proxy, residual: Any, in_place: bool | None) -> Any:
@@ -155,7 +160,7 @@ class _BatchNormAct(FusedLayer, _NormBase):
         group = self.process_group
         return super().extra_repr() + ("" if group is None else f", process_group={group.group_name}")
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike, dropout_p: float) -> Tensor:
         if input.dim() not in self.layouts:
             expected = " or ".join(f"{dim}D input {layout}" for dim, layout in self.layouts.items())
             raise ValueError(f"expected {expected}, got {input.dim()}D input of shape {tuple(input.shape)}")
@@ -186,7 +191,7 @@ class _BatchNormAct(FusedLayer, _NormBase):
             self.eps,
             counter,
             residual,
-            self.dropout_p if training else 0.0,
+            dropout_p if training else 0.0,
             activation,
             group,
             self.impl,
@@ -283,8 +288,8 @@ class GroupNormAct(FusedLayer, nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike, dropout_p: float) -> Tensor:
+        dropout_p = dropout_p if self.training else 0.0
         groups, weight, bias = self.num_groups, self.weight, self.bias
         return group_norm(input, groups, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
 
@@ -327,11 +332,11 @@ class _InstanceNormAct(FusedLayer, _NormBase):
         super().__init__(num_features, eps, momentum, affine, False, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike, dropout_p: float) -> Tensor:
         dim, channels = input.dim(), self.num_features
         if dim + 1 in self.layouts:  # a sample without a batch
             one = None if residual is None else residual.unsqueeze(0)
-            return self._compute(input.unsqueeze(0), one, activation).squeeze(0)
+            return self._compute(input.unsqueeze(0), one, activation, dropout_p).squeeze(0)
         if dim not in self.layouts:
             expected = " or ".join(f"{dim - 1}D or {dim}D input {layout}" for dim, layout in self.layouts.items())
             raise ValueError(f"expected {expected}, got {dim}D input of shape {tuple(input.shape)}")
@@ -345,7 +350,7 @@ class _InstanceNormAct(FusedLayer, _NormBase):
             channels = input.shape[1]
         if self.training and input.shape[2:].numel() == 1:
             raise ValueError(f"expected more than 1 spatial element when training, got input size {input.shape}")
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = dropout_p if self.training else 0.0
         weight, bias = self.weight, self.bias
         return group_norm(input, channels, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
 
@@ -426,8 +431,8 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: ActivationLike, dropout_p: float) -> Tensor:
+        dropout_p = dropout_p if self.training else 0.0
         shape, weight, bias = self.normalized_shape, self.weight, self.bias
         return layer_norm(input, shape, weight, bias, self.eps, residual, dropout_p, activation, self.impl)
 

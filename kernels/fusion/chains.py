@@ -1,0 +1,349 @@
+"""Finds norm [-> dropout] [-> + residual] -> activation chains in traced forwards. Changes no model."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.passes.shape_prop import ShapeProp
+
+from ..activations import Activation
+from .parts import (
+    NORMS,
+    SUMS,
+    SUMS_IN_PLACE,
+    NoChain,
+    activation_of,
+    class_name,
+    dropout_of,
+    own_epilogue,
+    passes_on,
+    stock_norm,
+)
+from .report import Status
+from .tracing import IN_PLACE_OPERATORS, Call, Tracer, scratch_copy
+
+_IDENTITY = Activation("identity")
+_OTHER_SIDE = "the sum behind it is fused with the norm on the other side"
+_KNOWN_FUNCTIONS = ("torch", "_operator", "math", "builtins", "None")
+
+
+@dataclass(eq=False)
+class Match:
+    """A chain in a graph: its nodes from the norm to the activation, and what they are."""
+
+    nodes: list[fx.Node]
+    activation: Activation = _IDENTITY
+    dropout: fx.Node | None = None
+    dropout_p: float = 0.0
+    dropout_training: Any = None
+    """The argument of a dropout function: a bool, or a node where it is read when the graph runs."""
+    sum: fx.Node | None = None
+
+    @property
+    def residual(self) -> Any:
+        """What the sum adds, None without a sum. Looked up in the graph as it is by now."""
+        return None if self.sum is None else next((a for a in self.sum.args if a not in self.nodes), None)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain in a model. Modules are given by their paths; a function by None."""
+
+    norm: str
+    activation: Activation
+    dropout_p: float
+    dropout: str | None
+    dropout_mode: str | None
+    """The module whose training flag rules the dropout, None without a dropout."""
+    summed: bool
+    ending: str | None
+    """The activation."""
+    of_modules: bool
+    """Whether it is a sequence of modules, which can be replaced without touching any forward."""
+    owner: str
+    """The innermost module in whose forward the whole chain lies."""
+    opened: frozenset[str]
+    """The modules inside `owner` whose forward makes a part of the chain."""
+
+    @property
+    def members(self) -> list[str]:
+        """The modules that are parts of it."""
+        return [path for path in (self.norm, self.dropout, self.ending) if path is not None]
+
+
+@dataclass
+class Findings:
+    """What the traces of a model show. A module that is shared goes by the first of its paths."""
+
+    model: nn.Module
+    norms: dict[str, list[Chain | NoChain]] = field(default_factory=dict)
+    """For each norm, in each call that was traced, its chain or why there is none."""
+    uses: list[tuple[str, Chain | None]] = field(default_factory=list)
+    """Each call of an activation or dropout module, with the chain that it belongs to."""
+    untraceable: dict[str, str] = field(default_factory=dict)
+    """The modules whose forward cannot be traced, and why."""
+    tracers: dict[str, list[tuple[Tracer, str]]] = field(default_factory=dict)
+    """For each module whose forward was traced, the tracers and its path there."""
+
+    def __post_init__(self) -> None:
+        self.first_path = {module: path for path, module in self.model.named_modules()}
+
+    def path(self, root: str, path: str) -> str:
+        """The first path in the model of the module that is at `path` in the one at `root`."""
+        return self.first_path[self.model.get_submodule(join(root, path))]
+
+    def calls(self, path: str) -> list[Call]:
+        """How the module at `path` is called."""
+        return [call for tracer, at in self.tracers.get(path, []) for call in tracer.calls[at]]
+
+    @property
+    def transparent(self) -> set[str]:
+        """The modules that return their first argument, in all calls."""
+        return {path for path, of in self.tracers.items() if all(tracer.passes_on.get(at) for tracer, at in of)}
+
+    def find(self, root: str, example_inputs: tuple[Any, ...] | None = None) -> None:
+        """Traces the module at `root` in train and in eval mode.
+
+        What cannot be traced is taken for an operation of its own, and its children are looked at by themselves.
+
+        Raises:
+            ValueError: the model does not run on `example_inputs`.
+        """
+        module = self.model.get_submodule(root)
+        if isinstance(module, NORMS) or "traced_forward" in vars(module):
+            return
+        opaque: dict[str, str] = {}
+        if type(module).forward is not nn.Module.forward:  # not a mere container such as nn.ModuleList
+            try:
+                tracers = _trace_both_modes(module, opaque)
+            except Exception as error:
+                self.untraceable[self.path(root, "")] = first_line(error)
+                opaque = {"": ""}
+            else:
+                if example_inputs is not None:
+                    _note_shapes(tracers[0], example_inputs)
+                for tracer in tracers:
+                    self._collect(tracer, root)
+                self.untraceable |= {self.path(root, path): reason for path, reason in opaque.items()}
+        else:
+            opaque = {"": ""}
+        for path in opaque:
+            for name, _ in module.get_submodule(path).named_children():
+                self.find(join(root, join(path, name)))
+
+    def _collect(self, tracer: Tracer, root: str) -> None:
+        """Adds what one graph shows."""
+        modules = dict(tracer.root.named_modules())
+        members: dict[fx.Node, Chain] = {}
+        transparent = {path for path, is_transparent in tracer.passes_on.items() if is_transparent}
+        for norm, match in match_chains(tracer.graph, modules, transparent, tracer.stored):
+            if isinstance(match, Match) and match.dropout_training not in (None, tracer.root.training):
+                match = NoChain("the dropout behind it does not follow the mode")
+            chain = match if isinstance(match, NoChain) else self._describe(match, root)
+            if isinstance(chain, Chain) and isinstance(match, Match):
+                members |= dict.fromkeys(match.nodes, chain)
+            self.norms.setdefault(self.path(root, str(norm.target)), []).append(chain)
+        for node in tracer.graph.nodes:
+            if node.op == "call_module" and (activation_of(node, modules) or dropout_of(node, modules)):
+                self.uses.append((self.path(root, node.target), members.get(node)))
+        for path in tracer.calls:
+            self.tracers.setdefault(self.path(root, path), []).append((tracer, path))
+
+    def _describe(self, match: Match, root: str) -> Chain:
+        def path(node: fx.Node | None) -> str | None:
+            return None if node is None or node.op != "call_module" else self.path(root, str(node.target))
+
+        scopes = [_scope(node) for node in match.nodes]
+        depth = 0
+        while all(len(scope) > depth for scope in scopes) and len({scope[depth][0] for scope in scopes}) == 1:
+            depth += 1
+        innermost = ["", *(at for _, at in _scope(match.dropout or match.nodes[0]))][-1]
+        return Chain(
+            norm=self.path(root, str(match.nodes[0].target)),
+            activation=match.activation,
+            dropout_p=match.dropout_p,
+            dropout=path(match.dropout),
+            dropout_mode=match.dropout and (path(match.dropout) or self.path(root, innermost)),
+            summed=match.sum is not None,
+            ending=path(match.nodes[-1]),
+            of_modules=all(node.op == "call_module" or node.target == "contiguous" for node in match.nodes),
+            owner=self.path(root, scopes[0][depth - 1][1] if depth else ""),
+            opened=frozenset(self.path(root, at) for scope in scopes for _, at in scope[depth:]),
+        )
+
+
+def _trace_both_modes(module: nn.Module, opaque: dict[str, str]) -> list[Tracer]:
+    """Tracers that have traced the module in eval and in train mode; adds what they cannot trace inside to `opaque`."""
+    tracers: list[Tracer] = []
+    while len(tracers) < 2:
+        scratch = scratch_copy(module)
+        for child in scratch.modules():  # not by train(), where a module may merge its weights or the like
+            child.training = len(tracers) == 1
+        tracer = Tracer(opaque)
+        try:
+            tracer.trace(scratch)
+        except Exception as error:
+            if tracer.failed is None or tracer.failed in opaque:  # it is called with what no trace can record
+                raise
+            failed = type(module.get_submodule(tracer.failed))
+            opaque |= {at: first_line(error) for at, child in module.named_modules() if at and type(child) is failed}
+            tracers.clear()
+        else:
+            tracers.append(tracer)
+    return tracers
+
+
+def _note_shapes(tracer: Tracer, example_inputs: tuple[Any, ...]) -> None:
+    try:
+        with torch.no_grad():
+            ShapeProp(fx.GraphModule(tracer.root, tracer.graph)).propagate(*example_inputs)
+    except Exception as error:
+        raise ValueError(f"the model does not run on example_inputs: {error}") from error
+
+
+def match_chains(
+    graph: fx.Graph,
+    modules: dict[str, nn.Module],
+    transparent: Collection[str],
+    stored: Collection[fx.Node],
+    known: Collection[str] | None = None,
+) -> Iterator[tuple[fx.Node, Match | NoChain]]:
+    """For each call of a norm in `graph`, its chain, or why it has none. No two chains share a node.
+
+    With `known`, looks at those norms alone, which are known to have nothing between norm and sum that would notice.
+    """
+    found: dict[fx.Node, Match | NoChain] = {}
+    sums: dict[fx.Node, fx.Node] = {}
+    for norm in graph.nodes:
+        if norm.op != "call_module" or not isinstance(modules[norm.target], NORMS):
+            continue
+        if known is not None and norm.target not in known:
+            continue
+        try:
+            _check_norm(norm, modules)
+            match = _match(norm, modules, transparent, stored)
+            if match.sum is not None and match.sum in sums:
+                raise NoChain(_OTHER_SIDE)
+            if match.sum is not None and known is None:
+                _check_between(norm, match.sum, match.dropout, modules)
+        except NoChain as reason:
+            found[norm] = reason
+        else:
+            found[norm] = match
+            sums |= {} if match.sum is None else {match.sum: norm}
+    for match in found.values():
+        if isinstance(match, Match) and isinstance(found.get(match.residual), NoChain):
+            found[match.residual] = NoChain(_OTHER_SIDE)
+    yield from found.items()
+
+
+def _match(
+    norm: fx.Node, modules: dict[str, nn.Module], transparent: Collection[str], stored: Collection[fx.Node]
+) -> Match:
+    match = Match([norm])
+    while match.activation.name == "identity":
+        node = match.nodes[-1]
+        if len(node.users) != 1:
+            followed: Status = "chain" if any(activation_of(user, modules) for user in node.users) else "no activation"
+            raise NoChain(f"the output of {_name(node, modules)} is used {len(node.users)} times", followed)
+        user = next(iter(node.users))
+        if activation := activation_of(user, modules):
+            match.activation = activation
+        elif not match.dropout and not match.sum and (dropout := dropout_of(user, modules)):
+            match.dropout, (match.dropout_p, match.dropout_training) = user, dropout
+        elif not match.sum and user.op != "call_module" and user.target in SUMS:
+            match.sum = user
+        elif not passes_on(user, modules, transparent):
+            raise NoChain(f"followed by {_name(user, modules)}", "no activation")
+        match.nodes.append(user)
+    for node in match.nodes[:-1]:
+        if node in stored:
+            raise NoChain(f"the output of {_name(node, modules)} is stored in an attribute")
+    if match.sum:
+        _check_sum(match)
+    if any(node.meta["context"] != norm.meta["context"] for node in match.nodes):
+        raise NoChain("what follows runs under another grad mode, autocast, checkpoint or saved-tensor hook")
+    return match
+
+
+def _check_norm(norm: fx.Node, modules: dict[str, nn.Module]) -> None:
+    module = modules[str(norm.target)]
+    stock_norm(module)
+    if own_epilogue(module):
+        raise NoChain("a part of it has hooks")
+    if len(norm.args) != 1 or norm.kwargs or "forward" in vars(module):
+        raise NoChain("called in an unusual way")
+
+
+def _check_sum(match: Match) -> None:
+    sum_node, before = match.sum, match.nodes[match.nodes.index(match.sum) - 1]
+    if len(sum_node.args) != 2 or sum_node.kwargs:
+        raise NoChain("the sum behind it has further arguments")
+    if not isinstance(match.residual, fx.Node):
+        raise NoChain("the sum behind it does not add a tensor")
+    if sum_node.target in SUMS_IN_PLACE and sum_node.args[0] is not before:
+        raise NoChain("the sum behind it changes the other tensor in place")
+    shapes = [getattr(node.meta.get("tensor_meta"), "shape", None) for node in (before, match.residual)]
+    if shapes[0] != shapes[1]:
+        first, second = (shape if shape is None else tuple(shape) for shape in shapes)
+        raise NoChain(f"the sum behind it broadcasts {first} and {second}")
+
+
+def _check_between(norm: fx.Node, sum_node: fx.Node, dropout: fx.Node | None, modules: dict[str, nn.Module]) -> None:
+    """The norm is to be called where the sum is: nothing before may change its input, or see or move its statistics."""
+    buffers = {f"{norm.target}.{name}" for name, _ in modules[str(norm.target)].named_buffers()}
+    if any(node.op == "get_attr" and node.target in buffers for node in norm.graph.nodes):
+        raise NoChain("its running statistics are used where it is called")
+    node = norm
+    while (node := node.next) is not sum_node:
+        if buffers and node.target == norm.target:
+            raise NoChain("it is called again before the sum behind it")
+        if node is not dropout and _may_write(node, modules):
+            raise NoChain("something between it and the sum behind it may change a tensor in place")
+
+
+def _may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node may change one of its inputs."""
+    target: Any = node.target
+    if node.op == "call_module":
+        module = modules[target]
+        known = type(module).__module__.startswith("torch.nn.") and not any(module.children())
+        return not (known or isinstance(module, NORMS)) or getattr(module, "inplace", False)
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        overloads = [target] if isinstance(target, OpOverload) else [getattr(target, n) for n in target.overloads()]
+        return any(overload._schema.is_mutable for overload in overloads)
+    if node.op == "call_function" and not str(getattr(target, "__module__", "torch")).startswith(_KNOWN_FUNCTIONS):
+        return True
+    name = str(target if node.op == "call_method" else getattr(target, "__name__", ""))
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or name == "__setitem__"
+        or target in IN_PLACE_OPERATORS
+        or any(argument is True for argument in (*node.args, node.kwargs.get("inplace")))
+        or "out" in node.kwargs
+    )
+
+
+def _name(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return f"{node.target} ({class_name(modules[str(node.target)])})"
+    return "the output" if node.op == "output" else getattr(node.target, "__name__", str(node.target))
+
+
+def _scope(node: fx.Node) -> list[tuple[str, str]]:
+    """The calls in which `node` was made, outermost first: what tells them apart, and the path of the module."""
+    stack = [(call, path) for call, (path, _) in node.meta.get("nn_module_stack", {}).items()]
+    return stack[:-1] if node.op == "call_module" else stack
+
+
+def join(root: str, path: str) -> str:
+    """Two paths as one; either may be empty."""
+    return ".".join(part for part in (root, path) if part)
+
+
+def first_line(error: Exception) -> str:
+    """What to say of an error in a report."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,188 @@
+"""What a chain consists of: which modules and calls of torch are a norm, a dropout, a sum or an activation."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from ..activations import Activation
+from ..modules import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    FusedLayer,
+    GroupNormAct,
+    InstanceNormAct1d,
+    InstanceNormAct2d,
+    InstanceNormAct3d,
+    LayerNormAct,
+)
+from .report import Status, class_name
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FUSED_BATCH_NORMS = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+FUSED: dict[type[nn.Module], type[FusedLayer]] = {
+    **dict(zip(BATCH_NORMS, FUSED_BATCH_NORMS, strict=True)),
+    **dict(zip(_INSTANCE_NORMS, (InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d), strict=True)),
+    nn.GroupNorm: GroupNormAct,
+    nn.LayerNorm: LayerNormAct,
+}
+STOCK = {fused: stock for stock, fused in FUSED.items()}
+
+# Subclasses whose own forward computes what that of torch.nn does; those of norm_act apply `drop` and `act` behind it.
+_TIMM_NORMS = {
+    "timm.layers.norm_act.BatchNormAct2d": nn.BatchNorm2d,
+    "timm.layers.norm_act.GroupNormAct": nn.GroupNorm,
+    "timm.layers.norm_act.GroupNorm1Act": nn.GroupNorm,
+    "timm.layers.norm_act.LayerNormAct": nn.LayerNorm,
+    "timm.layers.norm.GroupNorm": nn.GroupNorm,
+    "timm.layers.norm.GroupNorm1": nn.GroupNorm,
+    "timm.layers.norm.LayerNorm": nn.LayerNorm,
+}
+_TIMM_ACTIVATIONS = {
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.HardSwish": "hardswish",
+}
+
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+SUMS_IN_PLACE = {operator.iadd, "add_"}
+_DROPOUTS = {F.dropout, torch.dropout}
+
+
+class NoChain(Exception):  # noqa: N818 - a finding rather than an error
+    """Why a norm does not begin a chain; `status` as in LeftAlone."""
+
+    def __init__(self, reason: str, status: Status = "chain") -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def stock_norm(module: nn.Module) -> type[nn.Module]:
+    """The class of torch.nn whose forward `module` computes, but for what `own_epilogue` says.
+
+    Raises:
+        NoChain: there is none that can be fused.
+    """
+    kind, name = type(module), class_name(module)
+    if isinstance(module, FusedLayer):
+        raise NoChain("already fused", "already fused")
+    stock = _TIMM_NORMS.get(name) or next((stock for stock in FUSED if issubclass(kind, stock)), None)
+    known = name in _TIMM_NORMS or (stock is not None and kind.forward is stock.forward)
+    if stock is None or not known or any(map(is_lazy, module._parameters.values())):
+        raise NoChain(f"there is no fused {name}")
+    if parametrize.is_parametrized(module):
+        raise NoChain("it is parametrized")
+    if module._modules.keys() not in (set(), {"drop", "act"}) or (module._modules and name not in _TIMM_NORMS):
+        raise NoChain(f"this {name} has parts that are not known")
+    if getattr(module, "_fast_norm", False):
+        raise NoChain("it uses timm's fast norm, which computes in another dtype")
+    if issubclass(stock, _INSTANCE_NORMS) and vars(module)["track_running_stats"]:
+        raise NoChain("there is no fused instance norm with running statistics")
+    return stock
+
+
+def own_epilogue(module: nn.Module) -> tuple[float, Activation] | None:
+    """The dropout and activation that a norm of timm applies itself, None where it applies neither.
+
+    Raises:
+        NoChain: they are not known.
+    """
+    if not module._modules:
+        return None
+    drop, act = module._modules["drop"], module._modules["act"]
+    activation = activation_of_module(act)
+    if type(drop) not in (nn.Identity, nn.Dropout) or "forward" in vars(drop) or activation is None:
+        raise NoChain(f"its parts {class_name(drop)} and {class_name(act)} cannot be fused")
+    p = float(getattr(drop, "p", 0.0))
+    if activation.name == "identity" and p > 0:
+        raise NoChain("it has a dropout without an activation", "no activation")
+    return None if activation.name == "identity" else (p, activation)
+
+
+def activation_of_module(module: nn.Module | None) -> Activation | None:
+    """The activation that a module computes, None where it is no known one."""
+    if module is None or "forward" in vars(module):
+        return None
+    if type(module) is nn.Hardtanh and (module.min_val, module.max_val) == (0, 6):
+        return Activation("relu6")
+    try:
+        return Activation.of(_TIMM_ACTIVATIONS.get(class_name(module), module))
+    except ValueError:
+        return None
+
+
+def _clamp(input: Any, min: Any = None, max: Any = None) -> str | None:
+    is_number = all(isinstance(bound, (int, float, type(None))) for bound in (min, max))
+    return {(0, None): "relu", (0, 6): "relu6"}.get((min, max)) if is_number else None
+
+
+def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> Activation | None:
+    is_positive = isinstance(negative_slope, (int, float)) and negative_slope > 0
+    return Activation("leaky_relu", float(negative_slope)) if is_positive else None
+
+
+# For each function of torch or method of Tensor, what activation a call with these arguments is.
+_CALLS: dict[Any, Callable[..., str | Activation | None]] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), lambda input, inplace=False: "relu"),
+    F.relu6: lambda input, inplace=False: "relu6",
+    **dict.fromkeys(
+        (F.hardtanh, F.hardtanh_), lambda x, min_val=-1.0, max_val=1.0, inplace=False: _clamp(x, min_val, max_val)
+    ),
+    **dict.fromkeys((torch.clamp, torch.clamp_, "clamp", "clamp_", torch.clip, "clip", "clip_"), _clamp),
+    **dict.fromkeys((torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"), _clamp),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
+    F.silu: lambda input, inplace=False: "silu",
+    F.gelu: lambda input, approximate="none": "gelu_tanh" if approximate == "tanh" else "gelu",
+    F.hardswish: lambda input, inplace=False: "hardswish",
+}
+
+
+def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
+    """The activation that a node computes, None where it is no known one. An identity is none."""
+    if node.op == "call_module":
+        activation = activation_of_module(modules[str(node.target)])
+        return None if activation is not None and activation.name == "identity" else activation
+    if node.target not in _CALLS:
+        return None
+    try:
+        found = _CALLS[node.target](*node.args, **node.kwargs)
+    except TypeError:  # arguments such as out=
+        return None
+    return None if found is None else Activation.of(found)
+
+
+def dropout_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, Any] | None:
+    """The probability and the argument `training` of a dropout, which is None for a module; None for another node."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return (float(module.p), None) if type(module) is nn.Dropout and "forward" not in vars(module) else None
+    if node.op != "call_function" or node.target not in _DROPOUTS:
+        return None
+    p, training = _dropout_arguments(*node.args, **node.kwargs)
+    if isinstance(p, fx.Node):
+        raise NoChain("the probability of the dropout behind it is computed")
+    return float(p), training
+
+
+def _dropout_arguments(
+    input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False, train: Any = None
+) -> tuple[Any, Any]:
+    return p, training if train is None else train
+
+
+def passes_on(node: fx.Node, modules: dict[str, nn.Module], transparent: set[str]) -> bool:
+    """Whether the node returns its input unchanged; `transparent` are the modules that were seen to do so."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return node.target in transparent or (type(module) is nn.Identity and "forward" not in vars(module))
+    return node.op == "call_method" and node.target == "contiguous" and len(node.args) == 1 and not node.kwargs
