@@ -40,12 +40,12 @@ class Match:
     dropout_p: float = 0.0
     dropout_training: Any = None
     """The argument of a dropout function: a bool, or a node where it is read when the graph runs."""
-    sum: fx.Node | None = None
+    sums: list[fx.Node] = field(default_factory=list)
 
     @property
-    def residual(self) -> Any:
-        """What the sum adds, None without a sum. Looked up in the graph as it is by now."""
-        return None if self.sum is None else next((a for a in self.sum.args if a not in self.nodes), None)
+    def residuals(self) -> list[Any]:
+        """What the sums add. Looked up in the graph as it is by now."""
+        return [next((a for a in node.args if a not in self.nodes), None) for node in self.sums]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Findings:
             dropout_p=match.dropout_p,
             dropout=path(match.dropout),
             dropout_mode=match.dropout and (path(match.dropout) or self.path(root, innermost)),
-            summed=match.sum is not None,
+            summed=bool(match.sums),
             ending=path(match.nodes[-1]),
             of_modules=all(node.op == "call_module" or node.target == "contiguous" for node in match.nodes),
             owner=self.path(root, scopes[0][depth - 1][1] if depth else ""),
@@ -216,7 +216,7 @@ def match_chains(
     With `known`, looks at those norms alone, which are known to have nothing between norm and sum that would notice.
     """
     found: dict[fx.Node, Match | NoChain] = {}
-    sums: dict[fx.Node, fx.Node] = {}
+    taken: set[fx.Node] = set()
     for norm in graph.nodes:
         if norm.op != "call_module" or not isinstance(modules[norm.target], NORMS):
             continue
@@ -225,18 +225,19 @@ def match_chains(
         try:
             _check_norm(norm, modules)
             match = _match(norm, modules, transparent, stored)
-            if match.sum is not None and match.sum in sums:
+            if not taken.isdisjoint(match.sums):
                 raise NoChain(_OTHER_SIDE)
-            if match.sum is not None and known is None:
-                _check_between(norm, match.sum, match.dropout, modules)
+            if match.sums and known is None:
+                _check_between(match, modules)
         except NoChain as reason:
             found[norm] = reason
         else:
             found[norm] = match
-            sums |= {} if match.sum is None else {match.sum: norm}
-    for match in found.values():
-        if isinstance(match, Match) and isinstance(found.get(match.residual), NoChain):
-            found[match.residual] = NoChain(_OTHER_SIDE)
+            taken.update(match.sums)
+    for match in list(found.values()):
+        for other in match.residuals if isinstance(match, Match) else ():
+            if isinstance(found.get(other), NoChain):
+                found[other] = NoChain(_OTHER_SIDE, "no activation")
     yield from found.items()
 
 
@@ -252,18 +253,18 @@ def _match(
         user = next(iter(node.users))
         if activation := activation_of(user, modules):
             match.activation = activation
-        elif not match.dropout and not match.sum and (dropout := dropout_of(user, modules)):
+        elif not match.dropout and not match.sums and (dropout := dropout_of(user, modules)):
             match.dropout, (match.dropout_p, match.dropout_training) = user, dropout
-        elif not match.sum and user.op != "call_module" and user.target in SUMS:
-            match.sum = user
+        elif user.op != "call_module" and user.target in SUMS:
+            match.sums.append(user)
         elif not passes_on(user, modules, transparent):
             raise NoChain(f"followed by {_name(user, modules)}", "no activation")
         match.nodes.append(user)
     for node in match.nodes[:-1]:
         if node in stored:
             raise NoChain(f"the output of {_name(node, modules)} is stored in an attribute")
-    if match.sum:
-        _check_sum(match)
+    for node, residual in zip(match.sums, match.residuals, strict=True):
+        _check_sum(node, match.nodes[match.nodes.index(node) - 1], residual)
     if any(node.meta["context"] != norm.meta["context"] for node in match.nodes):
         raise NoChain("what follows runs under another grad mode, autocast, checkpoint or saved-tensor hook")
     return match
@@ -278,30 +279,29 @@ def _check_norm(norm: fx.Node, modules: dict[str, nn.Module]) -> None:
         raise NoChain("called in an unusual way")
 
 
-def _check_sum(match: Match) -> None:
-    sum_node, before = match.sum, match.nodes[match.nodes.index(match.sum) - 1]
+def _check_sum(sum_node: fx.Node, before: fx.Node, residual: Any) -> None:
     if len(sum_node.args) != 2 or sum_node.kwargs:
         raise NoChain("the sum behind it has further arguments")
-    if not isinstance(match.residual, fx.Node):
+    if not isinstance(residual, fx.Node):
         raise NoChain("the sum behind it does not add a tensor")
     if sum_node.target in SUMS_IN_PLACE and sum_node.args[0] is not before:
         raise NoChain("the sum behind it changes the other tensor in place")
-    shapes = [getattr(node.meta.get("tensor_meta"), "shape", None) for node in (before, match.residual)]
+    shapes = [getattr(node.meta.get("tensor_meta"), "shape", None) for node in (before, residual)]
     if shapes[0] != shapes[1]:
         first, second = (shape if shape is None else tuple(shape) for shape in shapes)
         raise NoChain(f"the sum behind it broadcasts {first} and {second}")
 
 
-def _check_between(norm: fx.Node, sum_node: fx.Node, dropout: fx.Node | None, modules: dict[str, nn.Module]) -> None:
+def _check_between(match: Match, modules: dict[str, nn.Module]) -> None:
     """The norm is to be called where the sum is: nothing before may change its input, or see or move its statistics."""
+    norm = node = match.nodes[0]
     buffers = {f"{norm.target}.{name}" for name, _ in modules[str(norm.target)].named_buffers()}
     if any(node.op == "get_attr" and node.target in buffers for node in norm.graph.nodes):
         raise NoChain("its running statistics are used where it is called")
-    node = norm
-    while (node := node.next) is not sum_node:
+    while (node := node.next) is not match.sums[-1]:
         if buffers and node.target == norm.target:
             raise NoChain("it is called again before the sum behind it")
-        if node is not dropout and _may_write(node, modules):
+        if node not in match.nodes and _may_write(node, modules):
             raise NoChain("something between it and the sum behind it may change a tensor in place")
 
 

@@ -6,6 +6,7 @@ module whose forward calls functions, or shares one activation, gets a forward t
 edited. All paths, parameters, buffers, hooks and attributes stay where they are.
 """
 
+import operator
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -240,7 +241,11 @@ def _rewrite_forwards(
             for norm, chain in chains.items()
             if chain.of_modules
             and not any(call.needs_guard for path in (chain.owner, *chain.opened) for call in findings.calls(path))
-            and all(users[path] <= findings.tracers.keys() for path in chain.members)
+            and all(
+                user in findings.tracers or _is_sequence_of(findings.model.get_submodule(user), user, chain)
+                for path in chain.members
+                for user in users[path]
+            )
         }
         while divided := {
             chain.norm
@@ -263,6 +268,11 @@ def _rewrite_forwards(
         for norm in failed:
             del chains[norm]
         left |= failed
+
+
+def _is_sequence_of(module: nn.Module, path: str, chain: Chain) -> bool:
+    """Whether the module, if it is ever called, calls the whole chain: its parts are called one by one elsewhere."""
+    return type(module) is nn.Sequential and all(member.rpartition(".")[0] == path for member in chain.members)
 
 
 def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "TracedForward":
@@ -309,16 +319,17 @@ def _is_as_expected(match: Match, chain: Chain, inside: dict[str, str]) -> bool:
         if getattr(match.dropout_training, "target", None) != flag:
             raise Untraceable("the dropout in it does not follow the mode")
     expected = (chain.activation, chain.dropout_p, chain.summed)
-    return (match.activation, match.dropout_p, match.sum is not None) == expected
+    return (match.activation, match.dropout_p, bool(match.sums)) == expected
 
 
 def _fuse_nodes(graph: fx.Graph, match: Match) -> None:
     """Puts one call in the chain's place: where the norm is, or the sum, before which the residual may not be there."""
-    norm, at = match.nodes[0], match.sum or match.nodes[0]
-    arguments = (norm.args[0], *([match.residual] if match.sum else []))
-    with graph.inserting_before(at):
-        options = {"_in_place": bool(match.sum) and match.sum.target in SUMS_IN_PLACE}
-        layer = graph.create_node("call_module", norm.target, arguments, options)
+    norm, residuals = match.nodes[0], match.residuals
+    with graph.inserting_before(match.sums[-1] if match.sums else norm):
+        while len(residuals) > 1:
+            residuals[:2] = [graph.call_function(operator.add, tuple(residuals[:2]))]
+        options = {"_in_place": bool(match.sums) and match.sums[-1].target in SUMS_IN_PLACE}
+        layer = graph.create_node("call_module", norm.target, (norm.args[0], *residuals), options)
     match.nodes[-1].replace_all_uses_with(layer)
     for node in reversed(match.nodes):
         graph.erase_node(node)

@@ -241,8 +241,11 @@ class Tracer(fx.Tracer):
         check_forward(root)
         with _watching():
             graph = super().trace(root, concrete_args)
-        gc.collect()  # of proxies that only refer to each other
-        self.stored = {proxy.node for reference in self.proxies if (proxy := reference()) is not None}
+        for _ in range(2):
+            self.stored = {proxy.node for reference in self.proxies if (proxy := reference()) is not None}
+            if not any(node.op.startswith("call") for node in self.stored):
+                break
+            gc.collect()  # of proxies that only refer to each other
         return graph
 
 
