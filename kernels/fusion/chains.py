@@ -105,7 +105,7 @@ class Findings:
         return {path for path, of in self.tracers.items() if all(tracer.passes_on.get(at) for tracer, at in of)}
 
     def find(self, root: str, example_inputs: tuple[Any, ...] | None = None) -> None:
-        """Traces the module at `root` in train and in eval mode.
+        """Traces the module at `root`.
 
         What cannot be traced is taken for an operation of its own, and its children are looked at by themselves.
 
@@ -116,20 +116,26 @@ class Findings:
         if isinstance(module, NORMS) or "traced_forward" in vars(module):
             return
         opaque: dict[str, str] = {}
-        if type(module).forward is not nn.Module.forward:  # not a mere container such as nn.ModuleList
+        while type(module).forward is not nn.Module.forward:  # not a mere container such as nn.ModuleList
+            tracer = Tracer(opaque=opaque)
             try:
-                tracers = _trace_both_modes(module, opaque)
+                tracer.trace(scratch_copy(module))
             except Exception as error:
-                self.untraceable[self.path(root, "")] = first_line(error)
-                opaque = {"": ""}
+                if tracer.failed is None or tracer.failed in opaque:  # it is called with what no trace can record
+                    opaque = {"": first_line(error)}
+                    break
+                failed = type(module.get_submodule(tracer.failed))
+                opaque |= {
+                    at: first_line(error) for at, child in module.named_modules() if at and type(child) is failed
+                }
             else:
                 if example_inputs is not None:
-                    _note_shapes(tracers[0], example_inputs)
-                for tracer in tracers:
-                    self._collect(tracer, root)
-                self.untraceable |= {self.path(root, path): reason for path, reason in opaque.items()}
+                    _note_shapes(scratch_copy(module), tracer.graph, example_inputs)
+                self._collect(tracer, root)
+                break
         else:
             opaque = {"": ""}
+        self.untraceable |= {self.path(root, path): reason for path, reason in opaque.items() if reason}
         for path in opaque:
             for name, _ in module.get_submodule(path).named_children():
                 self.find(join(root, join(path, name)))
@@ -140,8 +146,6 @@ class Findings:
         members: dict[fx.Node, Chain] = {}
         transparent = {path for path, is_transparent in tracer.passes_on.items() if is_transparent}
         for norm, match in match_chains(tracer.graph, modules, transparent, tracer.stored):
-            if isinstance(match, Match) and match.dropout_training not in (None, tracer.root.training):
-                match = NoChain("the dropout behind it does not follow the mode")
             chain = match if isinstance(match, NoChain) else self._describe(match, root)
             if isinstance(chain, Chain) and isinstance(match, Match):
                 members |= dict.fromkeys(match.nodes, chain)
@@ -160,13 +164,15 @@ class Findings:
         depth = 0
         while all(len(scope) > depth for scope in scopes) and len({scope[depth][0] for scope in scopes}) == 1:
             depth += 1
-        innermost = ["", *(at for _, at in _scope(match.dropout or match.nodes[0]))][-1]
+        dropout_mode = path(match.dropout)
+        if isinstance(match.dropout_training, fx.Node):
+            dropout_mode = self.path(root, str(match.dropout_training.target).rpartition("training")[0].rstrip("."))
         return Chain(
             norm=self.path(root, str(match.nodes[0].target)),
             activation=match.activation,
             dropout_p=match.dropout_p,
             dropout=path(match.dropout),
-            dropout_mode=match.dropout and (path(match.dropout) or self.path(root, innermost)),
+            dropout_mode=dropout_mode,
             summed=bool(match.sums),
             ending=path(match.nodes[-1]),
             of_modules=all(node.op == "call_module" or node.target == "contiguous" for node in match.nodes),
@@ -175,31 +181,10 @@ class Findings:
         )
 
 
-def _trace_both_modes(module: nn.Module, opaque: dict[str, str]) -> list[Tracer]:
-    """Tracers that have traced the module in eval and in train mode; adds what they cannot trace inside to `opaque`."""
-    tracers: list[Tracer] = []
-    while len(tracers) < 2:
-        scratch = scratch_copy(module)
-        for child in scratch.modules():  # not by train(), where a module may merge its weights or the like
-            child.training = len(tracers) == 1
-        tracer = Tracer(opaque)
-        try:
-            tracer.trace(scratch)
-        except Exception as error:
-            if tracer.failed is None or tracer.failed in opaque:  # it is called with what no trace can record
-                raise
-            failed = type(module.get_submodule(tracer.failed))
-            opaque |= {at: first_line(error) for at, child in module.named_modules() if at and type(child) is failed}
-            tracers.clear()
-        else:
-            tracers.append(tracer)
-    return tracers
-
-
-def _note_shapes(tracer: Tracer, example_inputs: tuple[Any, ...]) -> None:
+def _note_shapes(module: nn.Module, graph: fx.Graph, example_inputs: tuple[Any, ...]) -> None:
     try:
         with torch.no_grad():
-            ShapeProp(fx.GraphModule(tracer.root, tracer.graph)).propagate(*example_inputs)
+            ShapeProp(fx.GraphModule(module, graph)).propagate(*example_inputs)
     except Exception as error:
         raise ValueError(f"the model does not run on example_inputs: {error}") from error
 
@@ -263,6 +248,9 @@ def _match(
     for node in match.nodes[:-1]:
         if node in stored:
             raise NoChain(f"the output of {_name(node, modules)} is stored in an attribute")
+    training = match.dropout_training
+    if training is not None and not (isinstance(training, fx.Node) and str(training.target).endswith("training")):
+        raise NoChain("the dropout behind it does not follow the mode")
     for node, residual in zip(match.sums, match.residuals, strict=True):
         _check_sum(node, match.nodes[match.nodes.index(node) - 1], residual)
     if any(node.meta["context"] != norm.meta["context"] for node in match.nodes):

@@ -9,7 +9,7 @@ edited. All paths, parameters, buffers, hooks and attributes stay where they are
 import operator
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,11 @@ from .parts import (
     own_epilogue,
     stock_norm,
 )
-from .report import FusedChain, FusedModel, FusionReport, LeftAlone
-from .tracing import Call, RewritingTracer, Untraceable, copy_structure, has_hooks, scratch_copy
+from .report import FusedChain, FusionReport, LeftAlone
+from .tracing import Call, Tracer, Untraceable, copy_structure, has_hooks, scratch_copy
+
+if TYPE_CHECKING:
+    from .report import FusedModel
 
 
 def fuse(
@@ -40,7 +43,7 @@ def fuse(
     *,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     process_group: ProcessGroup | None = None,
-) -> FusedModel:
+) -> "FusedModel":
     """The model with each norm [-> dropout] [-> + residual] -> activation as one operation.
 
     The result shares the parameters and buffers of `model`, which is not changed: train the one or the other. Paths,
@@ -292,7 +295,7 @@ def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "Trace
         raise Untraceable("it is called with different arguments")
     if any(at in tracer.returns_more for path in (owner, *opened) for tracer, at in findings.tracers[path]):
         raise Untraceable("a module it calls returns something else than a tensor")
-    tracer = RewritingTracer({inside[path] for path in opened})
+    tracer = Tracer({inside[path] for path in opened})
     graph = tracer.trace(scratch_copy(module), calls[0])
     expected = {inside[norm]: chain for norm, chain in wanted.items() if norm in inside}
     transparent = {inside[path] for path in findings.transparent if path in inside}
@@ -314,10 +317,9 @@ def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "Trace
 
 
 def _is_as_expected(match: Match, chain: Chain, inside: dict[str, str]) -> bool:
-    if chain.dropout is None and chain.dropout_mode is not None:
-        flag = f"{inside[chain.dropout_mode]}.training".lstrip(".")
-        if getattr(match.dropout_training, "target", None) != flag:
-            raise Untraceable("the dropout in it does not follow the mode")
+    mode = getattr(match.dropout_training, "target", None)
+    if mode is not None and mode != f"{inside[chain.dropout_mode or '']}.training".lstrip("."):
+        return False
     expected = (chain.activation, chain.dropout_p, chain.summed)
     return (match.activation, match.dropout_p, bool(match.sums)) == expected
 

@@ -1,7 +1,6 @@
 """What a chain consists of: which modules and calls of torch are a norm, a dropout, a sum or an activation."""
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,30 +9,19 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from .. import modules as layers
 from ..activations import Activation
-from ..modules import (
-    BatchNormAct1d,
-    BatchNormAct2d,
-    BatchNormAct3d,
-    FusedLayer,
-    GroupNormAct,
-    InstanceNormAct1d,
-    InstanceNormAct2d,
-    InstanceNormAct3d,
-    LayerNormAct,
-)
+from ..modules import FusedLayer
 from .report import Status, class_name
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-FUSED_BATCH_NORMS = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-
+FUSED_BATCH_NORMS = (layers.BatchNormAct1d, layers.BatchNormAct2d, layers.BatchNormAct3d)
 FUSED: dict[type[nn.Module], type[FusedLayer]] = {
-    **dict(zip(BATCH_NORMS, FUSED_BATCH_NORMS, strict=True)),
-    **dict(zip(_INSTANCE_NORMS, (InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d), strict=True)),
-    nn.GroupNorm: GroupNormAct,
-    nn.LayerNorm: LayerNormAct,
+    **{getattr(nn, f"BatchNorm{n}d"): getattr(layers, f"BatchNormAct{n}d") for n in (1, 2, 3)},
+    **{getattr(nn, f"InstanceNorm{n}d"): getattr(layers, f"InstanceNormAct{n}d") for n in (1, 2, 3)},
+    nn.GroupNorm: layers.GroupNormAct,
+    nn.LayerNorm: layers.LayerNormAct,
 }
 STOCK = {fused: stock for stock, fused in FUSED.items()}
 
@@ -113,38 +101,10 @@ def activation_of_module(module: nn.Module | None) -> Activation | None:
     """The activation that a module computes, None where it is no known one."""
     if module is None or "forward" in vars(module):
         return None
-    if type(module) is nn.Hardtanh and (module.min_val, module.max_val) == (0, 6):
-        return Activation("relu6")
     try:
         return Activation.of(_TIMM_ACTIVATIONS.get(class_name(module), module))
     except ValueError:
         return None
-
-
-def _clamp(input: Any, min: Any = None, max: Any = None) -> str | None:
-    is_number = all(isinstance(bound, (int, float, type(None))) for bound in (min, max))
-    return {(0, None): "relu", (0, 6): "relu6"}.get((min, max)) if is_number else None
-
-
-def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> Activation | None:
-    is_positive = isinstance(negative_slope, (int, float)) and negative_slope > 0
-    return Activation("leaky_relu", float(negative_slope)) if is_positive else None
-
-
-# For each function of torch or method of Tensor, what activation a call with these arguments is.
-_CALLS: dict[Any, Callable[..., str | Activation | None]] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), lambda input, inplace=False: "relu"),
-    F.relu6: lambda input, inplace=False: "relu6",
-    **dict.fromkeys(
-        (F.hardtanh, F.hardtanh_), lambda x, min_val=-1.0, max_val=1.0, inplace=False: _clamp(x, min_val, max_val)
-    ),
-    **dict.fromkeys((torch.clamp, torch.clamp_, "clamp", "clamp_", torch.clip, "clip", "clip_"), _clamp),
-    **dict.fromkeys((torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"), _clamp),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
-    F.silu: lambda input, inplace=False: "silu",
-    F.gelu: lambda input, approximate="none": "gelu_tanh" if approximate == "tanh" else "gelu",
-    F.hardswish: lambda input, inplace=False: "hardswish",
-}
 
 
 def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
@@ -152,13 +112,7 @@ def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | 
     if node.op == "call_module":
         activation = activation_of_module(modules[str(node.target)])
         return None if activation is not None and activation.name == "identity" else activation
-    if node.target not in _CALLS:
-        return None
-    try:
-        found = _CALLS[node.target](*node.args, **node.kwargs)
-    except TypeError:  # arguments such as out=
-        return None
-    return None if found is None else Activation.of(found)
+    return Activation.of_call(node.target, node.args, node.kwargs)
 
 
 def dropout_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, Any] | None:

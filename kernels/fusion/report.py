@@ -1,6 +1,5 @@
 """What fuse did with each norm of a model."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,15 +11,9 @@ Status = Literal["chain", "no activation", "already fused", "unknown"]
 
 @dataclass(frozen=True)
 class FusedChain:
-    """A chain that became one operation.
+    """A chain that became one operation: the path and class of its norm, and what else is part of it.
 
-    Attributes:
-        norm: the path of the norm.
-        kind: the class of the norm, with its module.
-        dropout_p: of the dropout in it, 0 without one.
-        residual: whether a sum is part of it.
-        activation: its name, with its parameter where it has one.
-        rewritten: the module whose forward was rewritten for it, "" for the model itself; None where none was.
+    `rewritten` is the path of the module whose forward was rewritten for it, "" for the model, None where none was.
     """
 
     norm: str
@@ -33,15 +26,7 @@ class FusedChain:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A norm that stays as it is.
-
-    Attributes:
-        norm: the path of the norm.
-        kind: the class of the norm, with its module.
-        reason: why it was not fused.
-        status: "chain" with an activation behind it, "no activation" without, "already fused", or "unknown" where the
-            call of the norm was not traced.
-    """
+    """A norm that stays as it is: its path, class, and why; and whether an activation follows it, as far as known."""
 
     norm: str
     kind: str
@@ -64,35 +49,29 @@ class FusionReport:
     def __str__(self) -> str:
         summed = sum(chain.residual for chain in self.fused)
         first = [f"fused {len(self.fused)} of {self.chains} norm-activation chains, {summed} with a sum"]
-        for status, text in (
-            ("no activation", "without an activation"),
-            ("already fused", "already fused"),
-            ("unknown", "not traced"),
-        ):
+        texts = {"no activation": "without an activation", "already fused": "already fused", "unknown": "not traced"}
+        for status, text in texts.items():
             count = sum(norm.status == status for norm in self.left)
             first += [f"{count} norm{'s' * (count != 1)} {text}"] if count else []
         groups: dict[str, list[str]] = {}
         for chain in self.fused:
             parts = [chain.kind, *([f"dropout {chain.dropout_p}"] * (chain.dropout_p > 0)), *(["sum"] * chain.residual)]
-            where = "" if chain.rewritten is None else f", in the forward of {chain.rewritten or 'the model'}"
+            where = "" if chain.rewritten is None else ", in a forward that was rewritten"
             groups.setdefault(f"{' + '.join([*parts, chain.activation])}{where}", []).append(chain.norm)
         for norm in self.left:
             groups.setdefault(f"{norm.kind} left alone: {norm.reason}", []).append(norm.norm)
-        return "\n".join(["; ".join(first), *(f"  {_shorten(paths)}: {text}" for text, paths in groups.items())])
-
-
-def _shorten(paths: Iterable[str]) -> str:
-    names = [path or "the model" for path in paths]
-    more = f" and {len(names) - PATHS_SHOWN} more" if len(names) > PATHS_SHOWN else ""
-    return ", ".join(names[:PATHS_SHOWN]) + more
+        lines = ["; ".join(first)]
+        for text, paths in groups.items():
+            more = f" and {len(paths) - PATHS_SHOWN} more" if len(paths) > PATHS_SHOWN else ""
+            lines.append(f"  {', '.join(path or 'the model' for path in paths[:PATHS_SHOWN])}{more}: {text}")
+        return "\n".join(lines)
 
 
 def class_name(module: nn.Module) -> str:
     """The class with its module, as short as torch.nn is imported: torch.nn.BatchNorm2d, timm.layers.norm.LayerNorm."""
     kind = type(module)
-    if getattr(nn, kind.__name__, None) is kind:
-        return f"torch.nn.{kind.__name__}"
-    return f"{kind.__module__}.{kind.__qualname__}"
+    is_of_torch = getattr(nn, kind.__name__, None) is kind
+    return f"torch.nn.{kind.__name__}" if is_of_torch else f"{kind.__module__}.{kind.__qualname__}"
 
 
 if TYPE_CHECKING:
@@ -101,6 +80,3 @@ if TYPE_CHECKING:
         """To type checkers: of the class of the model that was fused, with the report."""
 
         fusion_report: FusionReport
-
-else:
-    FusedModel = nn.Module

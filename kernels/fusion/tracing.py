@@ -8,7 +8,7 @@ import random
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
@@ -96,37 +96,33 @@ def scratch_copy(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Call:
-    """How a forward was called in a trace.
+    """How a forward was called in a trace: the structure of its arguments by name, and their leaves.
 
-    Attributes:
-        names: the parameters that may be given by position.
-        defaults: of all parameters, `empty` where there is none.
-        structure: of the arguments by name, as of torch.utils._pytree.
-        leaves: what the structure holds, with the class Tensor for tensors.
+    Of a leaf that is a tensor only the class is kept.
     """
 
-    names: list[str]
-    defaults: dict[str, Any]
-    structure: Any = None
-    leaves: list[Any] = field(default_factory=list)
+    signature: inspect.Signature
+    structure: Any
+    leaves: list[Any]
 
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any) -> "Call":
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        names = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
-        call = cls(names, {p.name: p.default for p in named})
-        leaves, structure = pytree.tree_flatten(call.bind(args, kwargs))
-        return cls(names, call.defaults, structure, [Tensor if _is_tensor(leaf) else leaf for leaf in leaves])
-
-    def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        """All arguments by name."""
-        further = {f"argument {i}": value for i, value in enumerate(args) if i >= len(self.names)}
-        return {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs, **further}
+        signature = inspect.signature(type(module).forward)
+        leaves, structure = pytree.tree_flatten(_by_name(signature, args, kwargs))
+        return cls(signature, structure, [Tensor if _is_tensor(leaf) else leaf for leaf in leaves])
 
     def tensors(self, args: Any, kwargs: Any) -> list[Any] | None:
         """The tensors of another call that is the same but for them; None of one that is not."""
-        leaves, structure = pytree.tree_flatten(self.bind(args, kwargs))
+        if (
+            not kwargs
+            and len(args) == len(self.leaves) == len(self.signature.parameters) - 1
+            and all(map(_is_tensor, args))
+        ):
+            return list(args)
+        try:
+            leaves, structure = pytree.tree_flatten(_by_name(self.signature, args, kwargs))
+        except TypeError:  # the original forward raises it
+            return None
         if structure != self.structure or not all(map(_is_same, self.leaves, leaves)):
             return None
         return [leaf for leaf, mine in zip(leaves, self.leaves, strict=True) if mine is Tensor]
@@ -134,14 +130,20 @@ class Call:
     @property
     def needs_guard(self) -> bool:
         """Whether it may depend on more than tensors."""
-        required = all(default is inspect.Parameter.empty for default in self.defaults.values())
-        return not (required and all(leaf is Tensor for leaf in self.leaves))
+        has_default = any(p.default is not p.empty for p in self.signature.parameters.values())
+        return has_default or any(leaf is not Tensor for leaf in self.leaves)
 
     def check(self) -> None:
         """Raises Untraceable where it cannot be told whether another call is the same."""
         for name, value in pytree.tree_unflatten(self.leaves, self.structure).items():
             if not all(leaf is Tensor or type(leaf) in _CONSTANTS for leaf in pytree.tree_leaves(value)):
                 raise Untraceable(f"its argument {name} is neither a tensor nor a number, string or None")
+
+
+def _by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    bound = signature.bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])
 
 
 def _is_tensor(value: Any) -> bool:
@@ -170,7 +172,10 @@ for _function in IN_PLACE_OPERATORS:
 
 
 class Tracer(fx.Tracer):
-    """Traces through all modules but torch.nn's own, norms and `opaque` ones; notes what a graph does not show.
+    """Traces a forward through all modules but torch.nn's own, norms and `opaque` ones, or through `opened` ones alone.
+
+    The latter is to be run in place of the forward: raises what would be wrong there. Training flags, and tensors that
+    are attributes, are values of the trace. Notes what a graph does not show:
 
     Attributes:
         failed: the path of the innermost module whose forward raised.
@@ -182,9 +187,9 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opaque: Collection[str] = ()) -> None:
+    def __init__(self, opened: Collection[str] | None = None, opaque: Collection[str] = ()) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.opened, self.opaque = opened, opaque
         self.failed: str | None = None
         self.calls: dict[str, list[Call]] = {}
         self.returns_more: set[str] = set()
@@ -193,6 +198,8 @@ class Tracer(fx.Tracer):
         self.proxies: list[weakref.ref[fx.Proxy]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self.opened is not None:
+            return module_qualified_name not in self.opened
         is_known = isinstance(m, NORMS) or "traced_forward" in vars(m) or module_qualified_name in self.opaque
         return is_known or super().is_leaf_module(m, module_qualified_name)
 
@@ -224,21 +231,43 @@ class Tracer(fx.Tracer):
         self.proxies.append(weakref.ref(proxy))
         return proxy
 
+    def get_fresh_qualname(self, prefix: str) -> str:
+        if self.opened is not None:
+            raise Untraceable("it makes a tensor that does not depend on its inputs")
+        return super().get_fresh_qualname(prefix)
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """Calls the root as `concrete_args` says, by default with tensors for all arguments that have no default."""
-        call = concrete_args or Call.of(self.root, (), {})
-        if not concrete_args:
-            call.leaves[:] = [Tensor if leaf is inspect.Parameter.empty else leaf for leaf in call.leaves]
+        """Calls the root like `concrete_args`, by default with tensors for all arguments that have no default."""
+        call = concrete_args
+        if call is None:
+            parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+            required = [
+                p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            ]
+            call = Call.of(self.root, (), dict.fromkeys(required, torch.empty(0)))
+        self.calls[""] = [call]
         leaves = [
             self.create_proxy("placeholder", f"input_{i}", (), {}) if leaf is Tensor else leaf
             for i, leaf in enumerate(call.leaves)
         ]
-        self.calls[""] = [call]
-        given = pytree.tree_unflatten(leaves, call.structure)
-        return partial(root_fn, self.root, *(given.pop(name) for name in call.names), **given), ()
+        bound = call.signature.bind_partial(self.root)
+        bound.arguments.update(pytree.tree_unflatten(leaves, call.structure))
+        for path, module in self.root.named_modules():
+            for name, value in vars(module).items():
+                if name == "training" or isinstance(value, Tensor):
+                    vars(module)[name] = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+        self.before = self._held()
+        return partial(root_fn, *bound.args, **bound.kwargs), ()
+
+    def _held(self) -> list[Any]:
+        return [value for path in ("", *(self.opened or ())) for value in held_by(self.root.get_submodule(path))]
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         check_forward(root)
+        for path in () if self.opened is None else ("", *self.opened):
+            kind = type(root.get_submodule(path))
+            if names_in(kind.forward, kind) & {"isinstance", "type", "is_tensor", "hasattr"}:
+                raise Untraceable("it asks for the type of a value")
         with _watching():
             graph = super().trace(root, concrete_args)
         for _ in range(2):
@@ -246,44 +275,8 @@ class Tracer(fx.Tracer):
             if not any(node.op.startswith("call") for node in self.stored):
                 break
             gc.collect()  # of proxies that only refer to each other
-        return graph
-
-
-class RewritingTracer(Tracer):
-    """Traces one module's forward, and those of the `opened` modules inside it, to be run in place of its forward.
-
-    Raises what a trace would get wrong: contexts such as no_grad, tensors made on the way, changes of attributes.
-    Training flags, and tensors that are attributes, are read when the traced forward runs.
-    """
-
-    def __init__(self, opened: Collection[str]) -> None:
-        super().__init__()
-        self.opened = opened
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.opened
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        result = super().create_args_for_root(root_fn, is_module, concrete_args)
-        for path, module in self.root.named_modules():
-            for name, value in vars(module).items():
-                if name == "training" or isinstance(value, Tensor):
-                    vars(module)[name] = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
-        self.before = self._held()
-        return result
-
-    def _held(self) -> list[Any]:
-        return [value for path in ("", *self.opened) for value in held_by(self.root.get_submodule(path))]
-
-    def get_fresh_qualname(self, prefix: str) -> str:
-        raise Untraceable("it makes a tensor that does not depend on its inputs")
-
-    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        for path in ("", *self.opened):
-            kind = type(root.get_submodule(path))
-            if names_in(kind.forward, kind) & {"isinstance", "type", "is_tensor", "hasattr"}:
-                raise Untraceable("it asks for the type of a value")
-        graph = super().trace(root, concrete_args)
+        if self.opened is None:
+            return graph
         held = self._held()
         if len(held) != len(self.before) or not all(map(operator.is_, held, self.before)):
             raise Untraceable("it changes attributes")
