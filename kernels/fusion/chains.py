@@ -249,7 +249,8 @@ def _match(
         if node in stored:
             raise NoChain(f"the output of {_name(node, modules)} is stored in an attribute")
     training = match.dropout_training
-    if training is not None and not (isinstance(training, fx.Node) and str(training.target).endswith("training")):
+    flag = ".".join([*(at for _, at in _scope(match.dropout))][-1:] + ["training"]) if match.dropout else ""
+    if training is not None and getattr(training, "target", None) != flag.lstrip("."):
         raise NoChain("the dropout behind it does not follow the mode")
     for node, residual in zip(match.sums, match.residuals, strict=True):
         _check_sum(node, match.nodes[match.nodes.index(node) - 1], residual)

@@ -182,17 +182,19 @@ def _certain_chains(findings: Findings, done: set[str], left: dict[str, NoChain]
             continue
         if not isinstance(module, NORMS):
             if "running_var" in module._buffers:  # such as torchvision's FrozenBatchNorm2d
-                left[path] = NoChain(f"there is no fused {class_name(module)}", None)
+                left[path] = NoChain(f"there is no fused {class_name(module)}", "unknown")
             continue
         calls = findings.norms.get(path, [])
         refusals = [call for call in calls if isinstance(call, NoChain)]
         found = {call for call in calls if isinstance(call, Chain)}
-        if refusals:
+        if isinstance(module, FusedLayer):
+            left[path] = NoChain("already fused", "already fused")
+        elif refusals:
             left[path] = refusals[0]
         elif len(found) > 1:
             left[path] = NoChain("called in several places, which differ")
         elif not found:
-            left[path] = NoChain(_why_not_called(path, module, findings), None)
+            left[path] = NoChain(_why_not_called(path, findings), "unknown")
         else:
             chain = found.pop()
             hooked = next(
@@ -207,9 +209,7 @@ def _certain_chains(findings: Findings, done: set[str], left: dict[str, NoChain]
     return chains
 
 
-def _why_not_called(path: str, module: nn.Module, findings: Findings) -> str:
-    if isinstance(module, FusedLayer):
-        return "already fused"
+def _why_not_called(path: str, findings: Findings) -> str:
     parent = path
     while parent:
         parent = parent.rpartition(".")[0]
@@ -303,7 +303,7 @@ def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "Trace
     fused = set()
     for norm, match in list(match_chains(graph, modules, transparent, tracer.stored, expected.keys())):
         chain = expected[str(norm.target)]
-        if isinstance(match, Match) and _is_as_expected(match, chain, inside):
+        if isinstance(match, Match) and _is_as_expected(match, chain):
             _fuse_nodes(graph, match)
             fused.add(chain.norm)
         elif chain.norm in own:
@@ -316,10 +316,7 @@ def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "Trace
     return TracedForward(graph, calls[0])
 
 
-def _is_as_expected(match: Match, chain: Chain, inside: dict[str, str]) -> bool:
-    mode = getattr(match.dropout_training, "target", None)
-    if mode is not None and mode != f"{inside[chain.dropout_mode or '']}.training".lstrip("."):
-        return False
+def _is_as_expected(match: Match, chain: Chain) -> bool:
     expected = (chain.activation, chain.dropout_p, chain.summed)
     return (match.activation, match.dropout_p, bool(match.sums)) == expected
 

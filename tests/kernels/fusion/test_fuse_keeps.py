@@ -247,7 +247,7 @@ def test_fusing_again_and_nothing_to_fuse():
     assert {norm.reason for norm in again.fusion_report.left} == {"already fused"}
     assert repr(again) == repr(model)
     assert "fused 2 of 2 norm-activation chains, 1 with a sum\n" in str(model.fusion_report)
-    assert "norm2: torch.nn.BatchNorm2d + sum + relu, in the forward of the model" in str(model.fusion_report)
+    assert "norm2: torch.nn.BatchNorm2d + sum + relu, in a forward that was rewritten" in str(model.fusion_report)
     assert counts(fuse(nn.Linear(2, 3))) == (0, 0, 0)
 
 

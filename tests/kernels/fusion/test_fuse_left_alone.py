@@ -367,7 +367,7 @@ def replaced_forward():
 
 LEFT = [
     (UsedTwice, "used 2 times"),
-    (UsedTwiceInTraining, "used 2 times"),
+    (UsedTwiceInTraining, "cannot be traced: symbolically traced variables"),
     (Statement, "used 2 times"),
     (SumChangesOther, "changes the other tensor in place"),
     (SumOfNumber, "does not add a tensor"),
@@ -382,7 +382,7 @@ LEFT = [
     (ChangesData, "changes an attribute of a value"),
     (CalledBetween, "called again before the sum"),
     (AlwaysDropout, "^the dropout behind it does not follow the mode"),
-    (BranchOnMode, "cannot be rewritten: symbolically traced variables"),
+    (BranchOnMode, "cannot be traced: symbolically traced variables"),
     (NoGrad, "another grad mode"),
     (Checkpointed, "cannot be rewritten: it runs a part under .* checkpoint"),
     (SavedElsewhere, "saved-tensor hook"),
@@ -409,8 +409,8 @@ LEFT = [
     (GradModeChanges, "what follows runs under another grad mode"),
     (AsksForType, "asks for the type of a value"),
     (GetsDictionary, "a module it calls returns something else"),
-    (DropoutOfAnotherMode, "the dropout in it does not follow the mode"),
-    (BranchOnModeOfAnother, "cannot be rewritten: symbolically traced variables"),
+    (DropoutOfAnotherMode, "the dropout behind it does not follow the mode"),
+    (BranchOnModeOfAnother, "cannot be traced: symbolically traced variables"),
     (NewBuffer, "changes attributes"),
     (Remembers, "changes attributes"),
     (RemembersDeep, "changes attributes"),
