@@ -83,7 +83,14 @@ HEADER = COLUMNS.format(
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("benchmarks.models", "Time training steps of models, stock and fused, and count what they save.")
     add = parser.add_argument
-    add("--models", nargs="+", default=["resnet50"], metavar="MODEL", help="of torchvision, or timm/NAME (%(default)s)")
+    add(
+        "--models",
+        type=model_name,
+        nargs="+",
+        default=["resnet50"],
+        metavar="MODEL",
+        help="of torchvision, or timm/NAME (%(default)s)",
+    )
     add("--dropout", type=fraction, nargs="+", default=[0.0, 0.05], metavar="P", help="before each ReLU behind a norm")
     add("--batch-size", type=at_least(2), default=8, metavar="N", help="(%(default)s)")
     add("--image-size", type=at_least(32), default=64, metavar="N", help="height and width (%(default)s)")
@@ -104,6 +111,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     return parser
+
+
+def model_name(text: str) -> str:
+    """One of MODELS, or a model of timm."""
+    if text not in MODELS and not text.startswith("timm/"):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from timm/NAME, {', '.join(MODELS)})")
+    return text
 
 
 def build(name: str) -> nn.Module:
@@ -326,9 +340,8 @@ def families() -> int:
         if len(lines) < 3 or "differ" in lines[-1]:
             failed.append(name)
             print(run.stderr[-500:], flush=True)
-    print(
-        f"{len(modules) - len(failed)} of {len(modules)} families compute the same{': not ' * bool(failed)}{', '.join(failed)}"
-    )
+    print(f"{len(modules) - len(failed)} of {len(modules)} families compute the same")
+    print(f"not: {', '.join(failed) or 'none'}")
     return int(bool(failed))
 
 
