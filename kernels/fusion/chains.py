@@ -1,6 +1,6 @@
 """Finds norm [-> dropout] [-> + residual] -> activation chains in traced forwards. Changes no model."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,12 @@ from .parts import (
     SUMS_IN_PLACE,
     NoChain,
     activation_of,
-    class_name,
     dropout_of,
     own_epilogue,
     passes_on,
     stock_norm,
 )
-from .report import Status
+from .report import class_name
 from .tracing import IN_PLACE_OPERATORS, Call, Tracer, scratch_copy
 
 _IDENTITY = Activation("identity")
@@ -38,8 +37,6 @@ class Match:
     activation: Activation = _IDENTITY
     dropout: fx.Node | None = None
     dropout_p: float = 0.0
-    dropout_training: Any = None
-    """The argument of a dropout function: a bool, or a node where it is read when the graph runs."""
     sums: list[fx.Node] = field(default_factory=list)
 
     @property
@@ -47,46 +44,46 @@ class Match:
         """What the sums add. Looked up in the graph as it is by now."""
         return [next((a for a in node.args if a not in self.nodes), None) for node in self.sums]
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the fused operation must do."""
+        return self.activation, self.dropout_p, bool(self.sums)
+
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain in a model. Modules are given by their paths; a function by None."""
+    """A chain in a model, by the paths of modules.
+
+    `members` are its modules, `mode` is the one whose mode its dropout follows; `owner` is the innermost module in whose
+    forward it lies, `opened` are those inside whose forward makes a part of it. `of_modules` tells whether it is a
+    sequence of modules, which can be replaced without touching any forward.
+    """
 
     norm: str
-    activation: Activation
-    dropout_p: float
-    dropout: str | None
-    dropout_mode: str | None
-    """The module whose training flag rules the dropout, None without a dropout."""
-    summed: bool
-    ending: str | None
-    """The activation."""
-    of_modules: bool
-    """Whether it is a sequence of modules, which can be replaced without touching any forward."""
-    owner: str
-    """The innermost module in whose forward the whole chain lies."""
-    opened: frozenset[str]
-    """The modules inside `owner` whose forward makes a part of the chain."""
-
-    @property
-    def members(self) -> list[str]:
-        """The modules that are parts of it."""
-        return [path for path in (self.norm, self.dropout, self.ending) if path is not None]
+    kind: tuple[Any, ...]
+    members: tuple[str, ...] = ()
+    mode: str = ""
+    owner: str = ""
+    opened: frozenset[str] = frozenset()
+    of_modules: bool = True
 
 
 @dataclass
 class Findings:
-    """What the traces of a model show. A module that is shared goes by the first of its paths."""
+    """What the traces of a model show. A module that is shared goes by the first of its paths.
+
+    Attributes:
+        norms: for each norm, in each call that was traced, its chain or why there is none.
+        uses: each call of an activation or dropout module, with the chain that it belongs to.
+        untraceable: the modules whose forward cannot be traced, and why.
+        tracers: for each module whose forward was traced, the tracers and its path there.
+    """
 
     model: nn.Module
     norms: dict[str, list[Chain | NoChain]] = field(default_factory=dict)
-    """For each norm, in each call that was traced, its chain or why there is none."""
     uses: list[tuple[str, Chain | None]] = field(default_factory=list)
-    """Each call of an activation or dropout module, with the chain that it belongs to."""
     untraceable: dict[str, str] = field(default_factory=dict)
-    """The modules whose forward cannot be traced, and why."""
     tracers: dict[str, list[tuple[Tracer, str]]] = field(default_factory=dict)
-    """For each module whose forward was traced, the tracers and its path there."""
 
     def __post_init__(self) -> None:
         self.first_path = {module: path for path, module in self.model.named_modules()}
@@ -99,19 +96,8 @@ class Findings:
         """How the module at `path` is called."""
         return [call for tracer, at in self.tracers.get(path, []) for call in tracer.calls[at]]
 
-    @property
-    def transparent(self) -> set[str]:
-        """The modules that return their first argument, in all calls."""
-        return {path for path, of in self.tracers.items() if all(tracer.passes_on.get(at) for tracer, at in of)}
-
     def find(self, root: str, example_inputs: tuple[Any, ...] | None = None) -> None:
-        """Traces the module at `root`.
-
-        What cannot be traced is taken for an operation of its own, and its children are looked at by themselves.
-
-        Raises:
-            ValueError: the model does not run on `example_inputs`.
-        """
+        """Traces the module at `root`. What cannot be traced is taken for an operation; its children come by themselves."""
         module = self.model.get_submodule(root)
         if isinstance(module, NORMS) or "traced_forward" in vars(module):
             return
@@ -142,42 +128,34 @@ class Findings:
 
     def _collect(self, tracer: Tracer, root: str) -> None:
         """Adds what one graph shows."""
-        modules = dict(tracer.root.named_modules())
         members: dict[fx.Node, Chain] = {}
-        transparent = {path for path, is_transparent in tracer.passes_on.items() if is_transparent}
-        for norm, match in match_chains(tracer.graph, modules, transparent, tracer.stored):
-            chain = match if isinstance(match, NoChain) else self._describe(match, root)
-            if isinstance(chain, Chain) and isinstance(match, Match):
-                members |= dict.fromkeys(match.nodes, chain)
-            self.norms.setdefault(self.path(root, str(norm.target)), []).append(chain)
+        for norm, match in match_chains(tracer):
+            found = match if isinstance(match, NoChain) else self._describe(match, root)
+            if isinstance(found, Chain):
+                members |= dict.fromkeys(match.nodes, found)
+            self.norms.setdefault(self.path(root, str(norm.target)), []).append(found)
         for node in tracer.graph.nodes:
-            if node.op == "call_module" and (activation_of(node, modules) or dropout_of(node, modules)):
-                self.uses.append((self.path(root, node.target), members.get(node)))
+            if node.op == "call_module" and (activation_of(node, tracer.modules) or dropout_of(node, tracer.modules)):
+                self.uses.append((self.path(root, str(node.target)), members.get(node)))
         for path in tracer.calls:
             self.tracers.setdefault(self.path(root, path), []).append((tracer, path))
 
     def _describe(self, match: Match, root: str) -> Chain:
-        def path(node: fx.Node | None) -> str | None:
-            return None if node is None or node.op != "call_module" else self.path(root, str(node.target))
-
         scopes = [_scope(node) for node in match.nodes]
         depth = 0
         while all(len(scope) > depth for scope in scopes) and len({scope[depth][0] for scope in scopes}) == 1:
             depth += 1
-        dropout_mode = path(match.dropout)
-        if isinstance(match.dropout_training, fx.Node):
-            dropout_mode = self.path(root, str(match.dropout_training.target).rpartition("training")[0].rstrip("."))
+        called = {node: self.path(root, str(node.target)) for node in match.nodes if node.op == "call_module"}
+        norm = called[match.nodes[0]]
+        at = ["", *(path for _, path in _scope(match.dropout))][-1] if match.dropout else ""
         return Chain(
-            norm=self.path(root, str(match.nodes[0].target)),
-            activation=match.activation,
-            dropout_p=match.dropout_p,
-            dropout=path(match.dropout),
-            dropout_mode=dropout_mode,
-            summed=bool(match.sums),
-            ending=path(match.nodes[-1]),
-            of_modules=all(node.op == "call_module" or node.target == "contiguous" for node in match.nodes),
+            norm,
+            match.kind,
+            members=tuple(called.values()),
+            mode=called.get(match.dropout, self.path(root, at)) if match.dropout else norm,
             owner=self.path(root, scopes[0][depth - 1][1] if depth else ""),
-            opened=frozenset(self.path(root, at) for scope in scopes for _, at in scope[depth:]),
+            opened=frozenset(self.path(root, path) for scope in scopes for _, path in scope[depth:]),
+            of_modules=all(node in called or node.target == "contiguous" for node in match.nodes),
         )
 
 
@@ -189,69 +167,61 @@ def _note_shapes(module: nn.Module, graph: fx.Graph, example_inputs: tuple[Any, 
         raise ValueError(f"the model does not run on example_inputs: {error}") from error
 
 
-def match_chains(
-    graph: fx.Graph,
-    modules: dict[str, nn.Module],
-    transparent: Collection[str],
-    stored: Collection[fx.Node],
-    known: Collection[str] | None = None,
-) -> Iterator[tuple[fx.Node, Match | NoChain]]:
-    """For each call of a norm in `graph`, its chain, or why it has none. No two chains share a node.
+def match_chains(tracer: Tracer, known: Collection[str] | None = None) -> list[tuple[fx.Node, Any]]:
+    """For each call of a norm in a trace, its chain, or why it has none. No two chains share a node.
 
     With `known`, looks at those norms alone, which are known to have nothing between norm and sum that would notice.
     """
-    found: dict[fx.Node, Match | NoChain] = {}
+    found: dict[fx.Node, Any] = {}
     taken: set[fx.Node] = set()
-    for norm in graph.nodes:
-        if norm.op != "call_module" or not isinstance(modules[norm.target], NORMS):
+    for norm in tracer.graph.nodes:
+        if norm.op != "call_module" or not isinstance(tracer.modules[str(norm.target)], NORMS):
             continue
         if known is not None and norm.target not in known:
             continue
         try:
-            _check_norm(norm, modules)
-            match = _match(norm, modules, transparent, stored)
+            _check_norm(norm, tracer.modules)
+            match = _match(norm, tracer)
             if not taken.isdisjoint(match.sums):
                 raise NoChain(_OTHER_SIDE)
             if match.sums and known is None:
-                _check_between(match, modules)
+                _check_between(match, tracer.modules)
+            taken.update(match.sums)
+            found[norm] = match
         except NoChain as reason:
             found[norm] = reason
-        else:
-            found[norm] = match
-            taken.update(match.sums)
     for match in list(found.values()):
         for other in match.residuals if isinstance(match, Match) else ():
             if isinstance(found.get(other), NoChain):
                 found[other] = NoChain(_OTHER_SIDE, "no activation")
-    yield from found.items()
+    return list(found.items())
 
 
-def _match(
-    norm: fx.Node, modules: dict[str, nn.Module], transparent: Collection[str], stored: Collection[fx.Node]
-) -> Match:
-    match = Match([norm])
+def _match(norm: fx.Node, tracer: Tracer) -> Match:
+    match, modules, training = Match([norm]), tracer.modules, None
     while match.activation.name == "identity":
         node = match.nodes[-1]
         if len(node.users) != 1:
-            followed: Status = "chain" if any(activation_of(user, modules) for user in node.users) else "no activation"
-            raise NoChain(f"the output of {_name(node, modules)} is used {len(node.users)} times", followed)
+            is_chain = any(activation_of(user, modules) for user in node.users)
+            reason = f"the output of {_name(node, modules)} is used {len(node.users)} times"
+            raise NoChain(reason, "chain" if is_chain else "no activation")
         user = next(iter(node.users))
         if activation := activation_of(user, modules):
             match.activation = activation
         elif not match.dropout and not match.sums and (dropout := dropout_of(user, modules)):
-            match.dropout, (match.dropout_p, match.dropout_training) = user, dropout
+            match.dropout, (match.dropout_p, training) = user, dropout
         elif user.op != "call_module" and user.target in SUMS:
             match.sums.append(user)
-        elif not passes_on(user, modules, transparent):
+        elif not passes_on(user, modules, tracer.passes_on):
             raise NoChain(f"followed by {_name(user, modules)}", "no activation")
         match.nodes.append(user)
     for node in match.nodes[:-1]:
-        if node in stored:
+        if node in tracer.stored:
             raise NoChain(f"the output of {_name(node, modules)} is stored in an attribute")
-    training = match.dropout_training
-    flag = ".".join([*(at for _, at in _scope(match.dropout))][-1:] + ["training"]) if match.dropout else ""
-    if training is not None and getattr(training, "target", None) != flag.lstrip("."):
-        raise NoChain("the dropout behind it does not follow the mode")
+    if training is not None:
+        owner = [path for _, path in _scope(match.dropout or norm)][-1:]
+        if getattr(training, "target", None) != ".".join([*owner, "training"]):
+            raise NoChain("the dropout behind it does not follow the mode")
     for node, residual in zip(match.sums, match.residuals, strict=True):
         _check_sum(node, match.nodes[match.nodes.index(node) - 1], residual)
     if any(node.meta["context"] != norm.meta["context"] for node in match.nodes):

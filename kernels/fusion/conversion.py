@@ -27,11 +27,10 @@ from .parts import (
     STOCK,
     SUMS_IN_PLACE,
     NoChain,
-    class_name,
     own_epilogue,
     stock_norm,
 )
-from .report import FusedChain, FusionReport, LeftAlone
+from .report import FusedChain, FusionReport, LeftAlone, class_name
 from .tracing import Call, Tracer, Untraceable, copy_structure, has_hooks, scratch_copy
 
 if TYPE_CHECKING:
@@ -88,15 +87,13 @@ def fuse(
     findings.find("", (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs)
     chains = _certain_chains(findings, {*fused, *left}, left)
     forwards, simple = _rewrite_forwards(findings, chains, left)
-    parts: dict[str, list[str]] = {}
-    for path, chain in findings.uses:
-        parts.setdefault(path, []).append(chain.norm if chain else "")
     for norm, chain in chains.items():
-        _fuse_norm(result.get_submodule(norm), chain.dropout_p, chain.activation, in_forward=norm not in simple)
-    for path, norms in parts.items():
+        _fuse_norm(result.get_submodule(norm), *chain.kind[:2], in_forward=norm not in simple)
+    for path in dict.fromkeys(path for path, _ in findings.uses):
+        norms = dict.fromkeys(chain.norm if chain else None for used, chain in findings.uses if used == path)
         module = result.get_submodule(path)
-        if chains.keys() >= {*norms} and (isinstance(module, nn.Dropout) or simple >= {*norms}):
-            _absorb(module, list(dict.fromkeys(norms)), passes_on=simple >= {*norms})
+        if chains.keys() >= norms.keys() and (isinstance(module, nn.Dropout) or simple >= norms.keys()):
+            _absorb(module, list(norms), passes_on=simple >= norms.keys())
     for path, forward in forwards.items():
         module = result.get_submodule(path)
         vars(module)["traced_forward"] = forward
@@ -107,9 +104,11 @@ def fuse(
     fused |= chains
     vars(result)["fusion_report"] = FusionReport(
         tuple(
-            FusedChain(path, kind, chain.dropout_p, chain.summed, str(chain.activation), owners.get(path))
-            for path, kind in kinds.items()
-            if (chain := fused.get(path))
+            FusedChain(
+                path, kinds[path], fused[path].kind[1], fused[path].kind[2], str(fused[path].kind[0]), owners.get(path)
+            )
+            for path in kinds
+            if path in fused
         ),
         tuple(LeftAlone(path, kinds[path], str(left[path]), left[path].status) for path in kinds if path in left),
     )
@@ -171,7 +170,7 @@ def _fuse_own_epilogue(path: str, model: nn.Module, left: dict[str, NoChain]) ->
     for child in module.children():
         if not isinstance(child, nn.Identity):
             _absorb(child, [path])
-    return Chain(path, epilogue[1], epilogue[0], None, None, False, None, True, path, frozenset())
+    return Chain(path, (*epilogue, False))
 
 
 def _certain_chains(findings: Findings, done: set[str], left: dict[str, NoChain]) -> dict[str, Chain]:
@@ -197,12 +196,11 @@ def _certain_chains(findings: Findings, done: set[str], left: dict[str, NoChain]
             left[path] = NoChain(_why_not_called(path, findings), "unknown")
         else:
             chain = found.pop()
-            hooked = next(
-                (at for at in (*chain.members, *sorted(chain.opened)) if has_hooks(model.get_submodule(at))), None
-            )
-            if hooked is not None:
-                left[path] = NoChain(f"{hooked} has hooks")
-            elif chain.dropout_mode is not None and model.get_submodule(chain.dropout_mode).training != module.training:
+            parts = (*chain.members, *sorted(chain.opened))
+            hooked = [at for at in parts if has_hooks(model.get_submodule(at))]
+            if hooked:
+                left[path] = NoChain(f"{hooked[0]} has hooks")
+            elif model.get_submodule(chain.mode).training != module.training:
                 left[path] = NoChain("the dropout behind it is in another mode")
             else:
                 chains[path] = chain
@@ -297,13 +295,13 @@ def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "Trace
         raise Untraceable("a module it calls returns something else than a tensor")
     tracer = Tracer({inside[path] for path in opened})
     graph = tracer.trace(scratch_copy(module), calls[0])
+    seen = {path: [tracer.passes_on.get(at) for tracer, at in of] for path, of in findings.tracers.items()}
+    tracer.passes_on = {inside[path]: all(each) for path, each in seen.items() if path in inside}
     expected = {inside[norm]: chain for norm, chain in wanted.items() if norm in inside}
-    transparent = {inside[path] for path in findings.transparent if path in inside}
-    modules = dict(tracer.root.named_modules())
     fused = set()
-    for norm, match in list(match_chains(graph, modules, transparent, tracer.stored, expected.keys())):
+    for norm, match in match_chains(tracer, expected.keys()):
         chain = expected[str(norm.target)]
-        if isinstance(match, Match) and _is_as_expected(match, chain):
+        if isinstance(match, Match) and match.kind == chain.kind:
             _fuse_nodes(graph, match)
             fused.add(chain.norm)
         elif chain.norm in own:
@@ -314,11 +312,6 @@ def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "Trace
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     return TracedForward(graph, calls[0])
-
-
-def _is_as_expected(match: Match, chain: Chain) -> bool:
-    expected = (chain.activation, chain.dropout_p, chain.summed)
-    return (match.activation, match.dropout_p, bool(match.sums)) == expected
 
 
 def _fuse_nodes(graph: fx.Graph, match: Match) -> None:
@@ -415,7 +408,7 @@ def _absorb(module: nn.Module, norms: list[str], passes_on: bool = True) -> None
     module.__class__ = Absorbed
 
 
-def _fuse_norm(module: Any, dropout_p: float, activation: Activation, in_forward: bool = False) -> None:
+def _fuse_norm(module: Any, activation: Activation, dropout_p: float, in_forward: bool = False) -> None:
     vars(module)["fused_from"] = type(module)
     module.__class__ = FUSED[stock_norm(module)]
     module.set_options(dropout_p, activation, "auto")
@@ -492,5 +485,5 @@ def _synchronise(model: nn.Module, process_group: ProcessGroup) -> None:
                     raise NoChain("it has an activation of its own")
             except NoChain as reason:
                 raise TypeError(f"{path} cannot be synchronised: it is a {class_name(module)}: {reason}") from reason
-            _fuse_norm(module, 0.0, Activation("identity"))
+            _fuse_norm(module, Activation("identity"), 0.0)
         module.process_group = process_group  # type: ignore[assignment]

@@ -61,12 +61,13 @@ def stock_norm(module: nn.Module) -> type[nn.Module]:
     Raises:
         NoChain: there is none that can be fused.
     """
-    kind, name = type(module), class_name(module)
+    kind: Any = type(module)
+    name = class_name(module)
     if isinstance(module, FusedLayer):
         raise NoChain("already fused", "already fused")
-    stock = _TIMM_NORMS.get(name) or next((stock for stock in FUSED if issubclass(kind, stock)), None)
+    stock: Any = _TIMM_NORMS.get(name) or next((stock for stock in FUSED if issubclass(kind, stock)), None)
     known = name in _TIMM_NORMS or (stock is not None and kind.forward is stock.forward)
-    if stock is None or not known or any(map(is_lazy, module._parameters.values())):
+    if stock is None or not known or any(is_lazy(parameter) for parameter in module._parameters.values()):
         raise NoChain(f"there is no fused {name}")
     if parametrize.is_parametrized(module):
         raise NoChain("it is parametrized")
@@ -79,7 +80,7 @@ def stock_norm(module: nn.Module) -> type[nn.Module]:
     return stock
 
 
-def own_epilogue(module: nn.Module) -> tuple[float, Activation] | None:
+def own_epilogue(module: nn.Module) -> tuple[Activation, float] | None:
     """The dropout and activation that a norm of timm applies itself, None where it applies neither.
 
     Raises:
@@ -87,14 +88,14 @@ def own_epilogue(module: nn.Module) -> tuple[float, Activation] | None:
     """
     if not module._modules:
         return None
-    drop, act = module._modules["drop"], module._modules["act"]
+    drop, act = module.get_submodule("drop"), module.get_submodule("act")
     activation = activation_of_module(act)
     if type(drop) not in (nn.Identity, nn.Dropout) or "forward" in vars(drop) or activation is None:
         raise NoChain(f"its parts {class_name(drop)} and {class_name(act)} cannot be fused")
     p = float(getattr(drop, "p", 0.0))
     if activation.name == "identity" and p > 0:
         raise NoChain("it has a dropout without an activation", "no activation")
-    return None if activation.name == "identity" else (p, activation)
+    return None if activation.name == "identity" else (activation, p)
 
 
 def activation_of_module(module: nn.Module | None) -> Activation | None:
@@ -134,9 +135,9 @@ def _dropout_arguments(
     return p, training if train is None else train
 
 
-def passes_on(node: fx.Node, modules: dict[str, nn.Module], transparent: set[str]) -> bool:
-    """Whether the node returns its input unchanged; `transparent` are the modules that were seen to do so."""
+def passes_on(node: fx.Node, modules: dict[str, nn.Module], seen: dict[str, bool]) -> bool:
+    """Whether the node returns its input unchanged; `seen` tells of modules whether they were seen to do so."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return node.target in transparent or (type(module) is nn.Identity and "forward" not in vars(module))
+        return seen.get(str(node.target), False) or (type(module) is nn.Identity and "forward" not in vars(module))
     return node.op == "call_method" and node.target == "contiguous" and len(node.args) == 1 and not node.kwargs

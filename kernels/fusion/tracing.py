@@ -196,6 +196,7 @@ class Tracer(fx.Tracer):
         self.passes_on: dict[str, bool] = {}
         self.stored: set[fx.Node] = set()
         self.proxies: list[weakref.ref[fx.Proxy]] = []
+        self.modules: dict[str, nn.Module] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self.opened is not None:
@@ -264,6 +265,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         check_forward(root)
+        self.modules = dict(root.named_modules())
         for path in () if self.opened is None else ("", *self.opened):
             kind = type(root.get_submodule(path))
             if names_in(kind.forward, kind) & {"isinstance", "type", "is_tensor", "hasattr"}:
