@@ -54,9 +54,9 @@ class Match:
 class Chain:
     """A chain in a model, by the paths of modules.
 
-    `members` are its modules, `mode` is the one whose mode its dropout follows; `owner` is the innermost module in whose
-    forward it lies, `opened` are those inside whose forward makes a part of it. `of_modules` tells whether it is a
-    sequence of modules, which can be replaced without touching any forward.
+    `members` are its modules, and `mode` the one whose mode its dropout follows. `owner` is the innermost module in
+    whose forward it lies, `opened` are those inside whose forward makes a part of it. `of_modules` tells whether it is
+    a sequence of modules, which can be replaced without touching any forward.
     """
 
     norm: str
@@ -97,7 +97,7 @@ class Findings:
         return [call for tracer, at in self.tracers.get(path, []) for call in tracer.calls[at]]
 
     def find(self, root: str, example_inputs: tuple[Any, ...] | None = None) -> None:
-        """Traces the module at `root`. What cannot be traced is taken for an operation; its children come by themselves."""
+        """Traces the module at `root`; the children of what cannot be traced are traced by themselves."""
         module = self.model.get_submodule(root)
         if isinstance(module, NORMS) or "traced_forward" in vars(module):
             return

@@ -88,9 +88,9 @@ def fuse(
     chains = _certain_chains(findings, {*fused, *left}, left)
     forwards, simple = _rewrite_forwards(findings, chains, left)
     for norm, chain in chains.items():
-        _fuse_norm(result.get_submodule(norm), *chain.kind[:2], in_forward=norm not in simple)
+        _fuse_norm(result.get_submodule(norm), *chain.kind[:2], norm not in simple)
     for path in dict.fromkeys(path for path, _ in findings.uses):
-        norms = dict.fromkeys(chain.norm if chain else None for used, chain in findings.uses if used == path)
+        norms = dict.fromkeys(chain.norm if chain else "" for used, chain in findings.uses if used == path)
         module = result.get_submodule(path)
         if chains.keys() >= norms.keys() and (isinstance(module, nn.Dropout) or simple >= norms.keys()):
             _absorb(module, list(norms), passes_on=simple >= norms.keys())
@@ -102,17 +102,18 @@ def fuse(
         _synchronise(result, process_group)
     owners = {norm: chain.owner for norm, chain in chains.items() if norm not in simple}
     fused |= chains
-    vars(result)["fusion_report"] = FusionReport(
+    report = FusionReport(
         tuple(
-            FusedChain(
-                path, kinds[path], fused[path].kind[1], fused[path].kind[2], str(fused[path].kind[0]), owners.get(path)
-            )
+            FusedChain(path, kinds[path], p, has_sum, str(activation), owners.get(path))
             for path in kinds
             if path in fused
+            for activation, p, has_sum in [fused[path].kind]
         ),
         tuple(LeftAlone(path, kinds[path], str(left[path]), left[path].status) for path in kinds if path in left),
     )
-    return result
+    fused_model: Any = result
+    vars(fused_model)["fusion_report"] = report
+    return fused_model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -131,8 +132,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     vars(result).pop("fusion_report", None)
     for path, module in list(result.named_modules()):
         if "traced_forward" in vars(module):
-            del module.traced_forward
-            module.__class__ = type(module).original  # type: ignore[attr-defined]
+            del vars(module)["traced_forward"]
+            module.__class__ = vars(type(module))["original"]
         elif isinstance(module, Absorbed):
             del module.norms, module.passes_on
             module.__class__ = vars(module).pop("absorbed")
@@ -311,7 +312,7 @@ def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "Trace
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    return TracedForward(graph, calls[0])
+    return TracedForward.of(graph, calls[0])
 
 
 def _fuse_nodes(graph: fx.Graph, match: Match) -> None:
@@ -320,36 +321,11 @@ def _fuse_nodes(graph: fx.Graph, match: Match) -> None:
     with graph.inserting_before(match.sums[-1] if match.sums else norm):
         while len(residuals) > 1:
             residuals[:2] = [graph.call_function(operator.add, tuple(residuals[:2]))]
-        options = {"_in_place": bool(match.sums) and match.sums[-1].target in SUMS_IN_PLACE}
+        options: dict[str, Any] = {"_in_place": bool(match.sums) and match.sums[-1].target in SUMS_IN_PLACE}
         layer = graph.create_node("call_module", norm.target, (norm.args[0], *residuals), options)
     match.nodes[-1].replace_all_uses_with(layer)
     for node in reversed(match.nodes):
         graph.erase_node(node)
-
-
-@dataclass(frozen=True, eq=False)
-class TracedForward:
-    """A forward in the place of another, for calls that are like the traced one."""
-
-    graph: fx.Graph
-    call: Call
-
-    def __post_init__(self) -> None:
-        names = [str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")]
-        # GraphModule generates the forward; what it calls is looked up in the module that it is called with.
-        vars(self)["compute"] = type(fx.GraphModule(dict.fromkeys(names), self.graph)).forward
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedForward":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A graph's nodes refer to each other: pickle would recurse through all of them."""
-        numbers = {node: _Number(i) for i, node in enumerate(self.graph.nodes)}
-        steps = [
-            (node.op, node.target, *(fx.node.map_arg(args, numbers.__getitem__) for args in (node.args, node.kwargs)))
-            for node in self.graph.nodes
-        ]
-        return _unpickle, (steps, self.call)
 
 
 @dataclass(frozen=True)
@@ -359,12 +335,33 @@ class _Number:
     value: int
 
 
-def _unpickle(steps: list[tuple[str, Any, Any, Any]], call: Call) -> TracedForward:
-    graph, nodes = fx.Graph(), list[fx.Node]()
-    for op, target, *arguments in steps:
-        args, kwargs = fx.node.map_aggregate(arguments, lambda a: nodes[a.value] if isinstance(a, _Number) else a)
-        nodes.append(graph.create_node(op, target, args, kwargs))
-    return TracedForward(graph, call)
+class TracedForward:
+    """A forward in the place of another, for calls that are like the traced one.
+
+    Made of a graph's nodes, with numbers for those that they refer to: pickle would recurse through the nodes.
+    """
+
+    def __init__(self, steps: list[tuple[str, Any, Any, Any]], call: Call) -> None:
+        graph, nodes = fx.Graph(), list[fx.Node]()
+        for op, target, *arguments in steps:
+            args, kwargs = fx.node.map_aggregate(arguments, lambda a: nodes[a.value] if isinstance(a, _Number) else a)
+            nodes.append(graph.create_node(op, target, args, kwargs))
+        names = [str(node.target) for node in nodes if node.op in ("call_module", "get_attr")]
+        # GraphModule generates the forward; what it calls is looked up in the module that it is called with.
+        self.compute = type(fx.GraphModule(dict.fromkeys(names), graph)).forward
+        self.steps, self.call = steps, call
+
+    @classmethod
+    def of(cls, graph: fx.Graph, call: Call) -> "TracedForward":
+        numbers: dict[fx.Node, Any] = {node: _Number(i) for i, node in enumerate(graph.nodes)}
+        arguments = [fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__) for node in graph.nodes]
+        return cls([(node.op, node.target, *each) for node, each in zip(graph.nodes, arguments, strict=True)], call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedForward":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TracedForward, (self.steps, self.call)
 
 
 def _with_traced_forward(original: type[nn.Module]) -> type[nn.Module]:
@@ -397,7 +394,7 @@ class Absorbed(nn.Identity):
     passes_on: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if self.passes_on else self.absorbed.forward(self, input)  # type: ignore[arg-type]
+        return input if self.passes_on else self.absorbed.forward(self, input)
 
     def extra_repr(self) -> str:
         return f"{self.absorbed.__name__}, part of {', '.join(self.norms)}"
@@ -435,6 +432,10 @@ def _unfuse_norm(path: str, module: Any) -> None:
 
 class UnfusedLayer(nn.Sequential):
     """What a fused layer computes, by stock modules; with the state_dict of its norm."""
+
+    norm: nn.Module
+    dropout: nn.Module
+    activation: nn.Module
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         output = self.dropout(self.norm(input))

@@ -67,7 +67,7 @@ def stock_norm(module: nn.Module) -> type[nn.Module]:
         raise NoChain("already fused", "already fused")
     stock: Any = _TIMM_NORMS.get(name) or next((stock for stock in FUSED if issubclass(kind, stock)), None)
     known = name in _TIMM_NORMS or (stock is not None and kind.forward is stock.forward)
-    if stock is None or not known or any(is_lazy(parameter) for parameter in module._parameters.values()):
+    if stock is None or not known or any(map(is_lazy, module.parameters())):
         raise NoChain(f"there is no fused {name}")
     if parametrize.is_parametrized(module):
         raise NoChain("it is parametrized")
