@@ -122,9 +122,9 @@ class Findings:
         else:
             opaque = {"": ""}
         self.untraceable |= {self.path(root, path): reason for path, reason in opaque.items() if reason}
-        for path in opaque:
-            for name, _ in module.get_submodule(path).named_children():
-                self.find(join(root, join(path, name)))
+        children = [name for name, _ in module.named_children()] if "" in opaque else list(opaque)
+        for path in children:
+            self.find(join(root, path))
 
     def _collect(self, tracer: Tracer, root: str) -> None:
         """Adds what one graph shows."""

@@ -8,9 +8,9 @@ import random
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +29,9 @@ _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ra
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 IN_PLACE_OPERATORS = {getattr(operator, name) for name in _IN_PLACE}
+
+
+_ASKS = "it asks for the type of a value"
 
 
 class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
@@ -104,6 +107,7 @@ class Call:
     signature: inspect.Signature
     structure: Any
     leaves: list[Any]
+    is_assumed: bool = False
 
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any) -> "Call":
@@ -131,7 +135,8 @@ class Call:
     def needs_guard(self) -> bool:
         """Whether it may depend on more than tensors."""
         has_default = any(p.default is not p.empty for p in self.signature.parameters.values())
-        return has_default or any(leaf is not Tensor for leaf in self.leaves)
+        is_open = self.is_assumed and len(self.leaves) > 1
+        return has_default or is_open or any(leaf is not Tensor for leaf in self.leaves)
 
     def check(self) -> None:
         """Raises Untraceable where it cannot be told whether another call is the same."""
@@ -147,7 +152,7 @@ def _by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, 
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (Tensor, fx.Proxy))
+    return isinstance(value, (fx.Proxy, Tensor))
 
 
 def _is_same(expected: Any, value: Any) -> bool:
@@ -156,6 +161,18 @@ def _is_same(expected: Any, value: Any) -> bool:
 
 class _Proxy(fx.Proxy):
     """Records `x += y` as what it is: torch.fx takes it for `x = x + y`, which leaves other names of x unchanged."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What isinstance asks for where a class is not that of this: a tensor would answer otherwise."""
+        if self.tracer.opened is not None:  # type: ignore[attr-defined]
+            raise Untraceable(_ASKS)
+        return _Proxy
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):  # the answer that a tensor gives to hasattr
+            raise AttributeError(f"tensors have no attribute {name}")
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):  # such as data: no trace would show it
@@ -189,7 +206,8 @@ class Tracer(fx.Tracer):
 
     def __init__(self, opened: Collection[str] | None = None, opaque: Collection[str] = ()) -> None:
         super().__init__()
-        self.opened, self.opaque = opened, opaque
+        self.opened = None if opened is None else {"", *opened}
+        self.opaque = opaque
         self.failed: str | None = None
         self.calls: dict[str, list[Call]] = {}
         self.returns_more: set[str] = set()
@@ -222,6 +240,9 @@ class Tracer(fx.Tracer):
             self.returns_more.add(caller)
         return result
 
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _Proxy else super().create_arg(a)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["context"] = _context()
@@ -246,6 +267,7 @@ class Tracer(fx.Tracer):
                 p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
             ]
             call = Call.of(self.root, (), dict.fromkeys(required, torch.empty(0)))
+            call = replace(call, is_assumed=True)
         self.calls[""] = [call]
         leaves = [
             self.create_proxy("placeholder", f"input_{i}", (), {}) if leaf is Tensor else leaf
@@ -261,15 +283,14 @@ class Tracer(fx.Tracer):
         return partial(root_fn, *bound.args, **bound.kwargs), ()
 
     def _held(self) -> list[Any]:
-        return [value for path in ("", *(self.opened or ())) for value in held_by(self.root.get_submodule(path))]
+        return [value for path in self.opened or () for value in held_by(self.root.get_submodule(path))]
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         check_forward(root)
         self.modules = dict(root.named_modules())
-        for path in () if self.opened is None else ("", *self.opened):
-            kind = type(root.get_submodule(path))
-            if names_in(kind.forward, kind) & {"isinstance", "type", "is_tensor", "hasattr"}:
-                raise Untraceable("it asks for the type of a value")
+        for path in self.opened or ():
+            if "type" in type(root.get_submodule(path)).forward.__code__.co_names:
+                raise Untraceable(_ASKS)
         with _watching():
             graph = super().trace(root, concrete_args)
         for _ in range(2):
@@ -287,26 +308,11 @@ class Tracer(fx.Tracer):
         return graph
 
 
-def names_in(function: Any, kind: type, seen: tuple[Any, ...] = ()) -> set[str]:
-    """The names that a function uses, and those that methods of `kind` and other functions which it calls use."""
-    names: set[str] = set()
-    codes = [function.__code__]
-    for code in codes:  # which grows meanwhile
-        names |= {*code.co_names}
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    for name in [*names]:
-        called = getattr(kind, name, None) or function.__globals__.get(name)
-        if isinstance(called, FunctionType) and called not in seen and not called.__module__.startswith("torch."):
-            seen = (*seen, called)
-            names |= names_in(called, kind, seen)
-    return names
-
-
 def check_forward(module: nn.Module) -> None:
     """Raises Untraceable where a trace would show one of several forwards."""
     if "forward" in vars(module):
         raise Untraceable("it is replaced on the instance")
-    if any(isinstance(value, _GENERATORS) for value in held_by(module)):
+    if any(issubclass(type(value), _GENERATORS) for value in held_by(module)):
         raise Untraceable("it has a generator of random numbers")
 
 
@@ -314,7 +320,7 @@ def held_by(module: nn.Module) -> list[Any]:
     """What a module refers to beside other modules, to any depth."""
     held: list[Any] = [vars(module)]
     seen: set[int] = set()
-    skipped = (Tensor, nn.Module, fx.Proxy, fx.Graph, type, ModuleType, FunctionType)
+    skipped = (fx.Proxy, Tensor, nn.Module, fx.Graph, type, ModuleType, FunctionType)
     for value in held:  # which grows meanwhile
         if id(value) not in seen and not isinstance(value, skipped):
             seen.add(id(value))

@@ -236,6 +236,22 @@ class AsksForType(Chains):
         return F.relu(self.norm1(x))
 
 
+class AsksByFunction(Chains):
+    def __init__(self, asks) -> None:
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return F.relu(self.norm1(x * 2 if self.asks(x) else x))
+
+
+class AsksByType(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        return F.relu(self.norm1(x * 2 if type(x) is Tensor else x))
+
+
 class Named(nn.Module):
     def forward(self, x):
         return {"out": x}
@@ -384,7 +400,7 @@ LEFT = [
     (AlwaysDropout, "^the dropout behind it does not follow the mode"),
     (BranchOnMode, "cannot be traced: symbolically traced variables"),
     (NoGrad, "another grad mode"),
-    (Checkpointed, "cannot be rewritten: it runs a part under .* checkpoint"),
+    (Checkpointed, "cannot be rewritten: it (runs a part under|asks for the type)"),
     (SavedElsewhere, "saved-tensor hook"),
     (Autocast, "autocast"),
     (CustomFunction, "autograd Function"),
@@ -408,10 +424,13 @@ LEFT = [
     (StoresInside, "stored in an attribute"),
     (GradModeChanges, "what follows runs under another grad mode"),
     (AsksForType, "asks for the type of a value"),
+    (lambda: AsksByFunction(torch.is_tensor), "asks for the type of a value"),
+    (lambda: AsksByFunction(lambda x: isinstance(x, (list, tuple))), "asks for the type of a value"),
+    (AsksByType, "asks for the type of a value"),
     (GetsDictionary, "a module it calls returns something else"),
     (DropoutOfAnotherMode, "the dropout behind it does not follow the mode"),
     (BranchOnModeOfAnother, "cannot be traced: symbolically traced variables"),
-    (NewBuffer, "changes attributes"),
+    (NewBuffer, "changes attributes|asks for the type"),
     (Remembers, "changes attributes"),
     (RemembersDeep, "changes attributes"),
     (CountsElsewhere, "changes attributes"),
@@ -562,7 +581,7 @@ class Calls(nn.Module):
 @pytest.mark.parametrize(
     ("network", "expected_counts", "reason"),
     [
-        (lambda: Recursive(2), (1, 0, 2), "symbolically traced variables cannot be used"),
+        (lambda: Recursive(2), (2, 0, 1), "symbolically traced variables cannot be used"),
         (Calls, (0, 0, 3), "argument of type"),
     ],
     ids=["recursive", "called with an object"],
