@@ -103,9 +103,13 @@ class Findings:
             return
         opaque: dict[str, str] = {}
         while type(module).forward is not nn.Module.forward:  # not a mere container such as nn.ModuleList
-            tracer = Tracer(opaque=opaque)
+            tracers = [Tracer(opaque=opaque, mode=mode) for mode in (False, True)]
             try:
-                tracer.trace(scratch_copy(module))
+                for tracer in tracers:
+                    tracer.trace(scratch_copy(module))
+                    if not tracer.branches:
+                        tracers = [tracer]
+                        break
             except Exception as error:
                 if tracer.failed is None or tracer.failed in opaque:  # it is called with what no trace can record
                     opaque = {"": first_line(error)}
@@ -116,8 +120,9 @@ class Findings:
                 }
             else:
                 if example_inputs is not None:
-                    _note_shapes(scratch_copy(module), tracer.graph, example_inputs)
-                self._collect(tracer, root)
+                    _note_shapes(scratch_copy(module), tracers[0].graph, example_inputs)
+                for tracer in tracers:
+                    self._collect(tracer, root)
                 break
         else:
             opaque = {"": ""}

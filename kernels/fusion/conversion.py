@@ -294,25 +294,28 @@ def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "Trace
         raise Untraceable("it is called with different arguments")
     if any(at in tracer.returns_more for path in (owner, *opened) for tracer, at in findings.tracers[path]):
         raise Untraceable("a module it calls returns something else than a tensor")
-    tracer = Tracer({inside[path] for path in opened})
-    graph = tracer.trace(scratch_copy(module), calls[0])
     seen = {path: [tracer.passes_on.get(at) for tracer, at in of] for path, of in findings.tracers.items()}
-    tracer.passes_on = {inside[path]: all(each) for path, each in seen.items() if path in inside}
     expected = {inside[norm]: chain for norm, chain in wanted.items() if norm in inside}
-    fused = set()
-    for norm, match in match_chains(tracer, expected.keys()):
-        chain = expected[str(norm.target)]
-        if isinstance(match, Match) and match.kind == chain.kind:
-            _fuse_nodes(graph, match)
-            fused.add(chain.norm)
-        elif chain.norm in own:
+    graphs, branches = [], set[str]()
+    for mode in (False, True):
+        tracer = Tracer({inside[path] for path in opened}, mode=mode)
+        graphs.append(tracer.trace(scratch_copy(module), calls[0]))
+        branches |= tracer.branches
+        tracer.passes_on = {inside[path]: all(each) for path, each in seen.items() if path in inside}
+        fused = set()
+        for norm, match in match_chains(tracer, expected.keys()):
+            chain = expected[str(norm.target)]
+            if isinstance(match, Match) and match.kind == chain.kind:
+                _fuse_nodes(tracer.graph, match)
+                fused.add(chain.norm)
+        if not fused >= own.keys():
             raise Untraceable("it is another by itself than in the model")
-    if not fused >= own.keys():
-        raise Untraceable("it is another by itself than in the model")
-    for node in reversed(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-    return TracedForward.of(graph, calls[0])
+        for node in reversed(tracer.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                tracer.graph.erase_node(node)
+        if not branches:
+            break
+    return TracedForward.of(graphs, sorted(branches), calls[0])
 
 
 def _fuse_nodes(graph: fx.Graph, match: Match) -> None:
@@ -338,39 +341,53 @@ class _Number:
 class TracedForward:
     """A forward in the place of another, for calls that are like the traced one.
 
-    Made of a graph's nodes, with numbers for those that they refer to: pickle would recurse through the nodes.
+    Made of a graph's nodes, with numbers for those that they refer to: pickle would recurse through the nodes. Where it
+    branches on training flags there are two graphs, for when all of these are off and on.
     """
 
-    def __init__(self, steps: list[tuple[str, Any, Any, Any]], call: Call) -> None:
-        graph, nodes = fx.Graph(), list[fx.Node]()
-        for op, target, *arguments in steps:
-            args, kwargs = fx.node.map_aggregate(arguments, lambda a: nodes[a.value] if isinstance(a, _Number) else a)
-            nodes.append(graph.create_node(op, target, args, kwargs))
-        names = [str(node.target) for node in nodes if node.op in ("call_module", "get_attr")]
-        # GraphModule generates the forward; what it calls is looked up in the module that it is called with.
-        self.compute = type(fx.GraphModule(dict.fromkeys(names), graph)).forward
-        self.steps, self.call = steps, call
+    def __init__(self, graphs: list[list[tuple[str, Any, Any, Any]]], branches: list[str], call: Call) -> None:
+        self.graphs, self.branches, self.call = graphs, branches, call
+        self.compute = [_generate(steps) for steps in graphs]
 
     @classmethod
-    def of(cls, graph: fx.Graph, call: Call) -> "TracedForward":
-        numbers: dict[fx.Node, Any] = {node: _Number(i) for i, node in enumerate(graph.nodes)}
-        arguments = [fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__) for node in graph.nodes]
-        return cls([(node.op, node.target, *each) for node, each in zip(graph.nodes, arguments, strict=True)], call)
+    def of(cls, graphs: list[fx.Graph], branches: list[str], call: Call) -> "TracedForward":
+        all_steps = []
+        for graph in graphs:
+            numbers: dict[fx.Node, Any] = {node: _Number(i) for i, node in enumerate(graph.nodes)}
+            arguments = [fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__) for node in graph.nodes]
+            all_steps.append([(node.op, node.target, *each) for node, each in zip(graph.nodes, arguments, strict=True)])
+        return cls(all_steps, branches, call)
+
+    def choose(self, module: nn.Module) -> Any:
+        """The function to call, None where none is for these training flags."""
+        modes = {operator.attrgetter(flag)(module) for flag in self.branches}
+        return None if len(modes) > 1 else self.compute[int(True in modes)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedForward":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TracedForward, (self.steps, self.call)
+        return TracedForward, (self.graphs, self.branches, self.call)
+
+
+def _generate(steps: list[tuple[str, Any, Any, Any]]) -> Any:
+    """A function of the module and tensors; GraphModule generates it, what it calls is looked up in the module."""
+    graph, nodes = fx.Graph(), list[fx.Node]()
+    for op, target, *arguments in steps:
+        args, kwargs = fx.node.map_aggregate(arguments, lambda a: nodes[a.value] if isinstance(a, _Number) else a)
+        nodes.append(graph.create_node(op, target, args, kwargs))
+    names = [str(node.target) for node in nodes if node.op in ("call_module", "get_attr")]
+    return type(fx.GraphModule(dict.fromkeys(names), graph)).forward
 
 
 def _with_traced_forward(original: type[nn.Module]) -> type[nn.Module]:
     @wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = self.traced_forward.call.tensors(args, kwargs)
-        if tensors is None:
+        compute = self.traced_forward.choose(self)
+        if tensors is None or compute is None:
             return original.forward(self, *args, **kwargs)
-        return self.traced_forward.compute(self, *tensors)
+        return compute(self, *tensors)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _new_with_traced_forward, (original,), *object.__reduce_ex__(self, protocol)[2:]

@@ -192,9 +192,10 @@ class Tracer(fx.Tracer):
     """Traces a forward through all modules but torch.nn's own, norms and `opaque` ones, or through `opened` ones alone.
 
     The latter is to be run in place of the forward: raises what would be wrong there. Training flags, and tensors that
-    are attributes, are values of the trace. Notes what a graph does not show:
+    are attributes, are values of the trace; `mode` is which way it goes where it branches on a flag.
 
     Attributes:
+        branches: the training flags that it branches on.
         failed: the path of the innermost module whose forward raised.
         calls: for each module whose forward is traced, how it is called.
         returns_more: the modules that get something else than a tensor from a module that they call.
@@ -204,8 +205,10 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opened: Collection[str] | None = None, opaque: Collection[str] = ()) -> None:
+    def __init__(self, opened: Collection[str] | None = None, opaque: Collection[str] = (), mode: bool = False) -> None:
         super().__init__()
+        self.mode = mode
+        self.branches: set[str] = set()
         self.opened = None if opened is None else {"", *opened}
         self.opaque = opaque
         self.failed: str | None = None
@@ -239,6 +242,12 @@ class Tracer(fx.Tracer):
         if not isinstance(result, fx.Proxy):
             self.returns_more.add(caller)
         return result
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if obj.node.op == "get_attr" and str(obj.node.target).rpartition(".")[2] == "training":
+            self.branches.add(str(obj.node.target))
+            return self.mode
+        return super().to_bool(obj)
 
     def create_arg(self, a: Any) -> Any:
         return a.node if type(a) is _Proxy else super().create_arg(a)

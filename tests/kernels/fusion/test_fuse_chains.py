@@ -351,3 +351,30 @@ def test_distributed_data_parallel(tmp_path):
         close([p.grad for p in model.parameters()], [p.grad for p in expected.parameters()])
     finally:
         dist.destroy_process_group()
+
+
+class BranchOnMode(Chains):
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        return x * 2 if self.training else x
+
+
+class BranchOnModeOfAnother(Chains):
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        return x * 2 if self.norm1.training else x
+
+
+@pytest.mark.parametrize("network", [BranchOnMode, BranchOnModeOfAnother])
+def test_a_forward_that_branches_on_the_mode(network):
+    torch.manual_seed(0)
+    stock = network().double()
+    model = fuse(stock)
+    assert counts(model) == (1, 0, 1), str(model.fusion_report)
+    for again in (model, pickle.loads(pickle.dumps(model))):
+        for training in (True, False):
+            same_step(copy.deepcopy(again).train(training), copy.deepcopy(stock).train(training), image())
+            other, expected = copy.deepcopy(again).train(training), copy.deepcopy(stock).train(training)
+            other.norm1.train(not training)
+            expected.norm1.train(not training)
+            same_step(other, expected, image())

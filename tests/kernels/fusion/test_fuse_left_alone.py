@@ -113,12 +113,6 @@ class AlwaysDropout(Chains):
         return F.relu(F.dropout(self.norm1(self.conv1(x)), 0.0))
 
 
-class BranchOnMode(Chains):
-    def forward(self, x):
-        x = F.relu(self.norm1(self.conv1(x)))
-        return x * 2 if self.training else x
-
-
 class NoGrad(Chains):
     def forward(self, x):
         with torch.no_grad():
@@ -271,12 +265,6 @@ class DropoutOfAnotherMode(Chains):
         return F.relu(F.dropout(self.norm1(self.conv1(x)), 0.5, self.drop.training))
 
 
-class BranchOnModeOfAnother(Chains):
-    def forward(self, x):
-        x = F.relu(self.norm1(self.conv1(x)))
-        return x * 2 if self.norm1.training else x
-
-
 class NewBuffer(Chains):
     def __init__(self) -> None:
         super().__init__()
@@ -383,7 +371,7 @@ def replaced_forward():
 
 LEFT = [
     (UsedTwice, "used 2 times"),
-    (UsedTwiceInTraining, "cannot be traced: symbolically traced variables"),
+    (UsedTwiceInTraining, "used 2 times"),
     (Statement, "used 2 times"),
     (SumChangesOther, "changes the other tensor in place"),
     (SumOfNumber, "does not add a tensor"),
@@ -398,7 +386,6 @@ LEFT = [
     (ChangesData, "changes an attribute of a value"),
     (CalledBetween, "called again before the sum"),
     (AlwaysDropout, "^the dropout behind it does not follow the mode"),
-    (BranchOnMode, "cannot be traced: symbolically traced variables"),
     (NoGrad, "another grad mode"),
     (Checkpointed, "cannot be rewritten: it (runs a part under|asks for the type)"),
     (SavedElsewhere, "saved-tensor hook"),
@@ -429,7 +416,6 @@ LEFT = [
     (AsksByType, "asks for the type of a value"),
     (GetsDictionary, "a module it calls returns something else"),
     (DropoutOfAnotherMode, "the dropout behind it does not follow the mode"),
-    (BranchOnModeOfAnother, "cannot be traced: symbolically traced variables"),
     (NewBuffer, "changes attributes|asks for the type"),
     (Remembers, "changes attributes"),
     (RemembersDeep, "changes attributes"),
