@@ -17,7 +17,6 @@ from .parts import (
     NoChain,
     activation_of,
     dropout_of,
-    own_epilogue,
     passes_on,
     stock_norm,
 )
@@ -185,7 +184,7 @@ def match_chains(tracer: Tracer, known: Collection[str] | None = None) -> list[t
         if known is not None and norm.target not in known:
             continue
         try:
-            _check_norm(norm, tracer.modules)
+            _check_norm(norm, tracer.modules[str(norm.target)])
             match = _match(norm, tracer)
             if not taken.isdisjoint(match.sums):
                 raise NoChain(_OTHER_SIDE)
@@ -234,10 +233,8 @@ def _match(norm: fx.Node, tracer: Tracer) -> Match:
     return match
 
 
-def _check_norm(norm: fx.Node, modules: dict[str, nn.Module]) -> None:
-    module = modules[str(norm.target)]
-    stock_norm(module)
-    if own_epilogue(module):
+def _check_norm(norm: fx.Node, module: nn.Module) -> None:
+    if stock_norm(module)[1]:
         raise NoChain("a part of it has hooks")
     if len(norm.args) != 1 or norm.kwargs or "forward" in vars(module):
         raise NoChain("called in an unusual way")

@@ -27,7 +27,6 @@ from .parts import (
     STOCK,
     SUMS_IN_PLACE,
     NoChain,
-    own_epilogue,
     stock_norm,
 )
 from .report import FusedChain, FusionReport, LeftAlone, class_name
@@ -46,31 +45,27 @@ def fuse(
     """The model with each norm [-> dropout] [-> + residual] -> activation as one operation.
 
     The result shares the parameters and buffers of `model`, which is not changed: train the one or the other. Paths,
-    state_dict keys, modes, hooks and optimizers made before stay good. `result.fusion_report`, a `FusionReport`, says
-    what was fused and what was left alone and why. Left alone is whatever is not certain: torch.fx must show that the
-    norm's output goes nowhere else, in train and in eval mode. Other Python values that this depends on, such as
-    flags, must stay as they are.
+    state_dict keys, modes, hooks and optimizers made before stay good. What is not certain is left alone: torch.fx must
+    show that the norm's output goes nowhere else. `result.fusion_report`, a `FusionReport`, says what was fused and why
+    the rest was not. Python values that forwards read, other than `training` and tensors, must stay as they are.
 
-    A module whose forward calls functions, sums or a shared activation gets a traced forward: Python attributes read
-    there, other than `training` and tensors, are as they were. It is used for calls like the traced one; a call with
-    other values of arguments that have a default takes the original forward. A sum is fused where both sides have the
-    same shape and dtype, which is checked at each call. A dropout that is part of a chain keeps its p, follows the
-    norm's mode, and is, like the norm, no longer found by its class. Under CUDA's autocast stock layer and group norms
-    return float32, fused ones the input's dtype. No other thread may run a model meanwhile: torch.fx patches nn.Module.
+    A forward that calls functions, sums or a shared activation is replaced by a traced one, for calls like the traced
+    one: other values of arguments with a default take the original forward. Sums are fused where both sides have the
+    same shape and dtype, which each call checks. A dropout in a chain keeps its p and follows the norm's mode. Under
+    CUDA's autocast stock layer and group norms return float32, fused ones the input's dtype. No other thread may run a
+    model meanwhile: torch.fx patches nn.Module. See docs/fuse.md.
 
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.
         example_inputs: the arguments of one call, in order; sums that broadcast there are left alone.
-        process_group: take the statistics of all batch norms, also of those left alone or fused before, over its
-            processes, all of which must call. Before init_process_group, torch.distributed.group.WORLD is None, which
-            asks for no synchronisation.
+        process_group: take the statistics of all batch norms, fused or not, over its processes, all of which must call.
 
     Returns:
         A module of the same class, with the attribute `fusion_report`.
 
     Raises:
         TypeError: `model` is not a module, or is a wrapped or compiled one; process_group is not a ProcessGroup; a
-            subclass of a batch norm cannot be synchronised.
+            batch norm of an unknown class cannot be synchronised.
         ValueError: the model does not run on `example_inputs`; the processes have batch norms of different channels.
         RuntimeError: the modules cannot be copied; process_group is given and torch.distributed not initialised.
     """
@@ -88,7 +83,7 @@ def fuse(
     chains = _certain_chains(findings, {*fused, *left}, left)
     forwards, simple = _rewrite_forwards(findings, chains, left)
     for norm, chain in chains.items():
-        _fuse_norm(result.get_submodule(norm), *chain.kind[:2], norm not in simple)
+        _fuse_norm(result.get_submodule(norm), chain.kind[0], chain.kind[1], norm not in simple)
     for path in dict.fromkeys(path for path, _ in findings.uses):
         norms = dict.fromkeys(chain.norm if chain else "" for used, chain in findings.uses if used == path)
         module = result.get_submodule(path)
@@ -155,11 +150,10 @@ def _check_model(model: nn.Module) -> None:
 def _fuse_own_epilogue(path: str, model: nn.Module, left: dict[str, NoChain]) -> Chain | None:
     """Converts a norm that applies dropout and activation itself, which takes no trace."""
     module = model.get_submodule(path)
-    if not isinstance(module, NORMS) or isinstance(module, FusedLayer) or not module._modules:
+    if not isinstance(module, NORMS) or not module._modules:
         return None
     try:
-        stock_norm(module)
-        epilogue = own_epilogue(module)
+        epilogue = stock_norm(module)[1]
         if any(map(has_hooks, module.children())):
             raise NoChain("a part of it has hooks")
     except NoChain as reason:
@@ -424,7 +418,7 @@ def _absorb(module: nn.Module, norms: list[str], passes_on: bool = True) -> None
 
 def _fuse_norm(module: Any, activation: Activation, dropout_p: float, in_forward: bool = False) -> None:
     vars(module)["fused_from"] = type(module)
-    module.__class__ = FUSED[stock_norm(module)]
+    module.__class__ = FUSED[stock_norm(module)[0]]
     module.set_options(dropout_p, activation, "auto")
     module.in_forward = in_forward
     if isinstance(module, FUSED_BATCH_NORMS):
@@ -499,7 +493,7 @@ def _synchronise(model: nn.Module, process_group: ProcessGroup) -> None:
         module = model.get_submodule(path)
         if not isinstance(module, FusedLayer):
             try:
-                if stock_norm(module) and own_epilogue(module):
+                if stock_norm(module)[1]:
                     raise NoChain("it has an activation of its own")
             except NoChain as reason:
                 raise TypeError(f"{path} cannot be synchronised: it is a {class_name(module)}: {reason}") from reason

@@ -55,8 +55,8 @@ class NoChain(Exception):  # noqa: N818 - a finding rather than an error
         self.status = status
 
 
-def stock_norm(module: nn.Module) -> type[nn.Module]:
-    """The class of torch.nn whose forward `module` computes, but for what `own_epilogue` says.
+def stock_norm(module: nn.Module) -> tuple[type[nn.Module], tuple[Activation, float] | None]:
+    """The class of torch.nn whose forward `module` computes; the activation and dropout that it applies itself, if any.
 
     Raises:
         NoChain: there is none that can be fused.
@@ -71,31 +71,20 @@ def stock_norm(module: nn.Module) -> type[nn.Module]:
         raise NoChain(f"there is no fused {name}")
     if parametrize.is_parametrized(module):
         raise NoChain("it is parametrized")
-    if module._modules.keys() not in (set(), {"drop", "act"}) or (module._modules and name not in _TIMM_NORMS):
-        raise NoChain(f"this {name} has parts that are not known")
     if getattr(module, "_fast_norm", False):
         raise NoChain("it uses timm's fast norm, which computes in another dtype")
     if issubclass(stock, _INSTANCE_NORMS) and vars(module)["track_running_stats"]:
         raise NoChain("there is no fused instance norm with running statistics")
-    return stock
-
-
-def own_epilogue(module: nn.Module) -> tuple[Activation, float] | None:
-    """The dropout and activation that a norm of timm applies itself, None where it applies neither.
-
-    Raises:
-        NoChain: they are not known.
-    """
     if not module._modules:
-        return None
-    drop, act = module.get_submodule("drop"), module.get_submodule("act")
+        return stock, None
+    drop, act = module._modules.get("drop"), module._modules.get("act")
     activation = activation_of_module(act)
-    if type(drop) not in (nn.Identity, nn.Dropout) or "forward" in vars(drop) or activation is None:
-        raise NoChain(f"its parts {class_name(drop)} and {class_name(act)} cannot be fused")
+    if type(drop) not in (nn.Identity, nn.Dropout) or activation is None or len(module._modules) > 2:
+        raise NoChain(f"its parts {' and '.join(map(class_name, module.children()))} cannot be fused")
     p = float(getattr(drop, "p", 0.0))
     if activation.name == "identity" and p > 0:
         raise NoChain("it has a dropout without an activation", "no activation")
-    return None if activation.name == "identity" else (activation, p)
+    return stock, None if activation.name == "identity" else (activation, p)
 
 
 def activation_of_module(module: nn.Module | None) -> Activation | None:
