@@ -365,7 +365,14 @@ class BranchOnModeOfAnother(Chains):
         return x * 2 if self.norm1.training else x
 
 
-@pytest.mark.parametrize("network", [BranchOnMode, BranchOnModeOfAnother])
+class BranchOnTwoModes(Chains):
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = x * 2 if self.norm1.training else x
+        return x + 1 if self.training else x
+
+
+@pytest.mark.parametrize("network", [BranchOnMode, BranchOnModeOfAnother, BranchOnTwoModes])
 def test_a_forward_that_branches_on_the_mode(network):
     torch.manual_seed(0)
     stock = network().double()

@@ -30,6 +30,7 @@ from fusion_networks import (
 )
 from torch import nn
 from torch.nn.utils import prune
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from mnistnorm import (
     fuse,
@@ -252,3 +253,53 @@ def test_fusing_again_and_nothing_to_fuse():
 
 
 # Bad input
+
+
+class SizesInATuple(Chains):
+    """Hands sizes of a traced value to a function of torch that wants numbers."""
+
+    def forward(self, x):
+        x = self.relu(self.norm1(self.conv1(x)))
+        batch, _, height, width = x.shape
+        mask = ~torch.zeros((batch, height, width)).to(device=x.device, dtype=torch.bool)
+        return x * mask.cumsum(1, dtype=x.dtype)[:, None]
+
+
+def test_traced_sizes_end_no_process():
+    torch.manual_seed(0)
+    stock = SizesInATuple().double()
+    same_step(fuse(stock), copy.deepcopy(stock), image())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_feature_extractor_keeps_its_mode_and_its_class(training):
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.0)).double()
+    stock = create_feature_extractor(inner, ["2", "3"]).train(training)
+    stock.note = "kept"
+    x = image()
+    expected = copy.deepcopy(inner[:3].train(training))(x)
+    model = fuse(stock)
+    assert len(model.fusion_report.fused) == 1
+    assert (model.training, model.note) == (training, "kept")
+    torch.testing.assert_close(model(x)["2"], expected)
+    model.train(not training)
+    model.train(training)
+    for other in (stock, unfuse(model)):
+        assert other.training == training
+    torch.testing.assert_close(unfuse(model).eval()(x)["3"], copy.deepcopy(inner).eval()(x))
+
+
+def test_a_graph_module_and_its_copy_are_recompiled_apart():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    model = fuse(traced)
+    before = traced.code
+    for node in model.graph.nodes:
+        if node.op == "output":
+            with model.graph.inserting_before(node):
+                node.args = (model.graph.call_function(torch.neg, (node.args[0],)),)
+    model.recompile()
+    x = torch.randn(IMAGE)
+    assert traced.code == before
+    assert (model(x) <= 0).all()
+    assert (traced(x) >= 0).all()

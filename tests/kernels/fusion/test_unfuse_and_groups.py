@@ -19,6 +19,7 @@ from fusion_networks import (
     sequence,
 )
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from mnistnorm import (
     BatchNormReLU2d,
@@ -143,3 +144,38 @@ def test_process_group_is_for_all_batch_norms(tmp_path, run_two_processes):
     torch.manual_seed(1)
     close(torch.cat([part["output"] for part in parts]), model(torch.randn((6, 3, 5, 7), dtype=torch.float64)))
     close(parts[0]["buffers"], dict(model.named_buffers()))
+
+
+def test_convert_sync_batchnorm_keeps_the_activation_of_a_layer_made_by_hand():
+    model = nn.Sequential(BatchNormReLU2d(4)).eval()
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(unfuse(model)).eval()
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synced.modules())
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(synced(x), model(x))
+
+
+class Doubles(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_chain_whose_norm_is_parametrized_since_is_unfused_as_a_whole():
+    torch.manual_seed(0)
+    model = fuse(Sum().double())
+    for norm in (model.norm1, model.norm2):
+        parametrize.register_parametrization(norm, "weight", Doubles())
+    back = unfuse(model)
+    assert not any(isinstance(module, FUSED) for module in back.modules())
+    x = image()
+    close(back(x), model(x))
+    prune.l1_unstructured(model.conv1, "weight", 0.5)
+    close(unfuse(model)(x), model(x))
+
+
+class Other(BatchNormReLU2d):
+    pass
+
+
+def test_a_fused_layer_of_an_unknown_class_is_an_error():
+    with pytest.raises(RuntimeError, match="0 cannot be unfused: it is a Other, not a BatchNormAct2d"):
+        unfuse(nn.Sequential(Other(4)))
