@@ -193,7 +193,7 @@ def match_chains(tracer: Tracer, known: Collection[str] | None = None) -> list[t
             taken.update(match.sums)
             found[norm] = match
         except NoChain as reason:
-            found[norm] = reason
+            found[norm] = reason.with_traceback(None)  # whose frames would keep the model alive
     for match in list(found.values()):
         for other in match.residuals if isinstance(match, Match) else ():
             if isinstance(found.get(other), NoChain):

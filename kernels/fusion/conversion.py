@@ -157,7 +157,7 @@ def _fuse_own_epilogue(path: str, model: nn.Module, left: dict[str, NoChain]) ->
         if any(map(has_hooks, module.children())):
             raise NoChain("a part of it has hooks")
     except NoChain as reason:
-        left[path] = reason
+        left[path] = reason.with_traceback(None)
         return None
     if epilogue is None:
         return None

@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+import weakref
 from functools import partial
 
 import numpy as np
@@ -22,6 +23,7 @@ from fusion_networks import (
     RandomBranch,
     Sum,
     SumInPlace,
+    SumOfNorms,
     WideningSum,
     counts,
     draw_from_numpy,
@@ -303,3 +305,10 @@ def test_a_graph_module_and_its_copy_are_recompiled_apart():
     assert traced.code == before
     assert (model(x) <= 0).all()
     assert (traced(x) >= 0).all()
+
+
+def test_fuse_keeps_no_model_alive():
+    model = fuse(nn.Sequential(SumOfNorms()))
+    references = [weakref.ref(model), weakref.ref(model[0])]
+    del model
+    assert [reference() for reference in references] == [None, None]
