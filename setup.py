@@ -14,6 +14,7 @@ DEV = [
     "ruff",
     "setuptools>=77",
     "tensorboard",
+    "timm",
 ]
 
 KERNEL_PACKAGES = [

@@ -1,9 +1,14 @@
-"""python -m benchmarks.models: training steps of torchvision's models, stock and fused: time, memory, what is fused."""
+"""python -m benchmarks.models: training steps of models, stock and fused: time, memory, and what is fused.
+
+With --coverage: how many of the norm-activation chains that models run are fused.
+"""
 
 import argparse
 import copy
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +17,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from mnistnorm import fuse
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, choose_device, command_of, fraction, output_file, run_program, thread_count
 from mnistnorm.kernels import FusionReport
+from mnistnorm.kernels.modules import FusedLayer
 from mnistnorm.machine import describe_machine
 
 from .instruments.memory import bytes_beyond, saved_storages
@@ -27,6 +35,43 @@ MODELS = (
     *("shufflenet_v2_x1_0", "mnasnet1_0", "regnet_y_400mf"),
 )
 CLASSES = 10
+COVERED = (
+    *("resnet18", "resnet50", "seresnet50", "resnetv2_50", "densenet121", "efficientnet_b0", "mobilenetv3_small_100"),
+    *("regnety_002", "hrnet_w18_small", "cspresnet50"),
+)
+SIZES = (
+    "test",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xxs",
+    "xxt",
+    "zepto",
+    "micro",
+    "xt",
+    "xs",
+    "tiny",
+    "mini",
+    "small",
+    "_s",
+    "18",
+    "_b0",
+)
+
+NORM_FUNCTIONS = {
+    *(F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm),
+    *(torch.batch_norm, torch.group_norm, torch.layer_norm, torch.instance_norm),
+}
+ACTIVATION_FUNCTIONS = {
+    *(F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu6, F.hardtanh, F.leaky_relu),
+    *(F.silu, F.gelu, F.hardswish, F.elu, F.mish, F.hardsigmoid, F.celu, F.prelu),
+}
+PASSED = {
+    *(F.dropout, torch.dropout, torch.Tensor.contiguous, torch.add, torch.Tensor.add, torch.Tensor.add_),
+    *(torch.Tensor.__add__, torch.Tensor.__iadd__, torch.Tensor.__radd__),
+}
+COVERAGE = "{:<32} {:>6} {:>7} {:>6} {:>8} {:>11}"
 
 COLUMNS = "{:<18} {:>7} {:>6} {:>5} {:>5} {:>7} {:>9} {:>9} {:>7} {:>13} {:>9} {:>9} {:>6}"
 HEADER = COLUMNS.format(
@@ -36,25 +81,61 @@ HEADER = COLUMNS.format(
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "benchmarks.models", "Time training steps of torchvision's models, stock and fused, and count what they save."
-    )
+    parser = Parser("benchmarks.models", "Time training steps of models, stock and fused, and count what they save.")
     add = parser.add_argument
-    add("--models", choices=MODELS, nargs="+", default=["resnet50"])
+    add(
+        "--models",
+        type=model_name,
+        nargs="+",
+        default=["resnet50"],
+        metavar="MODEL",
+        help="of torchvision, or timm/NAME (%(default)s)",
+    )
     add("--dropout", type=fraction, nargs="+", default=[0.0, 0.05], metavar="P", help="before each ReLU behind a norm")
     add("--batch-size", type=at_least(2), default=8, metavar="N", help="(%(default)s)")
     add("--image-size", type=at_least(32), default=64, metavar="N", help="height and width (%(default)s)")
     add("--rounds", type=at_least(2), default=20, metavar="N", help="of each model, stock and fused (%(default)s)")
     add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
+    add(
+        "--coverage",
+        nargs="*",
+        metavar="MODEL",
+        help="instead, count the norm-activation chains that models of timm (or torchvision/NAME) run, and those that "
+        "fuse() takes; fails below 95 %%",
+    )
+    add(
+        "--families",
+        action="store_true",
+        help="instead, the same for a small model of each family of timm, each in a process of its own",
+    )
     add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
     return parser
+
+
+def model_name(text: str) -> str:
+    """One of MODELS, or a model of timm."""
+    if text not in MODELS and not text.startswith("timm/"):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from timm/NAME, {', '.join(MODELS)})")
+    return text
+
+
+def build(name: str) -> nn.Module:
+    """An untrained model: "timm/NAME", "torchvision/NAME", or the NAME of one of torchvision's with few classes."""
+    library, _, model = name.rpartition("/")
+    if library == "timm":
+        import timm
+
+        built: nn.Module = timm.create_model(model)
+        return built
+    options = {} if library else {"num_classes": CLASSES}
+    return torchvision.models.get_model(model, weights=None, **options)
 
 
 def stock_model(name: str, dropout: float) -> nn.Module:
     """The untrained model, where `dropout` is not 0 with an nn.Dropout between each norm and its ReLU or sum."""
     torch.manual_seed(0)
-    model = torchvision.models.get_model(name, num_classes=CLASSES)
+    model = build(name)
     if dropout > 0:
         for chain in report_of(fuse(model)).fused:
             model.set_submodule(chain.norm, nn.Sequential(model.get_submodule(chain.norm), nn.Dropout(dropout)))
@@ -148,8 +229,134 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+class ChainCounter(TorchFunctionMode):
+    """Counts the activations that a model computes of a norm's output, with nothing but dropouts and sums between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = 0
+        self.chains = 0
+        self.paused = False
+        self.of_norms: dict[int, Tensor] = {}  # by id; keeps the tensors alive, so that no id comes twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self.paused or not isinstance(output, Tensor):
+            return output
+        from_norm = [id(argument) in self.of_norms for argument in args if isinstance(argument, Tensor)]
+        if func in NORM_FUNCTIONS:
+            self.norms += 1
+        elif func in ACTIVATION_FUNCTIONS:
+            self.chains += any(from_norm[:1])
+        if func in NORM_FUNCTIONS or (func in PASSED and any(from_norm)):
+            self.of_norms[id(output)] = output
+        else:
+            self.of_norms.pop(id(output), None)  # it was changed in place
+        return output
+
+    def pause_in(self, model: nn.Module) -> None:
+        """Counts nothing inside the fused layers of `model`."""
+
+        def pause(module: nn.Module, *_: Any) -> None:
+            self.paused = not self.paused
+
+        for module in model.modules():
+            if isinstance(module, FusedLayer):
+                module.register_forward_pre_hook(pause)
+                module.register_forward_hook(pause)
+
+
+def count_chains(name: str) -> dict[str, Any]:
+    """The chains that a model runs in eval mode, stock and fused, and the largest difference of their outputs."""
+    torch.manual_seed(0)
+    stock = build(name if "/" in name else f"timm/{name}").eval()
+    for size in (64, stock_size(stock)):
+        images = torch.randn(2, 3, size, size)
+        counters, outputs = [], []
+        try:
+            with torch.no_grad():
+                start = time.perf_counter()
+                fused = fuse(stock)
+                seconds = time.perf_counter() - start
+                for model in (stock, fused):
+                    counters.append(ChainCounter())
+                    counters[-1].pause_in(model)
+                    with counters[-1]:
+                        outputs.append(tree_leaves(model(images)))
+        except (AssertionError, RuntimeError, ValueError):
+            if size == stock_size(stock):
+                raise
+        else:
+            break
+    scale = max(float(output.abs().max()) for output in outputs[0])
+    difference = max(float((a - b).abs().max()) for a, b in zip(*outputs, strict=True))
+    before, after = (counter.chains for counter in counters)
+    return {
+        "model": name,
+        "norms": counters[0].norms,
+        "chains": before,
+        "fused": before - after,
+        "fuse_seconds": seconds,
+        "difference": difference / max(scale, 1e-30),
+    }
+
+
+def stock_size(model: nn.Module) -> int:
+    """The height of the images that a model of timm was made for."""
+    config = getattr(model, "default_cfg", None) or {}
+    return int(config.get("input_size", (3, 224, 224))[-1])
+
+
+def coverage(names: Sequence[str]) -> int:
+    print(COVERAGE.format("model", "norms", "chains", "fused", "fuse()", "difference"))
+    rows = []
+    for name in names:
+        rows.append(count_chains(name))
+        row = rows[-1]
+        print(
+            COVERAGE.format(*list(row.values())[:4], f"{row['fuse_seconds']:.2f} s", f"{row['difference']:.0e}"),
+            flush=True,
+        )
+    chains, fused = sum(row["chains"] for row in rows), sum(row["fused"] for row in rows)
+    print(f"fused {fused} of {chains} chains of {len(rows)} models: {fused / max(chains, 1):.1%}")
+    differing = [row["model"] for row in rows if not row["difference"] < 1e-3]
+    if differing:
+        print(f"outputs differ: {', '.join(differing)}")
+    return int(bool(differing) or fused < 0.95 * chains)
+
+
+def families() -> int:
+    """Runs `coverage` for one small model of each family of timm; reports those that fail or are not fused enough."""
+    import timm
+
+    failed = []
+    modules = timm.list_modules()
+    for module in modules:
+        name = min(timm.list_models(module=module), key=expected_size)
+        command = [sys.executable, "-m", "benchmarks.models", "--coverage", name]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = run.stdout.splitlines() or [""]
+        print(lines[1] if len(lines) > 2 else f"{name}: exit status {run.returncode}", flush=True)
+        if len(lines) < 3 or "differ" in lines[-1]:
+            failed.append(name)
+            print(run.stderr[-500:], flush=True)
+    print(f"{len(modules) - len(failed)} of {len(modules)} families compute the same")
+    print(f"not: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
+
+
+def expected_size(name: str) -> tuple[int, int, str]:
+    """A guess from a model's name, to sort by: the smallest first."""
+    ranks = [rank for rank, word in enumerate(SIZES) if word in name]
+    return min(ranks, default=len(SIZES)), len(name), name
+
+
 def models(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
+    if args.families:
+        return families()
+    if args.coverage is not None:
+        return coverage(args.coverage or COVERED)
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     machine = describe_machine(device)

@@ -6,7 +6,7 @@ An entry's formulas for Triton are its branches in `activate` and `activation_gr
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ class _Kind(NamedTuple):
         masks: whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and
             where the output is 0: then the output alone tells which elements dropout removed.
         default: of the parameter, 0 where there is none.
-        attribute: of the modules, that holds the parameter.
+        attribute: of the modules, that holds the parameter; functions have an argument of this name.
+        functions: the functions of torch, and the names of Tensor's methods, that compute it; see Activation.of_call.
     """
 
     forward: Callable[[Tensor, float], Tensor]
@@ -41,6 +42,7 @@ class _Kind(NamedTuple):
     masks: bool = False
     default: float = 0.0
     attribute: str = ""
+    functions: tuple[Callable[..., Tensor] | str, ...] = ()
 
 
 _KINDS = {
@@ -60,6 +62,7 @@ _KINDS = {
         gradient_from_output=True,
         records_output=True,
         masks=True,
+        functions=(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
     ),
     "relu6": _Kind(
         lambda x, _: F.hardtanh(x, 0.0, 6.0),
@@ -68,6 +71,7 @@ _KINDS = {
         (nn.ReLU6,),
         gradient_from_output=True,
         masks=True,
+        functions=(F.relu6,),
     ),
     "leaky_relu": _Kind(
         lambda x, slope: F.leaky_relu(x, slope),
@@ -78,18 +82,21 @@ _KINDS = {
         records_output=True,
         default=0.01,
         attribute="negative_slope",
+        functions=(F.leaky_relu, F.leaky_relu_),
     ),
     "silu": _Kind(
         lambda x, _: F.silu(x),
         lambda x, _: F.silu(x, inplace=True),
         lambda grad, value, _: _aten.silu_backward.default(grad, value),
         (nn.SiLU,),
+        functions=(F.silu,),
     ),
     "gelu": _Kind(
         lambda x, _: F.gelu(x),
         lambda x, _: _aten.gelu_.default(x),
         lambda grad, value, _: _aten.gelu_backward.default(grad, value),
         (nn.GELU,),
+        functions=(F.gelu,),
     ),
     "gelu_tanh": _Kind(
         lambda x, _: F.gelu(x, approximate="tanh"),
@@ -102,10 +109,16 @@ _KINDS = {
         lambda x, _: F.hardswish(x, inplace=True),
         lambda grad, value, _: _aten.hardswish_backward.default(grad, value),
         (nn.Hardswish,),
+        functions=(F.hardswish,),
     ),
 }
 
 ACTIVATIONS = tuple(_KINDS)
+
+_CLAMPS: tuple[Callable[..., Tensor] | str, ...] = (
+    *(F.hardtanh, F.hardtanh_, torch.clamp, torch.clamp_, torch.clamp_min, torch.clamp_min_),
+    *("clamp", "clamp_", "clamp_min", "clamp_min_"),
+)
 
 
 @dataclass(frozen=True)
@@ -145,11 +158,46 @@ class Activation:
             return cls(activation, _KINDS[activation].default)
         if type(activation) is nn.GELU and activation.approximate == "tanh":
             return cls("gelu_tanh")
+        if type(activation) is nn.Hardtanh and (activation.min_val, activation.max_val) == (0, 6):
+            return cls("relu6")
         if isinstance(activation, nn.Module):
             for name, kind in _KINDS.items():
                 if type(activation) in kind.modules:
                     return cls(name, float(getattr(activation, kind.attribute)) if kind.attribute else 0.0)
         raise _unknown(activation)
+
+    @classmethod
+    def of_call(cls, function: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Activation | None":
+        """The activation that a call of a function of torch, or of a Tensor's method of that name, computes.
+
+        None where it is no known one, or has arguments that are not numbers.
+        """
+        further = [*args[1:], *kwargs.values()]
+        if not all(isinstance(value, (int, float, str, type(None))) for value in further):
+            return None
+        if function in _CLAMPS:
+            low, high = (*args[1:3], None, None)[:2]
+            low = kwargs.get("min", kwargs.get("min_val", low))
+            high = kwargs.get("max", kwargs.get("max_val", high))
+            bounds = {(0, None): "relu", (0, 6): "relu6"}
+            no_hardtanh = function not in (F.hardtanh, F.hardtanh_) or high is not None
+            return cls(bounds[low, high]) if (low, high) in bounds and no_hardtanh else None
+        name = next((name for name, kind in _KINDS.items() if function in kind.functions), None)
+        if name is None or "out" in kwargs:
+            return None
+        if name == "gelu":
+            return cls("gelu_tanh" if "tanh" in further else "gelu")
+        if not (attribute := _KINDS[name].attribute):
+            return cls(name)
+        slope = kwargs.get(attribute, args[1] if len(args) > 1 else _KINDS[name].default)
+        return cls(name, float(slope)) if slope > 0 else None
+
+    def module(self) -> nn.Module:
+        """A module of torch.nn that computes it."""
+        if self.name == "gelu_tanh":
+            return nn.GELU(approximate="tanh")
+        (kind,) = self.kind.modules
+        return kind(self.parameter) if self.kind.attribute else kind()
 
     def __str__(self) -> str:
         return f"{self.name}({self.parameter:g})" if self.kind.attribute else self.name

@@ -32,6 +32,9 @@ class FusedLayer(nn.Module):
         epilogue = check_epilogue(dropout_p, activation, impl)
         self.dropout_p, self.activation, self.impl = dropout_p, epilogue.activation.short, impl
 
+    in_forward = False
+    """Whether a forward that fuse rewrote calls it, with `_in_place`; any other call is then for the norm alone."""
+
     def forward(self, input: Tensor, residual: Tensor | None = None, *, _in_place: bool | None = None) -> Tensor:
         """Of the input's shape and dtype; `residual` of the same shape is added before the activation.
 
@@ -40,16 +43,20 @@ class FusedLayer(nn.Module):
         if isinstance(input, fx.Proxy):
             return self._record(input, residual, _in_place)
         self._check_input(input)
-        if _in_place is None or _fits(residual, input):
-            return self._call(self._function, input, residual, self.activation)
-        output = self._call(self._function, input, None, "identity")
+        if self.in_forward and _in_place is None and residual is None:
+            return self._call(self._function, input, None, 0.0, "identity")
+        if _in_place is None or residual is None or _fits(residual, input):
+            return self._call(self._function, input, residual, self.dropout_p, self.activation)
+        output = self._call(self._function, input, None, self.dropout_p, "identity")
         output = (operator.iadd if _in_place else operator.add)(output, residual)
         return Activation.of(self.activation).forward(output)
 
     def _check_input(self, input: Tensor) -> None:
         """Rejects inputs that the function accepts but the module does not."""
 
-    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+    def _call(
+        self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
+    ) -> Any:
         """Calls `_function`, or what stands for it, with all that the layer holds."""
         raise NotImplementedError
 
@@ -58,7 +65,8 @@ class FusedLayer(nn.Module):
         tracer: Any = input.tracer
         path = tracer.path_of_module(self)
         if path == "":
-            return self._call(partial(_record_function, tracer, self._function), input, residual, self.activation)
+            function = partial(_record_function, tracer, self._function)
+            return self._call(function, input, residual, self.dropout_p, self.activation)
         options = {} if in_place is None else {"_in_place": in_place}
         arguments = (input,) if residual is None else (input, residual)
         return tracer.create_proxy("call_module", path, arguments, options)
@@ -159,7 +167,9 @@ class _BatchNormAct(FusedLayer, _NormBase):
             sync.check_channels(input, group)
             _checked[self] = group.group_name
 
-    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+    def _call(
+        self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
+    ) -> Any:
         training = self.training
         tracks = training and self.track_running_stats
         # nn's rules: in training the running statistics are updated if tracked, in eval mode used if they exist.
@@ -178,7 +188,7 @@ class _BatchNormAct(FusedLayer, _NormBase):
             num_batches_tracked=counter,
             process_group=self.process_group if training else None,
             residual=residual,
-            dropout_p=self.dropout_p if training else 0.0,
+            dropout_p=dropout_p if training else 0.0,
             activation=activation,
             impl=self.impl,
         )
@@ -252,11 +262,13 @@ class GroupNormAct(FusedLayer, nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+    def _call(
+        self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
+    ) -> Any:
         return function(
             *(input, self.num_groups, self.weight, self.bias, self.eps),
             residual=residual,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_p=dropout_p if self.training else 0.0,
             activation=activation,
             impl=self.impl,
         )
@@ -311,12 +323,14 @@ class _InstanceNormAct(FusedLayer, _NormBase):
         if input.shape[2:].numel() == 1:
             raise ValueError(f"expected more than 1 spatial element, got input of shape {shape}")
 
-    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+    def _call(
+        self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
+    ) -> Any:
         groups = max(1, input.shape[1]) if isinstance(input, Tensor) else self.num_features
         return function(
             *(input, groups, self.weight, self.bias, self.eps),
             residual=residual,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_p=dropout_p if self.training else 0.0,
             activation=activation,
             impl=self.impl,
         )
@@ -391,11 +405,13 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _call(self, function: Callable[..., Any], input: Any, residual: Any, activation: ActivationLike) -> Any:
+    def _call(
+        self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
+    ) -> Any:
         return function(
             *(input, self.normalized_shape, self.weight, self.bias, self.eps),
             residual=residual,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_p=dropout_p if self.training else 0.0,
             activation=activation,
             impl=self.impl,
         )

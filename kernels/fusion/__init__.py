@@ -1,5 +1,6 @@
 """fuse and unfuse: conversion of existing models to fused layers and back."""
 
-from .convert import FusionReport, fuse, unfuse
+from .conversion import UnfusedLayer, fuse, unfuse
+from .report import FusionReport
 
-__all__ = ["FusionReport", "fuse", "unfuse"]
+__all__ = ["FusionReport", "UnfusedLayer", "fuse", "unfuse"]

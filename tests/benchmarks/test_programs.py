@@ -193,3 +193,12 @@ def test_dropout_before_each_relu_of_resnet50_costs_no_memory() -> None:
 def test_models_with_bad_input(flags, expected, capsys) -> None:
     assert models.main(flags) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_coverage_counts_the_chains_that_a_model_runs(capsys) -> None:
+    pytest.importorskip("timm")
+    assert models.main(["--coverage", "resnet18", "torchvision/mnasnet0_5"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split()[:4] == ["resnet18", "20", "17", "17"]
+    assert printed[2].split()[:4] == ["torchvision/mnasnet0_5", "52", "35", "35"]
+    assert printed[3] == "fused 52 of 52 chains of 2 models: 100.0%"

@@ -156,5 +156,5 @@ def test_sizes_that_are_tensors_are_read_at_each_call():
     x, size = torch.randn(3, 5), torch.tensor(5)
     layer_norm_relu(x, (size,))
     size.fill_(7)
-    with pytest.raises(RuntimeError, match="input must have shape .*7"):
+    with pytest.raises(RuntimeError, match=r"input must have shape .*7"):
         layer_norm_relu(x, (size,))

@@ -1,0 +1,132 @@
+"""What a chain consists of: which modules and calls of torch are a norm, a dropout, a sum or an activation."""
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from .. import modules as layers
+from ..activations import Activation
+from ..modules import FusedLayer
+from .report import Status, class_name
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+FUSED_BATCH_NORMS = (layers.BatchNormAct1d, layers.BatchNormAct2d, layers.BatchNormAct3d)
+FUSED: dict[type[nn.Module], type[FusedLayer]] = {
+    **{getattr(nn, f"BatchNorm{n}d"): getattr(layers, f"BatchNormAct{n}d") for n in (1, 2, 3)},
+    **{getattr(nn, f"InstanceNorm{n}d"): getattr(layers, f"InstanceNormAct{n}d") for n in (1, 2, 3)},
+    nn.GroupNorm: layers.GroupNormAct,
+    nn.LayerNorm: layers.LayerNormAct,
+}
+STOCK = {fused: stock for stock, fused in FUSED.items()}
+
+# Subclasses whose own forward computes what that of torch.nn does; those of norm_act apply `drop` and `act` behind it.
+_TIMM_NORMS = {
+    "timm.layers.norm_act.BatchNormAct2d": nn.BatchNorm2d,
+    "timm.layers.norm_act.GroupNormAct": nn.GroupNorm,
+    "timm.layers.norm_act.GroupNorm1Act": nn.GroupNorm,
+    "timm.layers.norm_act.LayerNormAct": nn.LayerNorm,
+    "timm.layers.norm.GroupNorm": nn.GroupNorm,
+    "timm.layers.norm.GroupNorm1": nn.GroupNorm,
+    "timm.layers.norm.LayerNorm": nn.LayerNorm,
+}
+_TIMM_ACTIVATIONS = {
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.HardSwish": "hardswish",
+}
+
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+SUMS_IN_PLACE = {operator.iadd, "add_"}
+_DROPOUTS = {F.dropout, torch.dropout}
+
+
+class NoChain(Exception):  # noqa: N818 - a finding rather than an error
+    """Why a norm does not begin a chain; `status` as in LeftAlone."""
+
+    def __init__(self, reason: str, status: Status = "chain") -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def stock_norm(module: nn.Module) -> tuple[type[nn.Module], tuple[Activation, float] | None]:
+    """The class of torch.nn whose forward `module` computes; the activation and dropout that it applies itself, if any.
+
+    Raises:
+        NoChain: there is none that can be fused.
+    """
+    kind: Any = type(module)
+    name = class_name(module)
+    if isinstance(module, FusedLayer):
+        raise NoChain("already fused", "already fused")
+    stock: Any = _TIMM_NORMS.get(name) or next((stock for stock in FUSED if issubclass(kind, stock)), None)
+    known = name in _TIMM_NORMS or (stock is not None and kind.forward is stock.forward)
+    if stock is None or not known or any(map(is_lazy, module.parameters())):
+        raise NoChain(f"there is no fused {name}")
+    if parametrize.is_parametrized(module):
+        raise NoChain("it is parametrized")
+    if getattr(module, "_fast_norm", False):
+        raise NoChain("it uses timm's fast norm, which computes in another dtype")
+    if issubclass(stock, _INSTANCE_NORMS) and vars(module)["track_running_stats"]:
+        raise NoChain("there is no fused instance norm with running statistics")
+    if not module._modules:
+        return stock, None
+    drop, act = module._modules.get("drop"), module._modules.get("act")
+    activation = activation_of_module(act)
+    if type(drop) not in (nn.Identity, nn.Dropout) or activation is None or len(module._modules) > 2:
+        raise NoChain(f"its parts {' and '.join(map(class_name, module.children()))} cannot be fused")
+    p = float(getattr(drop, "p", 0.0))
+    if activation.name == "identity" and p > 0:
+        raise NoChain("it has a dropout without an activation", "no activation")
+    return stock, None if activation.name == "identity" else (activation, p)
+
+
+def activation_of_module(module: nn.Module | None) -> Activation | None:
+    """The activation that a module computes, None where it is no known one."""
+    if module is None or "forward" in vars(module):
+        return None
+    try:
+        return Activation.of(_TIMM_ACTIVATIONS.get(class_name(module), module))
+    except ValueError:
+        return None
+
+
+def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
+    """The activation that a node computes, None where it is no known one. An identity is none."""
+    if node.op == "call_module":
+        activation = activation_of_module(modules[str(node.target)])
+        return None if activation is not None and activation.name == "identity" else activation
+    return Activation.of_call(node.target, node.args, node.kwargs)
+
+
+def dropout_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, Any] | None:
+    """The probability and the argument `training` of a dropout, which is None for a module; None for another node."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return (float(module.p), None) if type(module) is nn.Dropout and "forward" not in vars(module) else None
+    if node.op != "call_function" or node.target not in _DROPOUTS:
+        return None
+    p, training = _dropout_arguments(*node.args, **node.kwargs)
+    if isinstance(p, fx.Node):
+        raise NoChain("the probability of the dropout behind it is computed")
+    return float(p), training
+
+
+def _dropout_arguments(
+    input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False, train: Any = None
+) -> tuple[Any, Any]:
+    return p, training if train is None else train
+
+
+def passes_on(node: fx.Node, modules: dict[str, nn.Module], seen: dict[str, bool]) -> bool:
+    """Whether the node returns its input unchanged; `seen` tells of modules whether they were seen to do so."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return seen.get(str(node.target), False) or (type(module) is nn.Identity and "forward" not in vars(module))
+    return node.op == "call_method" and node.target == "contiguous" and len(node.args) == 1 and not node.kwargs

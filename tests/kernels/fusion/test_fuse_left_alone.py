@@ -1,0 +1,578 @@
+"""fuse leaves alone what is not certain, and says why."""
+
+import copy
+import random
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from fusion_networks import (
+    IMAGE,
+    BroadcastSum,
+    Chains,
+    Counter,
+    DataDependent,
+    Functional,
+    LayerDrop,
+    RandomBranch,
+    Reverse,
+    Sum,
+    counts,
+    draw_from_numpy,
+    image,
+    same_step,
+    sequence,
+)
+from torch import Tensor, library, nn
+
+from mnistnorm import (
+    fuse,
+)
+
+# What is left alone
+
+
+class UsedTwice(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        return self.relu(x) + x
+
+
+class UsedTwiceInTraining(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        return (self.relu(x), x) if self.training else self.relu(x)
+
+
+class Statement(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        self.eval_relu(x)
+        return x
+
+
+class SumChangesOther(Chains):
+    def forward(self, x):
+        identity = self.conv1(x)
+        before = identity
+        identity += self.norm1(identity * 2)
+        return F.relu(identity) + before
+
+
+class SumOfNumber(Chains):
+    def forward(self, x):
+        return F.relu(self.norm1(self.conv1(x)) + 1)
+
+
+class SumWithItself(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        return F.relu(x + x)
+
+
+class SumScaled(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        return F.relu(torch.add(self.norm1(x), x, alpha=2))
+
+
+class WriteBetween(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        with torch.no_grad():
+            out = self.norm1(x)
+            out = F.relu(out + self.eval_relu(x))
+        return out * self.scale
+
+
+@library.custom_op("mnistnorm_tests::double", mutates_args={"x"})
+def double(x: Tensor) -> None:
+    x.mul_(2)
+
+
+class OperatorBetween(Chains):
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+
+    def forward(self, x):
+        x = self.conv1(x)
+        with torch.no_grad():
+            out = self.norm1(x)
+            self.write(x)
+            out = F.relu(out + x)
+        return out * self.scale
+
+
+class AlwaysDropout(Chains):
+    def forward(self, x):
+        return F.relu(F.dropout(self.norm1(self.conv1(x)), 0.0))
+
+
+class NoGrad(Chains):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.conv1(x)
+        return F.relu(self.norm1(x))
+
+
+class Checkpointed(Chains):
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(self.conv1, x, use_reentrant=False)
+        return F.relu(self.norm1(x))
+
+
+class SavedElsewhere(Chains):
+    def forward(self, x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return F.relu(self.norm1(self.conv1(x)))
+
+
+class Autocast(Chains):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.conv1(x)
+        return F.relu(self.norm1(x))
+
+
+class CustomFunction(Chains):
+    def forward(self, x):
+        return F.relu(self.norm1(Reverse.apply(self.conv1(x))))
+
+
+class OwnGenerator(Chains):
+    def __init__(self, generator, draw, relu=None) -> None:
+        super().__init__()
+        self.generators, self.draw = {"depth": [generator]}, draw
+        self.act = relu or self.relu
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        return self.act(x) if self.draw(self.generators["depth"][0]) > -1 else x
+
+
+class StoresNorm(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        self.features = x
+        return self.relu(x)
+
+
+class StoresDropout(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = {"dropped": []}
+
+    def forward(self, x):
+        x = self.drop(self.norm1(self.conv1(x)))
+        self.log["dropped"].append(x)
+        return self.relu(x)
+
+
+class Store:
+    def __init__(self) -> None:
+        self.values = []
+
+    def add(self, value):
+        self.values.append(value)
+
+
+class StoresByMethod(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = Store().add
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        self.store(x)
+        return self.relu(x)
+
+
+class StoresInside(nn.Module):
+    """Stores what the module inside hands over."""
+
+    class Inner(Chains):
+        def forward(self, x):
+            x = self.norm1(self.conv1(x))
+            return self.relu(x), x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x):
+        x, self.features = self.inner(x)
+        return x
+
+
+class GradModeChanges(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        with torch.no_grad():
+            x = self.relu(x)
+        return x + self.conv1.bias.sum()
+
+
+class CustomGradientBetween(Chains):
+    def forward(self, x):
+        return self.relu(Reverse.apply(self.norm1(self.conv1(x))))
+
+
+class AsksForType(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        if isinstance(x, dict):
+            x = x["out"]
+        return F.relu(self.norm1(x))
+
+
+class AsksByFunction(Chains):
+    def __init__(self, asks) -> None:
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return F.relu(self.norm1(x * 2 if self.asks(x) else x))
+
+
+class AsksByType(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        return F.relu(self.norm1(x * 2 if type(x) is Tensor else x))
+
+
+class Named(nn.Module):
+    def forward(self, x):
+        return {"out": x}
+
+
+class GetsDictionary(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.named = Named()
+
+    def forward(self, x):
+        return F.relu(self.norm1(self.conv1(self.named(x)["out"])))
+
+
+class DropoutOfAnotherMode(Chains):
+    def forward(self, x):
+        return F.relu(F.dropout(self.norm1(self.conv1(x)), 0.5, self.drop.training))
+
+
+class NewBuffer(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return F.relu(self.norm1(self.conv1(x))) * self.calls
+
+
+class Remembers(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"shape": None}
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        self.seen["shape"] = x.shape
+        return x
+
+
+class RemembersDeep(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"shapes": []}
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        self.seen["shapes"].append(x.shape)
+        return x
+
+
+class CountsElsewhere(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = SimpleNamespace(calls=0)
+
+    def forward(self, x):
+        self.statistics.calls += 1
+        return F.relu(self.norm1(self.conv1(x)))
+
+
+class OwnTensor(Chains):
+    def forward(self, x):
+        return F.relu(self.norm1(self.conv1(x))) + torch.ones(7, dtype=torch.float64)
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class StatisticsBetween(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.norm1(x)
+        return F.relu(y + x * self.norm1.running_mean.view(-1, 1, 1))
+
+
+class ChangesData(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.norm1(x)
+        x.data = 2 * x
+        return F.relu(y + x)
+
+
+class CalledBetween(Chains):
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.norm1(x)
+        return F.relu(F.relu(self.norm1(2 * x + 1) + x) + y)
+
+
+def hooked(path):
+    model = sequence(nn.BatchNorm2d(4), nn.Dropout(0.0), nn.ReLU())
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def hooked_inside():
+    model = nn.Sequential(sequence(nn.BatchNorm2d(4)), nn.Sequential(nn.ReLU()))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def replaced_relu():
+    model = sequence(nn.BatchNorm2d(4), nn.ReLU())
+    model[2].forward = F.leaky_relu
+    return model
+
+
+def in_two_modes():
+    model = sequence(nn.BatchNorm2d(4), nn.Dropout(0.0), nn.ReLU())
+    model[1].eval()
+    return model
+
+
+def replaced_forward():
+    model = Functional()
+    model.forward = lambda x: model.conv1(x)
+    return model
+
+
+LEFT = [
+    (UsedTwice, "used 2 times"),
+    (UsedTwiceInTraining, "used 2 times"),
+    (Statement, "used 2 times"),
+    (SumChangesOther, "changes the other tensor in place"),
+    (SumOfNumber, "does not add a tensor"),
+    (SumWithItself, "does not add a tensor"),
+    (SumScaled, "further arguments"),
+    (WriteBetween, "may change a tensor in place"),
+    (lambda: OperatorBetween(torch.ops.aten.exp_), "may change a tensor in place"),
+    (lambda: OperatorBetween(torch.ops.aten.exp_.default), "may change a tensor in place"),
+    (lambda: OperatorBetween(lambda x: double(x)), "may change a tensor in place"),
+    (lambda: OperatorBetween(lambda x: x.__setitem__(0, 5.0)), "may change a tensor in place"),
+    (StatisticsBetween, "its running statistics are used"),
+    (ChangesData, "changes an attribute of a value"),
+    (CalledBetween, "called again before the sum"),
+    (AlwaysDropout, "^the dropout behind it does not follow the mode"),
+    (NoGrad, "another grad mode"),
+    (Checkpointed, "cannot be rewritten: it (runs a part under|asks for the type)"),
+    (SavedElsewhere, "saved-tensor hook"),
+    (Autocast, "autocast"),
+    (CustomFunction, "autograd Function"),
+    (CustomGradientBetween, "autograd Function"),
+    (RandomBranch, "random numbers"),
+    (lambda: LayerDrop(random.random), "random numbers"),
+    (lambda: LayerDrop(draw_from_numpy), "random numbers"),
+    (lambda: LayerDrop(lambda: torch.rand(())), "random numbers"),
+    (lambda: LayerDrop(random.Random(0).random), "random numbers"),
+    (lambda: LayerDrop(np.random.default_rng(0).random), "random numbers"),
+    (lambda: OwnGenerator(torch.Generator(), lambda own: torch.rand((), generator=own)), "random numbers"),
+    (lambda: OwnGenerator(random.Random(0), random.Random.random), "random numbers"),
+    (lambda: OwnGenerator(np.random.PCG64(0), np.random.PCG64.random_raw), "random numbers"),
+    (lambda: OwnGenerator(np.random.default_rng(0), np.random.Generator.random), "random numbers"),
+    (lambda: OwnGenerator(np.random.default_rng(0), np.random.Generator.random, F.relu), "random numbers"),
+    (lambda: OwnGenerator(np.random.RandomState(0), np.random.RandomState.random_sample), "random numbers"),
+    (lambda: OwnGenerator(SimpleNamespace(own=random.Random(0)), lambda held: held.own.random()), "random numbers"),
+    (StoresNorm, "the output of norm1 .torch.nn.BatchNorm2d. is stored in an attribute"),
+    (StoresDropout, "the output of drop .torch.nn.Dropout. is stored in an attribute"),
+    (StoresByMethod, "stored in an attribute"),
+    (StoresInside, "stored in an attribute"),
+    (GradModeChanges, "what follows runs under another grad mode"),
+    (AsksForType, "asks for the type of a value"),
+    (lambda: AsksByFunction(torch.is_tensor), "asks for the type of a value"),
+    (lambda: AsksByFunction(lambda x: isinstance(x, (list, tuple))), "asks for the type of a value"),
+    (AsksByType, "asks for the type of a value"),
+    (GetsDictionary, "a module it calls returns something else"),
+    (DropoutOfAnotherMode, "the dropout behind it does not follow the mode"),
+    (NewBuffer, "changes attributes|asks for the type"),
+    (Remembers, "changes attributes"),
+    (RemembersDeep, "changes attributes"),
+    (CountsElsewhere, "changes attributes"),
+    (replaced_relu, "followed by 2 .torch.nn.ReLU."),
+    (Counter, "changes attributes"),
+    (OwnTensor, "makes a tensor"),
+    (DataDependent, "cannot be traced: symbolically traced variables"),
+    (replaced_forward, "replaced on the instance"),
+    (lambda: sequence(nn.BatchNorm2d(4), nn.ELU()), "followed by 2 .torch.nn.ELU."),
+    (lambda: sequence(nn.BatchNorm2d(4), nn.Dropout2d(0.0), nn.ReLU()), "followed by 2 .torch.nn.Dropout2d."),
+    (lambda: sequence(nn.BatchNorm2d(4)), "followed by the output"),
+    (lambda: sequence(OwnForward(4), nn.ReLU()), "no fused test_fuse_left_alone.OwnForward"),
+    (
+        lambda: sequence(nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU()),
+        "instance norm with running",
+    ),
+    (lambda: hooked("1"), "1 has hooks"),
+    (lambda: hooked("2"), "2 has hooks"),
+    (lambda: hooked("3"), "3 has hooks"),
+    (hooked_inside, "0 has hooks"),
+    (in_two_modes, "in another mode"),
+]
+
+
+@pytest.mark.parametrize(("network", "reason"), LEFT, ids=lambda value: getattr(value, "__name__", value))
+def test_left_alone(network, reason):
+    torch.manual_seed(0)
+    stock = network().double()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    report = model.fusion_report
+    assert not report.fused, str(report)
+    assert re.search(reason, report.left[0].reason), str(report)
+    assert repr(model) == repr(expected)
+    if network is not replaced_forward:  # its forward is that of the model it was made for
+        same_step(model, expected, image())
+
+
+class StoresEnds(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.log = 0, []
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.conv1(x)
+        self.log.append(x)
+        self.result = self.relu(self.norm1(x))
+        return self.result
+
+
+def test_a_forward_may_store_what_goes_into_a_chain_and_comes_out():
+    stock = StoresEnds()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    assert counts(model) == (1, 0, 1)
+    x = torch.randn(IMAGE)
+    for stores in (model, expected):
+        stores(x)
+    assert (model.calls, expected.calls, stock.calls) == (1, 1, 0)
+    torch.testing.assert_close([*model.log, model.result], [*expected.log, expected.result])
+
+
+def test_other_norms_are_left_alone_and_reported():
+    norms = [nn.SyncBatchNorm(4), nn.RMSNorm(4), torchvision.ops.FrozenBatchNorm2d(4)]
+    names = ["torch.nn.SyncBatchNorm", "torch.nn.RMSNorm", "torchvision.ops.misc.FrozenBatchNorm2d"]
+    report = fuse(nn.Sequential(*(layer for norm in norms for layer in (norm, nn.ReLU())))).fusion_report
+    assert [norm.reason for norm in report.left] == [f"there is no fused {name}" for name in names]
+
+
+def test_a_sum_that_broadcasts_on_the_example_is_left_alone():
+    report = fuse(BroadcastSum(), example_inputs=torch.randn(IMAGE)).fusion_report
+    assert [chain.norm for chain in report.fused] == ["norm1"]
+    assert "broadcasts (3, 4, 5, 7) and (3, 4, 1, 1)" in report.left[0].reason
+    assert len(fuse(Sum(), example_inputs=(torch.randn(IMAGE),)).fusion_report.fused) == 2
+    with pytest.raises(ValueError, match="does not run on example_inputs"):
+        fuse(Sum(), example_inputs=(torch.randn(1, 1, 1, 1),))
+
+
+def test_what_cannot_be_traced_is_fused_by_parts():
+    class Root(DataDependent):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([sequence(nn.BatchNorm2d(4), nn.ReLU()), Sum()])
+
+        def forward(self, x):
+            return super().forward(x), self.blocks[0](x), self.blocks[1](x)
+
+    torch.manual_seed(0)
+    stock = nn.Sequential(Root(), nn.Flatten()).double()[:1]
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    assert [chain.norm for chain in model.fusion_report.fused] == [
+        "0.blocks.0.1",
+        "0.blocks.1.norm1",
+        "0.blocks.1.norm2",
+    ]
+    assert [norm.norm for norm in model.fusion_report.left] == ["0.norm1", "0.norm2"]
+    assert "the forward of 0 cannot be traced" in model.fusion_report.left[0].reason
+    for training in (True, False):
+        same_step(model.train(training), expected.train(training), image())
+
+
+def test_a_relu_shared_with_what_is_not_traced_still_computes_there():
+    class Root(Chains):
+        def __init__(self):
+            super().__init__()
+            self.opaque = DataDependent()
+            self.opaque.relu = self.relu
+
+        def forward(self, x):
+            return self.opaque(self.relu(self.norm1(self.conv1(x)))[:, :3])
+
+    torch.manual_seed(0)
+    stock = Root().double()
+    expected = copy.deepcopy(stock)
+    model = fuse(stock)
+    assert [chain.rewritten for chain in model.fusion_report.fused] == [""]
+    assert type(model.relu) is nn.ReLU
+    for training in (True, False):
+        same_step(model.train(training), expected.train(training), image())
+
+
+class Recursive(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.inner = Recursive(depth - 1) if depth else None
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x)))
+        if self.inner is None:
+            return x if x.sum() > 0 else -x
+        return self.inner(x)
+
+
+class Calls(nn.Module):
+    """Calls what cannot be traced, with what no trace can record."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm2d(3), DataDependent()
+
+    def forward(self, x):
+        return self.inner(F.relu(self.norm(x)), object())
+
+
+@pytest.mark.parametrize(
+    ("network", "expected_counts", "reason"),
+    [
+        (lambda: Recursive(2), (2, 0, 1), "symbolically traced variables cannot be used"),
+        (Calls, (0, 0, 3), "argument of type"),
+    ],
+    ids=["recursive", "called with an object"],
+)
+def test_what_cannot_be_traced_ends_and_is_reported(network, expected_counts, reason):
+    model = fuse(network())
+    assert counts(model) == expected_counts, str(model.fusion_report)
+    assert reason in str(model.fusion_report)
