@@ -18,6 +18,8 @@ from . import native
 from .dropout import drop_
 from .layouts import memory_format_of
 
+_aten = torch.ops.aten
+
 
 class TorchOperation(Operation):
     """A norm and its epilogue in PyTorch."""
@@ -150,4 +152,4 @@ class TorchOperation(Operation):
             output = output.contiguous(memory_format=self._memory_format)
             # Autograd, where it records the norm, does not see this: the activation's gradient is 0 at the zeros.
             drop_(output.detach(), self._memory_format, self.epilogue.dropout_p, seed)
-        return output if residual is None else output.add_(residual)
+        return output if residual is None else _aten.add_.Tensor(output, residual)
