@@ -77,8 +77,8 @@ def batch_norm_relu(
     if momentum is None and isinstance(num_batches_tracked, Tensor):
         momentum = 1.0 / (num_batches_tracked + 1).double()
     if process_group is None:
-        kinds = momentum.__class__, num_batches_tracked.__class__
-        options = ("batch", training, kinds, eps, dropout_p, activation, impl)
+        classes = momentum.__class__, num_batches_tracked.__class__
+        options = ("batch", training, *classes, eps, dropout_p, activation, impl)
         key, ready = _find(options, input, weight, bias, residual, running_mean, running_var)
         if ready is not None:
             buffers = Buffers(running_mean, running_var, float(momentum))  # type: ignore[arg-type]

@@ -173,7 +173,7 @@ def _forward(named: dict[str, Any]) -> Count:
     grid = _Grid(named)
     parameters = grid.sharers * grid.groups_per_tile
     reads: dict[str, Times] = {"x_ptr": 1, "residual_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
-    writes: dict[str, Times] = {"y_ptr": 1, "statistics_ptr": 1}
+    writes: dict[str, Times] = {"y_ptr": 1, "mean_ptr": 1, "rstd_ptr": 1}
     running: dict[str, Times] = {"running_mean_ptr": 1, "running_var_ptr": 1}
     if grid.split:
         reads["partials_ptr"] = grid.slab_visits
@@ -192,14 +192,14 @@ def _gradient_sums(named: dict[str, Any]) -> Count:
     else:
         parameters = grid.row_blocks * grid.position_blocks * grid.groups_per_tile
     reads: dict[str, Times] = {"dy_ptr": 1, "x_ptr": 1, "kept_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
-    return reads | {"statistics_ptr": grid.splits}, {"partials_ptr": 1}
+    return reads | {"mean_ptr": grid.splits, "rstd_ptr": grid.splits}, {"partials_ptr": 1}
 
 
 def _backward(named: dict[str, Any]) -> Count:
     grid = _Grid(named)
     parameters = grid.sharers * grid.groups_per_tile
     reads: dict[str, Times] = {"dy_ptr": 1, "x_ptr": 1, "kept_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
-    reads["statistics_ptr"] = grid.slab_visits
+    reads |= {"mean_ptr": grid.slab_visits, "rstd_ptr": grid.slab_visits}
     if grid.split:
         reads["partials_ptr"] = grid.slab_visits
     return reads, {"dx_ptr": 1, "dresidual_ptr": 1, "dweight_ptr": 1, "dbias_ptr": 1}

@@ -87,7 +87,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _fake_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     norm, _ = _unflat(arguments[6:])
-    statistics = input.new_empty(2 * prod(norm.statistics_shape(input)), dtype=statistics_dtype(input))
+    from ..triton_impl.launches import Pair  # not at the top: importing it imports Triton
+
+    dtype = statistics_dtype(input)
+    statistics = input.new_empty(Pair.of(0, prod(norm.statistics_shape(input)), dtype).size, dtype=dtype)
     channels = input.shape[1] if isinstance(norm, BatchNorm) and norm.use_batch_stats else 0
     return torch.empty_like(_dense(norm, input)), statistics, *(statistics.new_empty(channels) for _ in range(2))
 

@@ -122,11 +122,11 @@ def update_running(running_ptr, value, momentum, mask):
 
 
 @triton.jit
-def store_statistics(statistics_ptr, running_mean_ptr, running_var_ptr, slab, mask, mean, m2, count, eps, momentum):
+def store_statistics(mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, mask, mean, m2, count, eps, momentum):
     """Stores mean and rstd for backward and updates the running statistics; returns rstd."""
     rstd = tl.rsqrt(m2 / count + tl.cast(eps, mean.dtype))
-    tl.store(statistics_ptr + 2 * slab, mean, mask=mask)
-    tl.store(statistics_ptr + 2 * slab + 1, rstd, mask=mask)
+    tl.store(mean_ptr + slab, mean, mask=mask)
+    tl.store(rstd_ptr + slab, rstd, mask=mask)
     if running_mean_ptr is not None:
         update_running(running_mean_ptr + slab, mean, momentum, mask)
     if running_var_ptr is not None:
@@ -188,7 +188,8 @@ def forward_kernel(
     bias_ptr,
     residual_ptr,
     y_ptr,
-    statistics_ptr,
+    mean_ptr,
+    rstd_ptr,
     running_mean_ptr,
     running_var_ptr,
     partials_ptr,
@@ -217,11 +218,8 @@ def forward_kernel(
     ACTIVATION: tl.constexpr,
     PARAMETER: tl.constexpr,
 ):
-    """The output, from statistics of the tile ("resident"), of the partials ("split") or given ("none"): 1R + 1W.
-
-    statistics are [slab, mean or rstd].
-    """
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    """The output, from statistics of the tile ("resident"), of the partials ("split") or given ("none"): 1R + 1W."""
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
     first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
@@ -235,14 +233,14 @@ def forward_kernel(
         if REDUCTION == "split":
             mean, m2 = load_statistics(partials_ptr, slab, slab_mask, slabs, splits, count, dtype, True)
             rstd = store_statistics(
-                *(statistics_ptr, running_mean_ptr, running_var_ptr, slab, is_first),
+                *(mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, is_first),
                 *(mean, m2, count, eps, momentum),
             )
         if REDUCTION == "none":
             mean = device.load(running_mean_ptr, slab, slab_mask, dtype)
             rstd = tl.rsqrt(device.load(running_var_ptr, slab, slab_mask, dtype) + tl.cast(eps, dtype))
-            tl.store(statistics_ptr + 2 * slab, mean, mask=is_first)
-            tl.store(statistics_ptr + 2 * slab + 1, rstd, mask=is_first)
+            tl.store(mean_ptr + slab, mean, mask=is_first)
+            tl.store(rstd_ptr + slab, rstd, mask=is_first)
 
     for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
         place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
@@ -258,7 +256,7 @@ def forward_kernel(
             mean, m2 = load_statistics(partials_ptr, slab, slab_mask, slabs, splits, count, dtype, False)
         if REDUCTION == "resident" or not PER_CHANNEL:
             rstd = store_statistics(
-                *(statistics_ptr, running_mean_ptr, running_var_ptr, slab, is_first),
+                *(mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, is_first),
                 *(mean, m2, count, eps, momentum),
             )
 
@@ -327,7 +325,8 @@ def gradient_sums_kernel(
     kept_ptr,
     weight_ptr,
     bias_ptr,
-    statistics_ptr,
+    mean_ptr,
+    rstd_ptr,
     partials_ptr,
     rows: tl.int64,
     channel_vectors,
@@ -351,14 +350,14 @@ def gradient_sums_kernel(
     KEPT: tl.constexpr,
 ):
     """Split plan, backward, first launch (2R): the two sums that dx needs, over a part of each slab."""
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     slab_block = tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
     tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
     slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
-    mean = device.load(statistics_ptr, 2 * slab, slab_mask, dtype)
-    rstd = device.load(statistics_ptr, 2 * slab + 1, slab_mask, dtype)
+    mean = device.load(mean_ptr, slab, slab_mask, dtype)
+    rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
     gradient_sum = tl.zeros_like(mean)
     product_sum = tl.zeros_like(mean)
     for tile in range(first_tile, tiles, splits):
@@ -388,7 +387,8 @@ def backward_kernel(
     kept_ptr,
     weight_ptr,
     bias_ptr,
-    statistics_ptr,
+    mean_ptr,
+    rstd_ptr,
     dx_ptr,
     dresidual_ptr,
     dweight_ptr,
@@ -423,7 +423,7 @@ def backward_kernel(
     dweight and dbias are [partial, parameter]: one row for each program that sums other elements of the same parameter;
     `parameter_sums_kernel` adds the rows up.
     """
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
     first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
@@ -436,8 +436,8 @@ def backward_kernel(
 
     if PER_CHANNEL:
         slab, slab_mask, slabs = slabs_at(channel_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, True)
-        mean = device.load(statistics_ptr, 2 * slab, slab_mask, dtype)
-        rstd = device.load(statistics_ptr, 2 * slab + 1, slab_mask, dtype)
+        mean = device.load(mean_ptr, slab, slab_mask, dtype)
+        rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
         if REDUCTION == "split":
             gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, True)
 
@@ -447,8 +447,8 @@ def backward_kernel(
         offset = device.element_offset(place, sizes, CHANNELS_LAST)
         if not PER_CHANNEL:
             slab, slab_mask, slabs = slabs_at(row_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, False)
-            mean = device.load(statistics_ptr, 2 * slab, slab_mask, dtype)
-            rstd = device.load(statistics_ptr, 2 * slab + 1, slab_mask, dtype)
+            mean = device.load(mean_ptr, slab, slab_mask, dtype)
+            rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
             if REDUCTION == "split":
                 gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, False)
         residual_gradient, gradient, xhat = load_gradient(

@@ -7,7 +7,7 @@ all the rest of a fused call. Once it has found that kernel, a launch with tenso
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,15 +30,22 @@ class Launch:
         sizes: scalars.
         constants: constexprs and compiler options.
         device: of the tensors.
+        pair: says which of the tensors the kernel takes as two.
     """
 
-    __slots__ = ("_constexprs", "_direct", "constants", "device", "grid", "is_direct", "kernel", "sizes")
+    __slots__ = ("_constexprs", "_direct", "constants", "device", "grid", "is_direct", "kernel", "pair", "sizes")
 
     def __init__(
-        self, kernel: Any, programs: int, sizes: Sequence[Any], constants: dict[str, Any], device: torch.device
+        self,
+        kernel: Any,
+        programs: int,
+        sizes: Sequence[Any],
+        constants: dict[str, Any],
+        device: torch.device,
+        pair: "Pair | None" = None,
     ) -> None:
         self.kernel, self.grid, self.sizes, self.constants = kernel, (programs, 1, 1), tuple(sizes), constants
-        self.device = device
+        self.device, self.pair = device, pair
         self.is_direct = launches_directly(device)
         self._direct: tuple[Any, tuple[Any, ...]] | None = None
         self._constexprs = tuple(constants[name] for name in kernel.arg_names if name in constants)
@@ -46,7 +53,7 @@ class Launch:
     def run(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None:
         """Launches on the current stream of the device, which must be the current one."""
         if not self.is_direct:
-            self.kernel[self.grid](*tensors, *self.sizes, *varying, **self.constants)
+            self.kernel[self.grid](*self.arguments(tensors, varying), **self.constants)
             return
         addresses: list[int | None] = []
         bits = 0
@@ -58,12 +65,15 @@ class Launch:
                 bits |= address
                 addresses.append(address)
         if self._direct is None or bits % ALIGNMENT or self._has_hooks():
-            compiled = self.kernel[self.grid](*tensors, *self.sizes, *varying, **self.constants)
+            compiled = self.kernel[self.grid](*self.arguments(tensors, varying), **self.constants)
             if bits % ALIGNMENT == 0:
                 no_hooks = None, None, None  # the metadata for them, the one before and the one after
                 self._direct = compiled.run, (compiled.function, compiled.packed_metadata, *no_hooks)
             return
         run, fixed = self._direct
+        if self.pair is not None:
+            position, _, _, distance = self.pair
+            addresses.insert(position + 1, tensors[position].data_ptr() + distance)  # type: ignore[union-attr]
         stream = triton.runtime.driver.active.get_current_stream(self.device.index)
         run(*self.grid, stream, *fixed, *addresses, *self.sizes, *varying, *self._constexprs)
 
@@ -74,7 +84,40 @@ class Launch:
 
     def arguments(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> tuple[Any, ...]:
         """The kernel's positional arguments: `kernel.warmup(*arguments, grid=grid, **constants)` only compiles it."""
+        if self.pair is not None:
+            position, both = self.pair.position, tensors[self.pair.position]
+            assert both is not None
+            tensors = (*tensors[:position], *self.pair.unbind(both), *tensors[position + 1 :])
         return (*tensors, *self.sizes, *varying)
+
+
+class Pair(NamedTuple):
+    """One allocation for two tensors, which costs the host less than two.
+
+    Attributes:
+        position: among the tensors of a launch.
+        length: elements of each.
+        second: the element where the second begins.
+        distance: the same in bytes, a multiple of the alignment.
+    """
+
+    position: int
+    length: int
+    second: int
+    distance: int
+
+    @classmethod
+    def of(cls, position: int, length: int, dtype: torch.dtype) -> "Pair":
+        second = -(-length * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
+        return cls(position, length, second, second * dtype.itemsize)
+
+    @property
+    def size(self) -> int:
+        """Elements of the allocation."""
+        return 2 * self.second
+
+    def unbind(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        return both[: self.length], both[self.second : self.second + self.length]
 
 
 def launches_directly(device: torch.device) -> bool:

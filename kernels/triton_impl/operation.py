@@ -15,7 +15,7 @@ from ..activations import Activation
 from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm
 from .kernels import backward_kernel, forward_kernel, gradient_sums_kernel, parameter_sums_kernel, statistics_kernel
-from .launches import Launch, current_target, is_current, made_current
+from .launches import Launch, Pair, current_target, is_current, made_current
 from .plans import Kind, Plan, make_plan, parameter_sums_plan
 
 
@@ -54,10 +54,12 @@ class TritonOperation(Operation):
         self._itemsize, self._target = input.element_size(), current_target(input.device)
         self._plan: Kind | None = plan if self.group is None else "split"
         self._statistics_shape = norm.statistics_shape(input)
+        self.statistics = Pair.of(5, self.geometry.slabs, self.dtype)  # mean and rstd of each slab
         self._forward = _Forward(self, reduces=self.reduces and self.group is None)
         self._moments = None
         if self.group is not None:
             self._moments = _Statistics(self, self.make_plan(backward=False, reduces=True))
+        self._is_plain = not self.copies and self._moments is None
         self._backwards: dict[Needs, _Backward] = {}
 
     def make_plan(self, *, backward: bool, reduces: bool) -> Plan:
@@ -75,6 +77,8 @@ class TritonOperation(Operation):
             with made_current(self.device):
                 return self.forward(inputs, buffers, seed)
         running = buffers[:2]
+        if self._is_plain:
+            return self._forward.run(inputs, running, buffers.momentum, seed)
         if self.copies:
             input, weight, bias, residual = inputs
             input, _ = as_dense(input, self.norm.leading(input))
@@ -86,14 +90,12 @@ class TritonOperation(Operation):
             mean, var, unbiased = sync.batch_statistics(moments, self.geometry.slab_size, self.group)
             buffers.update_(mean, unbiased)
             if input.numel() == 0:
-                return torch.empty_like(input), (torch.stack((mean, var), -1).flatten(),)
-            return self._forward.run(inputs, (mean, var), 0.0, seed)
-        if not self.reduces:
-            return self._forward.run(inputs, running, 0.0, seed)
-        results = self._forward.run(inputs, running, float(buffers.momentum), seed)
-        if self.copies:
+                return torch.empty_like(input), (mean.new_zeros(self.statistics.size),)
+            running = mean, var
+        results = self._forward.run(inputs, running, buffers.momentum, seed)
+        if self.reduces and self._moments is None:
             for buffer, updated in zip(buffers[:2], running, strict=True):
-                if buffer is not None and updated is not None and updated is not buffer:
+                if isinstance(buffer, Tensor) and isinstance(updated, Tensor) and updated is not buffer:
                     buffer.copy_(updated)
         return results
 
@@ -109,8 +111,8 @@ class TritonOperation(Operation):
     def mean_and_rstd(self, saved: Saved) -> tuple[Tensor, Tensor]:
         statistics = saved[3]
         assert statistics is not None
-        mean, rstd = statistics.view(*self._statistics_shape, 2).unbind(-1)
-        return mean, rstd
+        mean, rstd = self.statistics.unbind(statistics)
+        return mean.view(self._statistics_shape), rstd.view(self._statistics_shape)
 
     def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
         # The operation itself, with given statistics, weight 0 and bias 1, over zeros in the input's own strides.
@@ -156,20 +158,20 @@ class _Forward:
     def __init__(self, operation: TritonOperation, *, reduces: bool) -> None:
         geometry = operation.geometry
         plan = operation.make_plan(backward=False, reduces=reduces)
-        self._slabs, self._dtype = geometry.slabs, operation.dtype
+        self._size, self._dtype = operation.statistics.size, operation.dtype
         self._statistics = _Statistics(operation, plan) if plan.reduction == "split" else None
         fixed = geometry.slab_size, plan.row_programs, plan.splits, operation.norm.eps, *operation.dropout
         constants = {**plan.constants, **operation.constants, "REDUCTION": plan.reduction}
         sizes = (*_sizes(operation, plan), *fixed)
-        self._launch = Launch(forward_kernel, plan.programs, sizes, constants, operation.device)
+        self._launch = Launch(forward_kernel, plan.programs, sizes, constants, operation.device, operation.statistics)
 
     def run(
-        self, inputs: Inputs, running: tuple[Tensor | None, ...], momentum: float, seed: int
+        self, inputs: Inputs, running: tuple[Any, ...], momentum: float | Tensor, seed: int
     ) -> tuple[Tensor, tuple[Tensor]]:
         input = inputs[0]
         partials = None if self._statistics is None else self._statistics.run(input)
         output = torch.empty_like(input)
-        statistics = input.new_empty(2 * self._slabs, dtype=self._dtype)
+        statistics = input.new_empty(self._size, dtype=self._dtype)
         self._launch.run((*inputs, output, statistics, *running, partials), (momentum, seed))
         return output, (statistics,)
 
@@ -178,7 +180,7 @@ class _Backward:
     """The launches of a backward that has to give certain gradients."""
 
     def __init__(self, operation: TritonOperation, needs: Needs) -> None:
-        geometry, device = operation.geometry, operation.device
+        geometry, device, statistics = operation.geometry, operation.device, operation.statistics
         self._operation, self._needs, self._group = operation, needs, operation.group
         plan = operation.make_plan(backward=True, reduces=operation.reduces and needs[0])
         sizes, constants = _sizes(operation, plan), {**plan.constants, **operation.constants, "KEPT": operation.keeps}
@@ -187,11 +189,11 @@ class _Backward:
         splits = plan.splits
         if plan.reduction == "split":
             fixed = (*sizes, splits, *operation.dropout)
-            self._sums = Launch(gradient_sums_kernel, plan.slab_blocks * splits, fixed, constants, device)
+            self._sums = Launch(gradient_sums_kernel, plan.slab_blocks * splits, fixed, constants, device, statistics)
             splits = splits if self._group is None else 1  # the sums over all processes
         constants = {**constants, "REDUCTION": plan.reduction}
         more = geometry.slab_size, plan.row_programs, splits, *operation.dropout
-        self._launch = Launch(backward_kernel, plan.programs, (*sizes, *more), constants, device)
+        self._launch = Launch(backward_kernel, plan.programs, (*sizes, *more), constants, device, statistics)
         self._parameter_sums: Launch | None = None
         if plan.parameter_partials > 1 and (needs[1] or needs[2]):
             programs, blocks = parameter_sums_plan(geometry.parameters)

@@ -193,10 +193,10 @@ def test_the_table_agrees_with_torch(activation):
     assert_close = torch.testing.assert_close
     assert_close(activation.forward(points), expected, equal_nan=True)
     assert_close(activation.forward_(points.detach().clone()), expected.detach(), equal_nan=True)
-    value = expected.detach() if activation.gradient_from_output else points.detach()
+    value = expected.detach() if activation.kind.gradient_from_output else points.detach()
     ones = torch.ones_like(value)
     assert_close(activation.backward(ones, value), gradient, equal_nan=True)
-    if activation.masks:
+    if activation.kind.masks:
         passes = gradient == 1
         assert torch.equal(passes, gradient != 0)
         same_value = (expected == points) | points.isnan()
@@ -291,7 +291,7 @@ def test_keeps_one_tensor_beside_the_input_and_that_is_alive_anyway(
         names[residual.untyped_storage().data_ptr()] = "residual"
     expected = {"input"}
     if activation.name != "identity" and (with_residual or impl == "torch"):
-        if activation.gradient_from_output:
+        if activation.kind.gradient_from_output:
             expected.add("output")
         elif with_residual:
             expected.add("residual")

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tests.mnistnorm.test_training import trainer
 
 from mnistnorm import compare, distributed, train
 from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.data import Augmentation, Dataset, Normalization, TrainingBatches
 from mnistnorm.engine import Settings
 from mnistnorm.errors import UserError
+from tests.mnistnorm.test_engine import trainer
 from tests.mnistnorm.test_train import FILES, ROOT, same_result
 
 OneError = Callable[[], str]

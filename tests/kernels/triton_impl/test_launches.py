@@ -236,7 +236,8 @@ def launch_on_devices():
         streams = []
         for index in (0, 1):
             device = torch.device("cuda", index)
-            other = launches.Launch(launch.kernel, launch.grid[0], launch.sizes, launch.constants, device)
+            sizes, constants = launch.sizes, launch.constants
+            other = launches.Launch(launch.kernel, launch.grid[0], sizes, constants, device, launch.pair)
             other.run(*arguments)
             other.run(*arguments)
             streams.append(count.stub.last.stream)

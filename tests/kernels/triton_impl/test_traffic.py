@@ -36,7 +36,7 @@ NORMS = ("batch", "group", "layer")
 FORWARD = {"x_ptr": 1}
 BACKWARD = {"x_ptr": 1, "dy_ptr": 1}
 LARGE_TENSORS = {"x_ptr", "y_ptr", "residual_ptr", "kept_ptr", "dy_ptr", "dx_ptr", "dresidual_ptr"}
-STATISTICS = {"statistics_ptr"}
+STATISTICS = {"mean_ptr", "rstd_ptr"}
 
 
 def passes(kernels, chain):
