@@ -34,7 +34,7 @@ def test_the_summary_has_the_networks_figures(norm: str, fused: bool) -> None:
 def test_the_summary_program_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert summary.main(["--norm", "layer", "--fused"]) == 0
     printed = capsys.readouterr().out
-    assert "LayerNormReLU (norm)" in printed
+    assert "LayerNormAct (norm)" in printed
     assert "Total params: 7,594" in printed
     assert "[1, 26, 5, 5]" in printed
 

@@ -50,7 +50,7 @@ ACTIVATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "name"), ACTIVATIONS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("function", "name"), ACTIVATIONS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_every_activation(function, name):
     torch.manual_seed(0)
     stock = Applies(function).double()
@@ -75,7 +75,7 @@ def test_every_activation(function, name):
         lambda x: torch.clamp(x, min=x.mean()),
         torch.sigmoid,
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_is_no_known_activation(function):
     torch.manual_seed(0)
