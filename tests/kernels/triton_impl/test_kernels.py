@@ -237,12 +237,20 @@ def test_options(norm, plan, weight, bias, residual, activation, device):
 
 # Every entry of the table, and one with another parameter than its own.
 EVERY_ACTIVATION = [*map(Activation.of, ACTIVATIONS), Activation("leaky_relu", 0.2)]
-every_activation = pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=str)
+
+
+def every_activation(norms):
+    """Every activation with every norm: with one of them in the quick tests, with the others in the slow ones."""
+    pairs = itertools.product(enumerate(EVERY_ACTIVATION), enumerate(norms))
+    return pytest.mark.parametrize(
+        ("activation", "norm"),
+        [pytest.param(a, n, marks=() if (i + j) % len(norms) == 0 else pytest.mark.slow) for (i, a), (j, n) in pairs],
+        ids=str,
+    )
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("norm", SMALL, ids=str)
-@every_activation
+@every_activation(SMALL)
 def test_activations(activation, norm, plan, device):
     dropout = {"dropout_p": 0.25, "seed": 3}
     factor = kept_by_output(Problem(norm, device, residual=False, activation="identity", plan=plan, **dropout))
@@ -338,10 +346,9 @@ def is_defined(activation, value):
     return same and not (one.isnan().any() and value == value)
 
 
-@every_activation
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("norm", SMALL, ids=str)
+@every_activation(SMALL)
 def test_nan_and_infinity_pass_as_in_torch(norm, value, residual, activation, device):
     for place in ("x", "residual") if residual else ("x",):
         problem = Problem(norm, device, residual=residual, activation=activation)
@@ -353,10 +360,7 @@ def test_nan_and_infinity_pass_as_in_torch(norm, value, residual, activation, de
             torch.testing.assert_close(problem.backward()[0], gradients[0], equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "norm", [Norm("batch", (4, 8, 3)), Norm("group", (4, 8, 3), 2), Norm("layer", (12, 8), (8,))], ids=str
-)
-@every_activation
+@every_activation([Norm("batch", (4, 8, 3)), Norm("group", (4, 8, 3), 2), Norm("layer", (12, 8), (8,))])
 def test_activations_where_they_bend_and_far_out(activation, norm, device):
     for residual, dtype in itertools.product((False, True), (torch.float64, torch.float32)):
         problem = Problem(norm, device, dtype, residual=residual, activation=activation)

@@ -88,8 +88,14 @@ def test_formulas_where_the_statistics_are_given(channels_last):
     assert_formulas_hold(Evaluation("batch", (3, 6, 25, 31), channels_last=channels_last))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("norm", NORMS)
+# One norm for each activation in the quick tests, the others in the slow ones.
+@pytest.mark.parametrize(
+    ("norm", "activation"),
+    [
+        pytest.param(norm, activation, marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
+        for (i, norm), (j, activation) in product(enumerate(NORMS), enumerate(ACTIVATIONS))
+    ],
+)
 def test_formulas_of_every_activation(norm, activation):
     # Each with both plans, with and without residual and dropout, in one of the two pairings.
     paired = (ACTIVATIONS.index(activation) + NORMS.index(norm)) % 2
