@@ -26,7 +26,7 @@ from .instruments.timing import Spread
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS, RUNS = (ROOT / name for name in ("docs", "docs/results", "runs/results"))
 # Where the tables are, each in one place.
-PAGES = (ROOT / "README.md", DOCS / "results.md")
+PAGES = (ROOT / "README.md", DOCS / "results.md", DOCS / "fuse.md")
 
 Row = dict[str, Any]
 
@@ -246,6 +246,13 @@ def all_rows(document: Any) -> list[Row]:
 
 
 LADDER = "--shapes network-128 network-512 ladder --contenders compiled fused --dropout 0.05 --rounds 10"
+TIMM = " ".join(
+    f"timm/{name}"
+    for name in (
+        *("resnet18", "seresnet50", "resnetv2_50", "densenet121", "efficientnet_b0", "mobilenetv3_small_100"),
+        *("regnety_002", "cspresnet50", "hrnet_w18_small"),
+    )
+)
 PARTS = {
     "traffic": Part(
         "python -m benchmarks.traffic --shape 64x256x56x56 128x8x26x26",
@@ -256,6 +263,7 @@ PARTS = {
     ),
     "compiled": Part("python -m benchmarks.compiled --shape 64x256x56x56 128x8x26x26", compiled_rows, compiled_table),
     "host": Part("python -m benchmarks.host", host_rows, host_table),
+    "host-modules": Part("python -m benchmarks.host --modules", host_rows, host_table),
     "layers": Part("python -m benchmarks.layers --rounds 60", all_rows, layers_table),
     "ladder": Part(
         f"python -m benchmarks.layers {LADDER}",
@@ -264,7 +272,15 @@ PARTS = {
         {"Layers by size": "layers.png"},
         "--json {0}/results.json --plot {0}/layers.png",
     ),
+    "silu": Part(
+        "python -m benchmarks.layers --activation silu --dropout 0 --rounds 20",
+        all_rows,
+        layers_table,
+    ),
     "models": Part("python -m benchmarks.models", models_rows, models_table),
+    "models-timm": Part(
+        f"python -m benchmarks.models --models {TIMM} --dropout 0 --rounds 6", models_rows, models_table
+    ),
     "training": Part("python -m benchmarks.training", all_rows, training_table),
     "training-compiled": Part(
         "python -m benchmarks.training --rounds 6 --dropout 0.05 --compile", all_rows, training_table
@@ -397,7 +413,7 @@ def render(texts: Mapping[Path, str]) -> dict[Path, str]:
             rendered[page], count = pattern.subn(lambda match, content=content: content, text)  # type: ignore[misc]
             places += count
         if places != 1:
-            names = " and ".join(page.name for page in texts)
+            names = ", ".join(page.name for page in texts)
             raise UserError(f"{names} have {places} places, not one, between {begin.strip()} and {end}")
     return rendered
 

@@ -145,7 +145,8 @@ def test_damaged_results_and_markers_are_named(copy: Path, capsys) -> None:
     results.PAGES[0].write_text(text.replace("<!-- end of results: layers -->", ""))
     assert results.main(["--check"]) == 1
     assert (
-        "README.md and results.md have 0 places, not one, between <!-- results: layers -->" in capsys.readouterr().err
+        "README.md, results.md, fuse.md have 0 places, not one, between <!-- results: layers -->"
+        in capsys.readouterr().err
     )
     (results.RESULTS / "layers.json").write_text("{")
     assert results.main(["--check"]) == 1
