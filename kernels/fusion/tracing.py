@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import RLock
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
 IN_PLACE_OPERATORS = {getattr(operator, name) for name in _IN_PLACE}
 
+_TRACING = RLock()  # a trace by torch.fx patches classes, and so does _watching
 
 _ASKS = "it asks for the type of a value"
 
@@ -300,7 +302,7 @@ class Tracer(fx.Tracer):
         for path in self.opened or ():
             if "type" in type(root.get_submodule(path)).forward.__code__.co_names:
                 raise Untraceable(_ASKS)
-        with _watching():
+        with _TRACING, _watching():
             graph = super().trace(root, concrete_args)
         for _ in range(2):
             self.stored = {proxy.node for reference in self.proxies if (proxy := reference()) is not None}

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -347,3 +349,17 @@ def test_runs_on_triton(network, device):
     reference.sum().backward()
     for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_threads_may_fuse_at_once():
+    before = vars(torch.autograd.Function)["apply"]
+    networks = [SumInPlace() for _ in range(24)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            fused = list(threads.map(fuse, networks))
+    finally:
+        sys.setswitchinterval(interval)
+    assert vars(torch.autograd.Function)["apply"] is before
+    assert {counts(model) for model in fused} == {counts(fuse(SumInPlace()))}
