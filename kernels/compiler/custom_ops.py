@@ -8,7 +8,7 @@ They mutate nothing: batch norm returns its statistics. Eager calls do not use t
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -20,6 +20,9 @@ from ..contract import Epilogue, Gradients, Inputs, Needs, gradients_of
 from ..implementations import prepare
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm, statistics_dtype
 from ..seeds import refuse_capture
+
+if TYPE_CHECKING:
+    from ..triton_impl.launches import Pair
 
 # The arguments that stand for a norm and its epilogue, last in both operators: see `_flat`.
 _OPTIONS = (
@@ -82,15 +85,16 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         buffers = Buffers(mean, var, momentum=1.0)  # which makes the running statistics those of the batch
     operation = prepare("triton", norm, epilogue, inputs, buffers)
     output, (statistics,) = operation.forward(inputs, buffers, _seed(seed, input))
+    pair = _pair(norm, input)
+    if pair.length != pair.second:  # torch may compare whole outputs, and there is nothing in the gaps
+        statistics[pair.length : pair.second] = 0
+        statistics[pair.second + pair.length :] = 0
     return output, statistics, mean.clone(), var.clone()
 
 
 def _fake_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     norm, _ = _unflat(arguments[6:])
-    from ..triton_impl.launches import Pair  # not at the top: importing it imports Triton
-
-    dtype = statistics_dtype(input)
-    statistics = input.new_empty(Pair.of(0, prod(norm.statistics_shape(input)), dtype).size, dtype=dtype)
+    statistics = input.new_empty(_pair(norm, input).size, dtype=statistics_dtype(input))
     channels = input.shape[1] if isinstance(norm, BatchNorm) and norm.use_batch_stats else 0
     return torch.empty_like(_dense(norm, input)), statistics, *(statistics.new_empty(channels) for _ in range(2))
 
@@ -152,6 +156,13 @@ def _fake_backward(grad_output: Tensor, input: Tensor, weight: Any, bias: Any, *
         for tensor, memory_format, needed in zip((dense, weight, bias, dense), formats, needs, strict=True)
         if needed
     ]
+
+
+def _pair(norm: Norm, input: Tensor) -> "Pair":
+    """Where the mean and rstd of each slab lie in the statistics."""
+    from ..triton_impl.launches import Pair  # not at the top: importing it imports Triton
+
+    return Pair.of(0, prod(norm.statistics_shape(input)), statistics_dtype(input))
 
 
 def _dense(norm: Norm, input: Tensor) -> Tensor:
