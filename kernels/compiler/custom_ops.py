@@ -202,7 +202,7 @@ def _refuse(ctx: Any, *gradients: Any) -> Any:
 
 
 class _Formula(NamedTuple):
-    """How an operator is differentiated, in the terms of torch.library.register_autograd."""
+    """How an operator is differentiated, as `register_autograd` takes it."""
 
     backward: Callable[..., Any] = _refuse
     setup_context: Callable[..., None] | None = None
