@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from mnistnorm import fuse
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, choose_device, command_of, fraction, output_file, run_program, thread_count
+from mnistnorm.errors import UserError
 from mnistnorm.kernels import FusionReport
 from mnistnorm.kernels.modules import FusedLayer
 from mnistnorm.machine import describe_machine
@@ -121,13 +122,25 @@ def model_name(text: str) -> str:
 
 
 def build(name: str) -> nn.Module:
-    """An untrained model: "timm/NAME", "torchvision/NAME", or the NAME of one of torchvision's with few classes."""
+    """An untrained model: "timm/NAME", "torchvision/NAME", or the NAME of one of torchvision's with few classes.
+
+    Raises:
+        UserError: there is no such model, or timm is not installed.
+    """
     library, _, model = name.rpartition("/")
     if library == "timm":
-        import timm
-
+        try:
+            import timm
+        except ImportError as error:
+            raise UserError(f"{name} needs timm: pip install timm") from error
+        if not timm.is_model(model):
+            raise UserError(
+                f"timm {timm.__version__} has no model {model!r}; timm.list_models() names them", exit_code=2
+            )
         built: nn.Module = timm.create_model(model)
         return built
+    if model not in torchvision.models.list_models():
+        raise UserError(f"torchvision has no model {model!r}; torchvision.models.list_models() names them", exit_code=2)
     options = {} if library else {"num_classes": CLASSES}
     return torchvision.models.get_model(model, weights=None, **options)
 

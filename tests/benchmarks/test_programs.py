@@ -58,6 +58,14 @@ def test_help(program, capsys) -> None:
     assert f"usage: python -m {program.__name__} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags", [["--models", "timm/nope"], ["--coverage", "nope"], ["--coverage", "torchvision/nope"]]
+)
+def test_unknown_models(flags, capsys) -> None:
+    assert models.main(flags) == 2
+    assert "has no model 'nope'" in capsys.readouterr().err
+
+
 def test_unknown_targets(capsys) -> None:
     assert compiled.main(["--target", "sm_10"]) == 2
     assert "invalid choice: 'sm_10'" in capsys.readouterr().err
