@@ -6,31 +6,30 @@ module whose forward calls functions, or shares one activation, gets a forward t
 edited. All paths, parameters, buffers, hooks and attributes stay where they are.
 """
 
-import operator
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils import parametrize
 
 from ..activations import Activation
 from ..modules import FusedLayer
-from .chains import Chain, Findings, Match, first_line, match_chains
+from .chains import Chains, Match, note_shapes
+from .copying import copy_structure, has_hooks
+from .forwards import TracedForward, put_forward, remove_forward
 from .parts import (
     FUSED,
     FUSED_BATCH_NORMS,
     NORMS,
     STOCK,
-    SUMS_IN_PLACE,
     NoChain,
     stock_norm,
 )
 from .report import FusedChain, FusionReport, LeftAlone, class_name
-from .tracing import Call, Tracer, Untraceable, copy_structure, has_hooks, scratch_copy
+from .tracing import Traces
 
 if TYPE_CHECKING:
     from .report import FusedModel
@@ -76,33 +75,31 @@ def fuse(
         raise RuntimeError("process_group must be alive: call torch.distributed.init_process_group first")
     result = copy_structure(model)
     kinds = {path: class_name(module) for path, module in result.named_modules()}
-    findings = Findings(result)
     left: dict[str, NoChain] = {}
     fused = {path: chain for path in kinds if (chain := _fuse_own_epilogue(path, result, left)) is not None}
-    findings.find("", (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs)
-    chains = _certain_chains(findings, {*fused, *left}, left)
-    forwards, simple = _rewrite_forwards(findings, chains, left)
-    for norm, chain in chains.items():
-        _fuse_norm(result.get_submodule(norm), chain.kind[0], chain.kind[1], norm not in simple)
-    for path in dict.fromkeys(path for path, _ in findings.uses):
-        norms = dict.fromkeys(chain.norm if chain else "" for used, chain in findings.uses if used == path)
-        module = result.get_submodule(path)
-        if chains.keys() >= norms.keys() and (isinstance(module, nn.Dropout) or simple >= norms.keys()):
-            _absorb(module, list(norms), passes_on=simple >= norms.keys())
+    traces = [Traces(result, mode=False)]
+    if any(trace.branches for trace in traces[0].values()):
+        traces.append(Traces(result, mode=True))
+    if example_inputs is not None:
+        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+        note_shapes(result, traces[0], inputs)
+    chains = _certain_chains(result, traces, {*fused, *left}, left)
+    forwards, absorbed = _rewrite_forwards(result, traces, chains)
+    for path, chain in chains.items():
+        _fuse_norm(result.get_submodule(path), *chain.kind, in_forward=True)
+    for path, norms in absorbed.items():
+        _absorb(result.get_submodule(path), norms)
     for path, forward in forwards.items():
-        module = result.get_submodule(path)
-        vars(module)["traced_forward"] = forward
-        module.__class__ = _with_traced_forward(type(module))
+        put_forward(result.get_submodule(path), forward)
     if process_group is not None:
         _synchronise(result, process_group)
-    owners = {norm: chain.owner for norm, chain in chains.items() if norm not in simple}
     fused |= chains
     report = FusionReport(
         tuple(
-            FusedChain(path, kinds[path], p, has_sum, str(activation), owners.get(path))
+            FusedChain(path, kinds[path], p, chain.has_sum, str(activation), chain.owner)
             for path in kinds
-            if path in fused
-            for activation, p, has_sum in [fused[path].kind]
+            if (chain := fused.get(path))
+            for activation, p in [chain.kind]
         ),
         tuple(LeftAlone(path, kinds[path], str(left[path]), left[path].status) for path in kinds if path in left),
     )
@@ -126,11 +123,9 @@ def unfuse(model: nn.Module) -> nn.Module:
     result = copy_structure(model)
     vars(result).pop("fusion_report", None)
     for path, module in list(result.named_modules()):
-        if "traced_forward" in vars(module):
-            del vars(module)["traced_forward"]
-            module.__class__ = vars(type(module))["original"]
-        elif isinstance(module, Absorbed):
-            del module.norms, module.passes_on
+        remove_forward(module)
+        if isinstance(module, Absorbed):
+            del module.norms
             module.__class__ = vars(module).pop("absorbed")
         elif isinstance(module, FusedLayer):
             _unfuse_norm(path, module)
@@ -147,7 +142,7 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be fused before it is wrapped or compiled, got {type(model).__name__}")
 
 
-def _fuse_own_epilogue(path: str, model: nn.Module, left: dict[str, NoChain]) -> Chain | None:
+def _fuse_own_epilogue(path: str, model: nn.Module, left: dict[str, NoChain]) -> "_Chain | None":
     """Converts a norm that applies dropout and activation itself, which takes no trace."""
     module = model.get_submodule(path)
     if not isinstance(module, NORMS) or not module._modules:
@@ -165,12 +160,38 @@ def _fuse_own_epilogue(path: str, model: nn.Module, left: dict[str, NoChain]) ->
     for child in module.children():
         if not isinstance(child, nn.Identity):
             _absorb(child, [path])
-    return Chain(path, (*epilogue, False))
+    return _Chain(epilogue)
 
 
-def _certain_chains(findings: Findings, done: set[str], left: dict[str, NoChain]) -> dict[str, Chain]:
-    """The norms that begin one and the same chain at every call; adds to `left` why the others do not."""
-    model, chains = findings.model, {}
+@dataclass
+class _Chain:
+    """A chain of a model: its activation and dropout probability; the path of the module whose forward has it."""
+
+    kind: tuple[Activation, float]
+    has_sum: bool = False
+    owner: str | None = None
+
+
+def _certain_chains(
+    model: nn.Module, traces: list[Traces], done: set[str], left: dict[str, NoChain]
+) -> dict[str, _Chain]:
+    """The norms that begin a chain at every call, each of the same kind; adds to `left` why the others do not."""
+    found: dict[str, list[NoChain | _Chain]] = {}
+    returned: dict[str, NoChain] = {}
+    for each in traces:
+        called = {module for caller, trace in each.items() for module in each.called(trace.graph, caller)}
+        for module, trace in each.items():
+            chains = Chains(trace, each, inside=None if trace.problem is None else ())
+            trace.ends_open = any(isinstance(what, NoChain) and what.is_open for what in chains.found.values())
+            for node, what in chains.found.items():
+                path = each.paths[chains.modules[str(node.target)]]
+                if isinstance(what, Match):
+                    found.setdefault(path, []).append(_describe(what, chains, model))
+                elif what.is_open and trace.problem is None and module in called:
+                    returned[path] = what  # the callers tell what follows
+                else:
+                    found.setdefault(path, []).append(what)
+    chains_of: dict[str, _Chain] = {}
     for path, module in model.named_modules():
         if path in done:
             continue
@@ -178,241 +199,102 @@ def _certain_chains(findings: Findings, done: set[str], left: dict[str, NoChain]
             if "running_var" in module._buffers:  # such as torchvision's FrozenBatchNorm2d
                 left[path] = NoChain(f"there is no fused {class_name(module)}", "unknown")
             continue
-        calls = findings.norms.get(path, [])
+        calls = found.get(path, [returned[path]] if path in returned else [])
         refusals = [call for call in calls if isinstance(call, NoChain)]
-        found = {call for call in calls if isinstance(call, Chain)}
+        matches = [call for call in calls if isinstance(call, _Chain)]
         if isinstance(module, FusedLayer):
             left[path] = NoChain("already fused", "already fused")
         elif refusals:
             left[path] = refusals[0]
-        elif len(found) > 1:
+        elif not matches:
+            left[path] = NoChain(_why_not_called(path, traces), "unknown")
+        elif len({match.kind for match in matches}) > 1:
             left[path] = NoChain("called in several places, which differ")
-        elif not found:
-            left[path] = NoChain(_why_not_called(path, findings), "unknown")
         else:
-            chain = found.pop()
-            parts = (*chain.members, *sorted(chain.opened))
-            hooked = [at for at in parts if has_hooks(model.get_submodule(at))]
-            if hooked:
-                left[path] = NoChain(f"{hooked[0]} has hooks")
-            elif model.get_submodule(chain.mode).training != module.training:
-                left[path] = NoChain("the dropout behind it is in another mode")
-            else:
-                chains[path] = chain
-    return chains
+            chains_of[path] = matches[0]
+    return chains_of
 
 
-def _why_not_called(path: str, findings: Findings) -> str:
-    parent = path
-    while parent:
-        parent = parent.rpartition(".")[0]
-        if parent in findings.untraceable:
-            return f"the forward of {parent or 'the model'} cannot be traced: {findings.untraceable[parent]}"
+def _describe(match: Match, chains: Chains, model: nn.Module) -> NoChain | _Chain:
+    """A chain in a forward, or what stands in the way of fusing it."""
+    paths = chains.traces.paths
+    owner = paths[chains.trace.module]
+    if chains.trace.problem is not None:
+        return NoChain(f"the forward of {owner or 'the model'} cannot be rewritten: {chains.trace.problem}")
+    modules = {path: model.get_submodule(paths[chains.modules[path]]) for path in [*match.members, *match.inside]}
+    hooked = [path for path in modules if has_hooks(modules[path])]
+    if hooked:
+        return NoChain(f"{hooked[0]} has hooks")
+    if match.mode is not None:
+        mode = model.get_submodule(paths[chains.modules[match.mode]])
+        if mode.training != modules[match.members[0]].training:
+            return NoChain("the dropout behind it is in another mode")
+    return _Chain((match.activation, match.dropout_p), bool(match.sums), owner)
+
+
+def _why_not_called(path: str, traces: list[Traces]) -> str:
+    reasons = {each.paths[module]: reason for each in traces for module, reason in each.untraceable.items()}
+    while path:
+        path = path.rpartition(".")[0]
+        if path in reasons:
+            return f"the forward of {path or 'the model'} cannot be traced: {reasons[path]}"
     return "not called by a forward that is traced"
 
 
-def _users(model: nn.Module, first_path: dict[nn.Module, str]) -> dict[str, set[str]]:
-    """For each module, the modules it is a child of: those that have a forward which may call it."""
-    users: dict[str, set[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        parent = path.rpartition(".")[0]
-        while parent and type(model.get_submodule(parent)).forward is nn.Module.forward:
-            parent = parent.rpartition(".")[0]
-        users.setdefault(first_path[module], set()).add(first_path[model.get_submodule(parent)])
-    return users
-
-
 def _rewrite_forwards(
-    findings: Findings, chains: dict[str, Chain], left: dict[str, NoChain]
-) -> tuple[dict[str, "TracedForward"], set[str]]:
-    """The forwards to put in, by path, and the norms of the chains that need none.
-
-    These are sequences of modules, of which no part is used for anything else. Chains that cannot be had move from
-    `chains` to `left`.
-    """
-    users = _users(findings.model, findings.first_path)
-    while True:
-        simple = {
-            norm
-            for norm, chain in chains.items()
-            if chain.of_modules
-            and not any(call.needs_guard for path in (chain.owner, *chain.opened) for call in findings.calls(path))
-            and all(
-                user in findings.tracers or _is_sequence_of(findings.model.get_submodule(user), user, chain)
-                for path in chain.members
-                for user in users[path]
-            )
-        }
-        while divided := {
-            chain.norm
-            for norm in simple
-            for chain in [chains[norm]]
-            if any(path in chain.members and (use is None or use.norm not in simple) for path, use in findings.uses)
-        }:
-            simple -= divided
-        forwards: dict[str, TracedForward] = {}
-        failed: dict[str, NoChain] = {}
-        for owner in dict.fromkeys(chain.owner for norm, chain in chains.items() if norm not in simple):
-            wanted = {norm: chain for norm, chain in chains.items() if norm not in simple}
-            try:
-                forwards[owner] = _rewrite(findings, owner, wanted)
-            except Exception as error:  # whatever a forward raises when it is traced
-                reason = f"the forward of {owner or 'the model'} cannot be rewritten: {first_line(error)}"
-                failed |= {norm: NoChain(reason) for norm, chain in wanted.items() if chain.owner == owner}
-        if not failed:
-            return forwards, simple
-        for norm in failed:
-            del chains[norm]
-        left |= failed
+    model: nn.Module, traces: list[Traces], wanted: dict[str, _Chain]
+) -> tuple[dict[str, TracedForward], dict[str, list[str]]]:
+    """By path: the forwards to put in; the activations and dropouts that nothing calls any more, with their norms."""
+    forwards: dict[str, list[Chains | None]] = {}
+    absorbed: dict[str, dict[str, None]] = {}
+    called: set[str] = set()
+    for index, each in enumerate(traces):
+        norms = {module for module, path in each.paths.items() if path in wanted}
+        callees = {}
+        for module, trace in each.items():
+            callees[module] = each.called(trace.graph, module)
+            own = [] if trace.problem else Chains(trace, each, norms=norms).own()
+            if not own:
+                continue
+            chains = Chains(trace, each, {path for match in own for path in match.inside}, norms)
+            for match in chains.found.values():
+                if isinstance(match, Match):
+                    norm, *parts = (each.paths[chains.modules[path]] for path in match.members)
+                    for part in parts:
+                        absorbed.setdefault(part, {})[norm] = None
+            chains.fuse()
+            callees[module] = each.called(chains.graph, module)
+            forwards.setdefault(each.paths[module], [None] * len(traces))[index] = chains
+        pending = [*each.roots, *(child for module in each.untraceable for child in module.children())]
+        while pending:
+            module = pending.pop()
+            if each.paths[module] not in called:
+                called.add(each.paths[module])
+                pending += callees.get(module, [])
+    return (
+        {path: TracedForward.of(model.get_submodule(path), chains) for path, chains in forwards.items()},
+        {path: list(norms) for path, norms in absorbed.items() if path not in called},
+    )
 
 
-def _is_sequence_of(module: nn.Module, path: str, chain: Chain) -> bool:
-    """Whether the module, if it is ever called, calls the whole chain: its parts are called one by one elsewhere."""
-    return type(module) is nn.Sequential and all(member.rpartition(".")[0] == path for member in chain.members)
-
-
-def _rewrite(findings: Findings, owner: str, wanted: dict[str, Chain]) -> "TracedForward":
-    """The forward of a module with one call for each chain in it, of those that are wanted."""
-    module, kind = findings.model.get_submodule(owner), type(findings.model.get_submodule(owner))
-    if hasattr(kind, "__deepcopy__") or kind.__reduce__ is not object.__reduce__:
-        raise Untraceable(f"{class_name(module)} copies itself in its own way")
-    own = {norm: chain for norm, chain in wanted.items() if chain.owner == owner}
-    inside = {findings.first_path[child]: path for path, child in module.named_modules()}
-    opened = {path for chain in own.values() for path in chain.opened}
-    if not inside.keys() >= {*own, *opened}:
-        raise Untraceable("it calls modules that are not its own")
-    calls = findings.calls(owner)
-    for call in calls:
-        call.check()
-    if any((call.structure, call.leaves) != (calls[0].structure, calls[0].leaves) for call in calls):
-        raise Untraceable("it is called with different arguments")
-    if any(at in tracer.returns_more for path in (owner, *opened) for tracer, at in findings.tracers[path]):
-        raise Untraceable("a module it calls returns something else than a tensor")
-    seen = {path: [tracer.passes_on.get(at) for tracer, at in of] for path, of in findings.tracers.items()}
-    expected = {inside[norm]: chain for norm, chain in wanted.items() if norm in inside}
-    graphs, branches = [], set[str]()
-    for mode in (False, True):
-        tracer = Tracer({inside[path] for path in opened}, mode=mode)
-        graphs.append(tracer.trace(scratch_copy(module), calls[0]))
-        branches |= tracer.branches
-        tracer.passes_on = {inside[path]: all(each) for path, each in seen.items() if path in inside}
-        fused = set()
-        for norm, match in match_chains(tracer, expected.keys()):
-            chain = expected[str(norm.target)]
-            if isinstance(match, Match) and match.kind == chain.kind:
-                _fuse_nodes(tracer.graph, match)
-                fused.add(chain.norm)
-        if not fused >= own.keys():
-            raise Untraceable("it is another by itself than in the model")
-        for node in reversed(tracer.graph.nodes):
-            if node.op == "get_attr" and not node.users:
-                tracer.graph.erase_node(node)
-        if not branches:
-            break
-    return TracedForward.of(graphs, sorted(branches), calls[0])
-
-
-def _fuse_nodes(graph: fx.Graph, match: Match) -> None:
-    """Puts one call in the chain's place: where the norm is, or the sum, before which the residual may not be there."""
-    norm, residuals = match.nodes[0], match.residuals
-    with graph.inserting_before(match.sums[-1] if match.sums else norm):
-        while len(residuals) > 1:
-            residuals[:2] = [graph.call_function(operator.add, tuple(residuals[:2]))]
-        options: dict[str, Any] = {"_in_place": bool(match.sums) and match.sums[-1].target in SUMS_IN_PLACE}
-        layer = graph.create_node("call_module", norm.target, (norm.args[0], *residuals), options)
-    match.nodes[-1].replace_all_uses_with(layer)
-    for node in reversed(match.nodes):
-        graph.erase_node(node)
-
-
-@dataclass(frozen=True)
-class _Number:
-    """Stands for the node of this number."""
-
-    value: int
-
-
-class TracedForward:
-    """A forward in the place of another, for calls that are like the traced one.
-
-    Made of a graph's nodes, with numbers for those that they refer to: pickle would recurse through the nodes. Where it
-    branches on training flags there are two graphs, for when all of these are off and on.
-    """
-
-    def __init__(self, graphs: list[list[tuple[str, Any, Any, Any]]], branches: list[str], call: Call) -> None:
-        self.graphs, self.branches, self.call = graphs, branches, call
-        self.compute = [_generate(steps) for steps in graphs]
-
-    @classmethod
-    def of(cls, graphs: list[fx.Graph], branches: list[str], call: Call) -> "TracedForward":
-        all_steps = []
-        for graph in graphs:
-            numbers: dict[fx.Node, Any] = {node: _Number(i) for i, node in enumerate(graph.nodes)}
-            arguments = [fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__) for node in graph.nodes]
-            all_steps.append([(node.op, node.target, *each) for node, each in zip(graph.nodes, arguments, strict=True)])
-        return cls(all_steps, branches, call)
-
-    def choose(self, module: nn.Module) -> Any:
-        """The function to call, None where none is for these training flags."""
-        modes = {operator.attrgetter(flag)(module) for flag in self.branches}
-        return None if len(modes) > 1 else self.compute[int(True in modes)]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedForward":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TracedForward, (self.graphs, self.branches, self.call)
-
-
-def _generate(steps: list[tuple[str, Any, Any, Any]]) -> Any:
-    """A function of the module and tensors; GraphModule generates it, what it calls is looked up in the module."""
-    graph, nodes = fx.Graph(), list[fx.Node]()
-    for op, target, *arguments in steps:
-        args, kwargs = fx.node.map_aggregate(arguments, lambda a: nodes[a.value] if isinstance(a, _Number) else a)
-        nodes.append(graph.create_node(op, target, args, kwargs))
-    names = [str(node.target) for node in nodes if node.op in ("call_module", "get_attr")]
-    return type(fx.GraphModule(dict.fromkeys(names), graph)).forward
-
-
-def _with_traced_forward(original: type[nn.Module]) -> type[nn.Module]:
-    @wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = self.traced_forward.call.tensors(args, kwargs)
-        compute = self.traced_forward.choose(self)
-        if tensors is None or compute is None:
-            return original.forward(self, *args, **kwargs)
-        return compute(self, *tensors)
-
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _new_with_traced_forward, (original,), *object.__reduce_ex__(self, protocol)[2:]
-
-    members = {"forward": forward, "original": original, "__reduce_ex__": reduce, "__module__": original.__module__}
-    return type(original.__name__, (original,), members)
-
-
-def _new_with_traced_forward(original: type[nn.Module]) -> nn.Module:
-    return object.__new__(_with_traced_forward(original))
-
-
-class Absorbed(nn.Identity):
+class Absorbed(nn.Module):
     """Stands where an activation or dropout was that is now a part of the fused layers at `norms`.
 
-    Where these are called by a forward that fuse rewrote, only the original forward calls it: it computes what it did.
+    Only an original forward calls it: it computes what it did.
     """
 
     absorbed: type[nn.Module]
     norms: list[str]
-    passes_on: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if self.passes_on else self.absorbed.forward(self, input)
+        return self.absorbed.forward(self, input)
 
     def extra_repr(self) -> str:
         return f"{self.absorbed.__name__}, part of {', '.join(self.norms)}"
 
 
-def _absorb(module: nn.Module, norms: list[str], passes_on: bool = True) -> None:
-    vars(module).update(absorbed=type(module), norms=norms, passes_on=passes_on)
+def _absorb(module: nn.Module, norms: list[str]) -> None:
+    vars(module).update(absorbed=type(module), norms=norms)
     module.__class__ = Absorbed
 
 

@@ -44,15 +44,17 @@ _TIMM_ACTIVATIONS = {
 
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SUMS_IN_PLACE = {operator.iadd, "add_"}
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+IN_PLACE_OPERATORS = {getattr(operator, name) for name in _IN_PLACE}
 _DROPOUTS = {F.dropout, torch.dropout}
 
 
 class NoChain(Exception):  # noqa: N818 - a finding rather than an error
-    """Why a norm does not begin a chain; `status` as in LeftAlone."""
+    """Why a norm does not begin a chain; `status` as in LeftAlone. `is_open`: the forward returns its output."""
 
-    def __init__(self, reason: str, status: Status = "chain") -> None:
+    def __init__(self, reason: str, status: Status = "chain", is_open: bool = False) -> None:
         super().__init__(reason)
-        self.status = status
+        self.status, self.is_open = status, is_open
 
 
 def stock_norm(module: nn.Module) -> tuple[type[nn.Module], tuple[Activation, float] | None]:
@@ -124,9 +126,9 @@ def _dropout_arguments(
     return p, training if train is None else train
 
 
-def passes_on(node: fx.Node, modules: dict[str, nn.Module], seen: dict[str, bool]) -> bool:
-    """Whether the node returns its input unchanged; `seen` tells of modules whether they were seen to do so."""
+def passes_on(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node returns its input unchanged."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return seen.get(str(node.target), False) or (type(module) is nn.Identity and "forward" not in vars(module))
+        return type(module) is nn.Identity and "forward" not in vars(module)
     return node.op == "call_method" and node.target == "contiguous" and len(node.args) == 1 and not node.kwargs

@@ -1,102 +1,35 @@
-"""Traces forwards by torch.fx, with the checks that tell whether a trace can be relied on. Changes no model."""
+"""Traces the forward of each module of a model by torch.fx, and tells whether the trace can stand for the forward."""
 
-import copy
 import gc
 import inspect
 import operator
 import random
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from threading import RLock
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, TypeVar
+from types import FunctionType, ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed import ProcessGroup
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from .parts import NORMS
+from .copying import copy_to_trace
+from .parts import IN_PLACE_OPERATORS, NORMS
+from .report import class_name
 
-Model = TypeVar("Model", bound=nn.Module)
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
-IN_PLACE_OPERATORS = {getattr(operator, name) for name in _IN_PLACE}
-
-_TRACING = RLock()  # a trace by torch.fx patches classes, and so does _watching
-
 _ASKS = "it asks for the type of a value"
+_CHANGED = object()  # replaces what a call put into an argument of its caller: a trace that uses it fails
+_TRACING = RLock()  # a trace by torch.fx patches classes, and so does _refusing_functions
 
 
 class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
-    """A forward that cannot be traced, or not so that the trace can stand for it."""
-
-
-def copy_structure(model: Model, *, share_buffers: bool = True) -> Model:
-    """A copy of the modules and of what they refer to, with the same parameters, hooks and process groups.
-
-    With `share_buffers` the buffers, and tensors that are plain attributes, are the same as well. Does not call the
-    __deepcopy__ or __getstate__ of a module: they may leave out its mode and attributes.
-
-    Raises:
-        RuntimeError: the model cannot be copied.
-    """
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    modules = list(model.modules())
-    for module in modules:
-        kind = type(module)
-        if isinstance(module, fx.GraphModule):  # each has a class of its own, which holds its forward
-            kind = type(kind.__name__, kind.__bases__, {"__module__": kind.__module__})
-        memo[id(module)] = object.__new__(kind)
-    for module in modules:
-        for value in (*vars(module).values(), *module._buffers.values()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value if share_buffers or is_lazy(value) else value.detach().clone()
-            elif isinstance(value, ProcessGroup):
-                memo[id(value)] = value
-        for hook in (hook for name in _HOOKS for hook in vars(module)[name].values()):
-            # Share the objects that registered hooks: they wait for the calls.
-            memo |= {id(part): part for part in _parts(hook) if id(part) not in memo}
-    try:
-        for module in modules:
-            vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
-            if isinstance(module, fx.GraphModule):
-                memo[id(module)].recompile()
-    except Exception as error:
-        raise RuntimeError(f"{type(model).__name__} cannot be copied by copy.deepcopy: {error}") from error
-    copied: Model = memo[id(model)]
-    return copied
-
-
-def _parts(hook: Any) -> Iterator[Any]:
-    """The functions and objects that a hook consists of."""
-    if isinstance(hook, partial):
-        for part in (hook.func, *hook.args, *hook.keywords.values()):
-            yield from _parts(part)
-    else:
-        yield hook.__self__ if isinstance(hook, MethodType) else hook
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called before or after the module's forward or backward."""
-    return any(vars(module)[name] for name in _HOOKS)
-
-
-def scratch_copy(module: nn.Module) -> nn.Module:
-    """A copy to trace: without hooks, and with buffers of its own, for whatever the forward does to them."""
-    scratch = copy_structure(module, share_buffers=False)
-    for child in scratch.modules():
-        for name in _HOOKS:
-            vars(child)[name].clear()
-    return scratch
+    """A forward that cannot be traced."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +42,25 @@ class Call:
     signature: inspect.Signature
     structure: Any
     leaves: list[Any]
-    is_assumed: bool = False
 
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any) -> "Call":
         signature = inspect.signature(type(module).forward)
         leaves, structure = pytree.tree_flatten(_by_name(signature, args, kwargs))
         return cls(signature, structure, [Tensor if _is_tensor(leaf) else leaf for leaf in leaves])
+
+    def arguments(self, node: fx.Node) -> list[Any]:
+        """The tensors that the node of such a call passes."""
+        leaves = pytree.tree_leaves(_by_name(self.signature, node.args, node.kwargs))
+        return [argument for argument, leaf in zip(leaves, self.leaves, strict=True) if leaf is Tensor]
+
+    @classmethod
+    def with_tensors(cls, module: nn.Module) -> "Call":
+        """With a tensor for each argument that has no default."""
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+        return cls.of(module, (), dict.fromkeys(required, torch.empty(0)))
 
     def tensors(self, args: Any, kwargs: Any) -> list[Any] | None:
         """The tensors of another call that is the same but for them; None of one that is not."""
@@ -133,18 +78,17 @@ class Call:
             return None
         return [leaf for leaf, mine in zip(leaves, self.leaves, strict=True) if mine is Tensor]
 
-    @property
-    def needs_guard(self) -> bool:
-        """Whether it may depend on more than tensors."""
-        has_default = any(p.default is not p.empty for p in self.signature.parameters.values())
-        is_open = self.is_assumed and len(self.leaves) > 1
-        return has_default or is_open or any(leaf is not Tensor for leaf in self.leaves)
+    def changed(self, args: Any, kwargs: Any, structure: Any) -> list[Any]:
+        """The arguments of such a call that are in the structure of the changed ones."""
+        return [_by_name(self.signature, args, kwargs)[name] for name in structure.context]
 
-    def check(self) -> None:
-        """Raises Untraceable where it cannot be told whether another call is the same."""
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot be told whether another call is the same, None where it can."""
         for name, value in pytree.tree_unflatten(self.leaves, self.structure).items():
             if not all(leaf is Tensor or type(leaf) in _CONSTANTS for leaf in pytree.tree_leaves(value)):
-                raise Untraceable(f"its argument {name} is neither a tensor nor a number, string or None")
+                return f"its argument {name} is neither a tensor nor a number, string or None"
+        return None
 
 
 def _by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -161,14 +105,57 @@ def _is_same(expected: Any, value: Any) -> bool:
     return _is_tensor(value) if expected is Tensor else type(value) is type(expected) and value == expected
 
 
+@dataclass(eq=False)
+class Trace:
+    """What a forward computes when it is called like `call`; each module that it calls is one node.
+
+    Attributes:
+        graph: from the call's tensors to the tuple of the leaves of the result, and then of what was changed.
+        structure: of the result.
+        changed: the structure of the arguments that the forward changes, by name: lists of leaves.
+        branches: the training flags that the forward branches on.
+        problem: why the graph cannot stand for the forward; None where it can.
+        ends_open: whether the forward returns the output of a norm, which may be part of a chain of its caller.
+    """
+
+    module: nn.Module
+    call: Call
+    graph: fx.Graph
+    structure: Any
+    changed: Any
+    branches: set[str]
+    problem: str | None
+    ends_open: bool = False
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the forward gives one tensor, rather than a structure."""
+        return bool(self.structure.is_leaf() and not self.changed.context)
+
+    def result(self, proxy: fx.Proxy) -> Any:
+        """What the call recorded as `proxy` returns, with its leaves read from there."""
+        leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]
+        values = pytree.tree_unflatten(leaves[: self.structure.num_leaves], self.structure)
+        return pytree.tree_map_with_path(
+            lambda path, value: _read(proxy, path) if isinstance(value, fx.Node) else value, values
+        )
+
+
+def _read(value: Any, path: Any) -> Any:
+    for key in path:
+        value = key.get(value)
+    return value
+
+
 class _Proxy(fx.Proxy):
     """Records `x += y` as what it is: torch.fx takes it for `x = x + y`, which leaves other names of x unchanged."""
+
+    tracer: "_Tracer"
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """What isinstance asks for where a class is not that of this: a tensor would answer otherwise."""
-        if self.tracer.opened is not None:  # type: ignore[attr-defined]
-            raise Untraceable(_ASKS)
+        self.tracer.note(_ASKS)
         return _Proxy
 
     def __getattr__(self, name: str) -> Any:
@@ -190,69 +177,158 @@ for _function in IN_PLACE_OPERATORS:
     )
 
 
-class Tracer(fx.Tracer):
-    """Traces a forward through all modules but torch.nn's own, norms and `opaque` ones, or through `opened` ones alone.
+class Traces(dict[nn.Module, Trace]):
+    """The traces of a model's forwards, those of callees before those of callers.
 
-    The latter is to be run in place of the forward: raises what would be wrong there. Training flags, and tensors that
-    are attributes, are values of the trace; `mode` is which way it goes where it branches on a flag.
-
-    Attributes:
-        branches: the training flags that it branches on.
-        failed: the path of the innermost module whose forward raised.
-        calls: for each module whose forward is traced, how it is called.
-        returns_more: the modules that get something else than a tensor from a module that they call.
-        passes_on: for each module whose forward is traced, whether every call of it returned its first argument.
-        stored: the nodes whose value something still refers to when the trace is over: an attribute, a list, ...
+    Each forward is traced as it is called by the others, with the results of the modules that it calls itself; the
+    parts of a module that cannot be traced as if they got tensors. Where a forward branches on a training flag, it goes
+    the way of `mode`. The modules are copies, of those at `paths`; `roots` were traced as if they got tensors.
     """
+
+    def __init__(self, model: nn.Module, mode: bool) -> None:
+        super().__init__()
+        self.mode, copied = mode, copy_to_trace(model)
+        self.paths = {module: path for path, module in copied.named_modules()}
+        self.untraceable: dict[nn.Module, str] = {}
+        self.roots: list[nn.Module] = []
+        with _TRACING, _refusing_functions():
+            pending = [copied]
+            while pending:
+                module = pending.pop(0)
+                if type(module).forward is not nn.Module.forward:  # not a mere container such as nn.ModuleList
+                    self.trace(module)
+                    self.roots.append(module)
+                if module not in self and not _is_leaf(module):
+                    pending += module.children()
+                elif module in self:
+                    opaque = [child for child in module.modules() if child in self.untraceable]
+                    pending += [child for each in opaque for child in each.children()]
+
+    def trace(self, module: nn.Module, args: Any = None, kwargs: Any = None) -> Trace | None:
+        """The trace of a call, by default with tensors; None of one that cannot be traced."""
+        if _is_leaf(module) or module in self.untraceable or (args is None and module in self):
+            return self.get(module)
+        known = self.get(module)
+        try:
+            call = Call.with_tensors(module) if args is None else Call.of(module, args, kwargs)
+            if known and (known.call.structure, known.call.leaves) == (call.structure, call.leaves):
+                return known
+            trace = _Tracer(self).record(module, call)
+        except Exception as error:
+            if known is None:
+                self.untraceable[module] = first_line(error)
+            return None
+        if known is None:
+            return self.setdefault(module, trace)
+        known.problem = "it is called with different arguments"
+        return trace
+
+    def called(self, graph: fx.Graph, caller: nn.Module) -> list[nn.Module]:
+        """The modules that the nodes of a graph call."""
+        return [caller.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether nothing inside the module can be fused, or all that can be is."""
+    is_of_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    is_container = isinstance(module, nn.Sequential) or type(module).forward is nn.Module.forward
+    has_branches = "traced_forward" in vars(module) and bool(vars(module)["traced_forward"].branches)
+    return isinstance(module, NORMS) or has_branches or (is_of_torch and not is_container)
+
+
+class _Tracer(fx.Tracer):
+    """Traces one forward. Raises where a trace would be wrong, and notes where it cannot stand for the forward."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, opened: Collection[str] | None = None, opaque: Collection[str] = (), mode: bool = False) -> None:
+    def __init__(self, traces: Traces) -> None:
         super().__init__()
-        self.mode = mode
+        self.traces = traces
         self.branches: set[str] = set()
-        self.opened = None if opened is None else {"", *opened}
-        self.opaque = opaque
-        self.failed: str | None = None
-        self.calls: dict[str, list[Call]] = {}
-        self.returns_more: set[str] = set()
-        self.passes_on: dict[str, bool] = {}
-        self.stored: set[fx.Node] = set()
+        self.problem: str | None = None
         self.proxies: list[weakref.ref[fx.Proxy]] = []
-        self.modules: dict[str, nn.Module] = {}
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if self.opened is not None:
-            return module_qualified_name not in self.opened
-        is_known = isinstance(m, NORMS) or "traced_forward" in vars(m) or module_qualified_name in self.opaque
-        return is_known or super().is_leaf_module(m, module_qualified_name)
+    def note(self, problem: str | None) -> None:
+        self.problem = self.problem or problem
+
+    def record(self, module: nn.Module, call: Call) -> Trace:
+        if "forward" in vars(module):
+            raise Untraceable("it is replaced on the instance")
+        before = _held_by(module)
+        if any(issubclass(type(value), _GENERATORS) for value in before):
+            raise Untraceable("it has a generator of random numbers")
+        self.note(call.problem)
+        if type(module).__reduce__ is not object.__reduce__:  # such as a GraphModule
+            self.note(f"{class_name(module)} copies itself in its own way")
+        code = getattr(type(module).forward, "__code__", None)
+        if code is not None and "type" in code.co_names:
+            self.note(_ASKS)
+        with _without_random_numbers():
+            graph = self.trace(module, call)  # type: ignore[arg-type]
+        after = _held_by(module)
+        if len(after) != len(before) or not all(map(operator.is_, after, before)):
+            self.note("it changes attributes")
+        if len({node.meta["context"] for node in graph.nodes}) > 1:
+            self.note("it runs a part under another grad mode, autocast, checkpoint or saved-tensor hook")
+        for _ in range(2):
+            stored = {proxy.node for reference in self.proxies if (proxy := reference()) is not None}
+            if not any(node.op.startswith("call") for node in stored):
+                break
+            gc.collect()  # of proxies that only refer to each other
+        for node in stored:
+            node.meta["stored"] = True
+        for node in reversed(graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                graph.erase_node(node)
+        return Trace(module, call, graph, self.structure, self.changed, self.branches, self.problem)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        call: Call = concrete_args
+        leaves = [
+            self.create_proxy("placeholder", f"input_{i}", (), {}) if leaf is Tensor else leaf
+            for i, leaf in enumerate(call.leaves)
+        ]
+
+        def compute() -> Any:
+            bound = call.signature.bind_partial(self.root)
+            bound.arguments.update(pytree.tree_unflatten(leaves, call.structure))
+            given = pytree.tree_unflatten(leaves, call.structure)
+            result, self.structure = pytree.tree_flatten(root_fn(*bound.args, **bound.kwargs))
+            changed = {name: bound.arguments[name] for name, value in given.items() if not _has(bound, name, value)}
+            if any(not isinstance(v, list) or len(pytree.tree_leaves(v)) != len(v) for v in changed.values()):
+                self.note("it changes what an argument holds")
+            changes, self.changed = pytree.tree_flatten(changed)
+            return (*result, *changes)
+
+        return compute, ()
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        path = self.path_of_module(m)
-        caller = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
-        is_leaf = self.is_leaf_module(m, path)
-        try:
-            if not is_leaf:
-                check_forward(m)
-                self.calls.setdefault(path, []).append(Call.of(m, args, kwargs))
-            result = super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or path
-            raise
-        if not is_leaf:
-            self.passes_on[path] = self.passes_on.get(path, True) and bool(args) and result is args[0]
-        if not isinstance(result, fx.Proxy):
-            self.returns_more.add(caller)
-        return result
+        proxy = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+        trace = self.traces.trace(m, args, kwargs)
+        if trace is None:
+            return proxy
+        for value in trace.call.changed(args, kwargs, trace.changed):
+            value[:] = [_CHANGED] * len(value)
+        return trace.result(proxy)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        value = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if attr == "training" and type(value) is not _Proxy:
+            raise Untraceable("it reads the mode of a module that is not its own")
+        return value
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if obj.node.op == "get_attr" and str(obj.node.target).rpartition(".")[2] == "training":
             self.branches.add(str(obj.node.target))
-            return self.mode
+            return self.traces.mode
         return super().to_bool(obj)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _Proxy else super().create_arg(a)
+        if type(a) is not _Proxy:
+            return super().create_arg(a)
+        if a.tracer is not self:
+            raise Untraceable("it uses a value of another forward")
+        return a.node
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -265,90 +341,47 @@ class Tracer(fx.Tracer):
         return proxy
 
     def get_fresh_qualname(self, prefix: str) -> str:
-        if self.opened is not None:
-            raise Untraceable("it makes a tensor that does not depend on its inputs")
+        self.note("it makes a tensor that does not depend on its inputs")
         return super().get_fresh_qualname(prefix)
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """Calls the root like `concrete_args`, by default with tensors for all arguments that have no default."""
-        call = concrete_args
-        if call is None:
-            parameters = list(inspect.signature(root_fn).parameters.values())[1:]
-            required = [
-                p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-            ]
-            call = Call.of(self.root, (), dict.fromkeys(required, torch.empty(0)))
-            call = replace(call, is_assumed=True)
-        self.calls[""] = [call]
-        leaves = [
-            self.create_proxy("placeholder", f"input_{i}", (), {}) if leaf is Tensor else leaf
-            for i, leaf in enumerate(call.leaves)
-        ]
-        bound = call.signature.bind_partial(self.root)
-        bound.arguments.update(pytree.tree_unflatten(leaves, call.structure))
-        for path, module in self.root.named_modules():
-            for name, value in vars(module).items():
-                if name == "training" or isinstance(value, Tensor):
-                    vars(module)[name] = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
-        self.before = self._held()
-        return partial(root_fn, *bound.args, **bound.kwargs), ()
 
-    def _held(self) -> list[Any]:
-        return [value for path in self.opened or () for value in held_by(self.root.get_submodule(path))]
-
-    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        check_forward(root)
-        self.modules = dict(root.named_modules())
-        for path in self.opened or ():
-            if "type" in type(root.get_submodule(path)).forward.__code__.co_names:
-                raise Untraceable(_ASKS)
-        with _TRACING, _watching():
-            graph = super().trace(root, concrete_args)
-        for _ in range(2):
-            self.stored = {proxy.node for reference in self.proxies if (proxy := reference()) is not None}
-            if not any(node.op.startswith("call") for node in self.stored):
-                break
-            gc.collect()  # of proxies that only refer to each other
-        if self.opened is None:
-            return graph
-        held = self._held()
-        if len(held) != len(self.before) or not all(map(operator.is_, held, self.before)):
-            raise Untraceable("it changes attributes")
-        if len({node.meta["context"] for node in graph.nodes}) > 1:
-            raise Untraceable("it runs a part under another grad mode, autocast, checkpoint or saved-tensor hook")
-        return graph
+def _has(bound: inspect.BoundArguments, name: str, value: Any) -> bool:
+    """Whether an argument still holds what it did."""
+    before, after = pytree.tree_leaves(value), pytree.tree_leaves(bound.arguments[name])
+    return len(before) == len(after) and all(map(operator.is_, before, after))
 
 
-def check_forward(module: nn.Module) -> None:
-    """Raises Untraceable where a trace would show one of several forwards."""
-    if "forward" in vars(module):
-        raise Untraceable("it is replaced on the instance")
-    if any(issubclass(type(value), _GENERATORS) for value in held_by(module)):
-        raise Untraceable("it has a generator of random numbers")
-
-
-def held_by(module: nn.Module) -> list[Any]:
+def _held_by(module: nn.Module) -> list[Any]:
     """What a module refers to beside other modules, to any depth."""
     held: list[Any] = [vars(module)]
     seen: set[int] = set()
     skipped = (fx.Proxy, Tensor, nn.Module, fx.Graph, type, ModuleType, FunctionType)
     for value in held:  # which grows meanwhile
-        if id(value) not in seen and not isinstance(value, skipped):
+        if id(value) not in seen and not issubclass(type(value), skipped):
             seen.add(id(value))
             held += gc.get_referents(value)
     return held
 
 
 @contextmanager
-def _watching() -> Iterator[None]:
-    """Refuses what torch.fx does not see: gradients of autograd Functions, and random numbers, which it restores."""
+def _refusing_functions() -> Iterator[None]:
+    """Refuses autograd Functions, whose gradients torch.fx does not see."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise Untraceable("it applies an autograd Function or a checkpoint")
 
     function: Any = torch.autograd.Function
-    apply, before = vars(function)["apply"], (torch.get_rng_state(), random.getstate(), np.random.get_state())  # noqa: NPY002
-    function.apply = refuse
+    apply, function.apply = vars(function)["apply"], refuse
+    try:
+        yield
+    finally:
+        function.apply = apply
+
+
+@contextmanager
+def _without_random_numbers() -> Iterator[None]:
+    """Refuses random numbers that a trace would freeze, and restores the generators."""
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield
         after = np.random.get_state()  # noqa: NPY002
@@ -356,7 +389,6 @@ def _watching() -> Iterator[None]:
         if not (torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1] and same_numpy):
             raise Untraceable("it draws random numbers of its own")
     finally:
-        function.apply = apply
         torch.set_rng_state(before[0])
         random.setstate(before[1])
         np.random.set_state(before[2])  # noqa: NPY002
@@ -372,3 +404,8 @@ def _context() -> tuple[Any, ...]:
         *(torch.get_autocast_dtype(device) for device in devices),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
+
+
+def first_line(error: Exception) -> str:
+    """What to say of an error in a report."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

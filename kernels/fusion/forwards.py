@@ -1,0 +1,111 @@
+"""Puts an edited graph in the place of a module's forward."""
+
+import operator
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .chains import Chains
+from .tracing import Call
+
+
+@dataclass(frozen=True)
+class _Number:
+    """Stands for the node of this number."""
+
+    value: int
+
+
+class TracedForward:
+    """A forward in the place of another, for calls that are like the traced one, as long as the module's children stay.
+
+    Made of the nodes of graphs, with numbers for those that they refer to: pickle would recurse through the nodes.
+    Where the forward branches on training flags there are two graphs, for when all of these are off and on; without one
+    of them that mode has the original forward.
+    """
+
+    def __init__(self, call: Call, children: list[str], branches: list[str], graphs: list[Any]) -> None:
+        self.call, self.children, self.branches, self.graphs = call, children, branches, graphs
+        self.compute = [graph and (_generate(graph[0]), *graph[1:]) for graph in graphs]
+
+    @classmethod
+    def of(cls, module: nn.Module, chains: list[Chains | None]) -> "TracedForward":
+        made = [each for each in chains if each is not None]
+        branches = sorted(set().union(*(each.branches for each in made)))
+        graphs = [
+            each and (_steps(each.graph), each.trace.structure, each.trace.changed)
+            for each in (chains if branches else made[:1])
+        ]
+        return cls(made[0].trace.call, list(module._modules), branches, graphs)
+
+    def __call__(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        modes = {operator.attrgetter(flag)(module) for flag in self.branches}
+        compute = self.compute[int(True in modes)] if len(modes) < 2 else None
+        tensors = self.call.tensors(args, kwargs)
+        if compute is None or tensors is None or list(module._modules) != self.children:
+            return original(module, *args, **kwargs)
+        function, structure, changed = compute
+        leaves = function(module, *tensors)
+        if structure.is_leaf() and not changed.context:
+            return leaves[0]
+        count = structure.num_leaves
+        changes = pytree.tree_unflatten(leaves[count:], changed).values()
+        for argument, value in zip(self.call.changed(args, kwargs, changed), changes, strict=True):
+            argument[:] = value
+        return pytree.tree_unflatten(leaves[:count], structure)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedForward":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TracedForward, (self.call, self.children, self.branches, self.graphs)
+
+
+def _steps(graph: fx.Graph) -> list[tuple[str, Any, Any, Any]]:
+    numbers: dict[fx.Node, Any] = {node: _Number(i) for i, node in enumerate(graph.nodes)}
+    arguments = [fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__) for node in graph.nodes]
+    return [(node.op, node.target, *each) for node, each in zip(graph.nodes, arguments, strict=True)]
+
+
+def _generate(steps: list[tuple[str, Any, Any, Any]]) -> Any:
+    """A function of the module and tensors; GraphModule generates it, what it calls is looked up in the module."""
+    graph, nodes = fx.Graph(), list[fx.Node]()
+    for op, target, *arguments in steps:
+        args, kwargs = fx.node.map_aggregate(arguments, lambda a: nodes[a.value] if isinstance(a, _Number) else a)
+        nodes.append(graph.create_node(op, target, args, kwargs))
+    names = [str(node.target) for node in nodes if node.op in ("call_module", "get_attr")]
+    return type(fx.GraphModule(dict.fromkeys(names), graph)).forward
+
+
+def put_forward(module: nn.Module, forward: TracedForward) -> None:
+    """Makes the module compute `forward`. Its class becomes one that is derived from its own."""
+    if "traced_forward" not in vars(module):
+        module.__class__ = _with_traced_forward(type(module))
+    vars(module)["traced_forward"] = forward
+
+
+def remove_forward(module: nn.Module) -> None:
+    """Undoes put_forward, where it was applied."""
+    vars(module).pop("traced_forward", None)
+    module.__class__ = vars(type(module)).get("original", type(module))
+
+
+def _with_traced_forward(original: type[nn.Module]) -> type[nn.Module]:
+    @wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "traced_forward" not in vars(self):  # a new module of this class, such as a slice of an nn.Sequential
+            return original.forward(self, *args, **kwargs)
+        return self.traced_forward(self, original.forward, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _new_with_traced_forward, (original,), *object.__reduce_ex__(self, protocol)[2:]
+
+    members = {"forward": forward, "original": original, "__reduce_ex__": reduce, "__module__": original.__module__}
+    return type(original.__name__, (original,), members)
+
+
+def _new_with_traced_forward(original: type[nn.Module]) -> nn.Module:
+    return object.__new__(_with_traced_forward(original))
