@@ -158,7 +158,7 @@ class Chains:
             if node.meta.get("stored"):
                 raise NoChain(f"the output of {self._name(node)} is stored in an attribute")
         for node, residual in zip(match.sums, match.residuals, strict=True):
-            _check_sum(node, match.nodes[match.nodes.index(node) - 1], residual)
+            self._check_sum(node, match.nodes[match.nodes.index(node) - 1], residual)
         if any(node.meta["context"] != norm.meta["context"] for node in match.nodes):
             raise NoChain("what follows runs under another grad mode, autocast, checkpoint or saved-tensor hook")
         if match.sums:
@@ -197,6 +197,28 @@ class Chains:
             or (user.op != "call_module" and user.target in SUMS)
             or (called is not None and called.is_single and called.problem is None and self._begins_with_part(called))
         )
+
+    def _check_sum(self, sum_node: fx.Node, before: fx.Node, residual: Any) -> None:
+        if len(sum_node.args) != 2 or sum_node.kwargs:
+            raise NoChain("the sum behind it has further arguments")
+        if not isinstance(residual, fx.Node):
+            raise NoChain("the sum behind it does not add a tensor")
+        if sum_node.target in SUMS_IN_PLACE and sum_node.args[0] is not before and not self._is_temporary(residual):
+            raise NoChain("the sum behind it changes the other tensor in place")
+        shapes = [getattr(node.meta.get("tensor_meta"), "shape", None) for node in (before, residual)]
+        if shapes[0] != shapes[1]:
+            first, second = (shape if shape is None else tuple(shape) for shape in shapes)
+            raise NoChain(f"the sum behind it broadcasts {first} and {second}")
+
+    def _is_temporary(self, node: fx.Node) -> bool:
+        """Whether nothing but its one user can tell that a tensor is changed in place."""
+        if len(node.users) != 1 or node.meta.get("stored"):
+            return False
+        if node.op == "call_module":
+            return isinstance(self.modules[str(node.target)], (nn.modules.conv._ConvNd, *NORMS))
+        if node.target in SUMS_IN_PLACE:
+            return isinstance(node.args[0], fx.Node) and self._is_temporary(node.args[0])
+        return node.target in (operator.add, operator.mul)
 
     def _check_between(self, match: Match) -> None:
         """The norm is to be called where the sum is: nothing before may change its input, or use its statistics."""
@@ -254,7 +276,8 @@ class Chains:
             with self.graph.inserting_before(match.sums[-1] if match.sums else norm):
                 while len(residuals) > 1:
                     residuals[:2] = [self.graph.call_function(operator.add, tuple(residuals[:2]))]
-                options: Any = {"_in_place": bool(match.sums) and match.sums[-1].target in SUMS_IN_PLACE}
+                in_place = any(node.target in SUMS_IN_PLACE and node.args[0] in match.nodes for node in match.sums[-1:])
+                options: Any = {"_in_place": in_place}
                 layer = self.graph.create_node("call_module", norm.target, (norm.args[0], *residuals), options)
             match.nodes[-1].replace_all_uses_with(layer)
             for node in reversed(match.nodes):
@@ -262,19 +285,6 @@ class Chains:
         for node in reversed(self.graph.nodes):
             if node.op == "get_attr" and not node.users:
                 self.graph.erase_node(node)
-
-
-def _check_sum(sum_node: fx.Node, before: fx.Node, residual: Any) -> None:
-    if len(sum_node.args) != 2 or sum_node.kwargs:
-        raise NoChain("the sum behind it has further arguments")
-    if not isinstance(residual, fx.Node):
-        raise NoChain("the sum behind it does not add a tensor")
-    if sum_node.target in SUMS_IN_PLACE and sum_node.args[0] is not before:
-        raise NoChain("the sum behind it changes the other tensor in place")
-    shapes = [getattr(node.meta.get("tensor_meta"), "shape", None) for node in (before, residual)]
-    if shapes[0] != shapes[1]:
-        first, second = (shape if shape is None else tuple(shape) for shape in shapes)
-        raise NoChain(f"the sum behind it broadcasts {first} and {second}")
 
 
 def note_shapes(model: nn.Module, traces: Traces, example_inputs: tuple[Any, ...]) -> None:

@@ -95,6 +95,17 @@ class Named(nn.Module):
         return {"out": x}
 
 
+class SumsIntoTemporaries(Chains):
+    """As the branches of a MobileOne block."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        out = self.norm2(x) + x
+        out += x * 2
+        out += self.norm1(x)
+        return self.relu(out)
+
+
 class GetsDictionary(Chains):
     def __init__(self) -> None:
         super().__init__()
@@ -171,6 +182,7 @@ SMALL = [
     (Counting, (1, 0, 1)),
     (ModeOfAnother, (2, 0, 0)),
     (ChecksTypes, (1, 0, 3)),
+    (SumsIntoTemporaries, (1, 1, 1)),
     (GetsDictionary, (1, 0, 1)),
     (lambda: CallsWithAList(False), (2, 0, 2)),
     (lambda: CallsWithAList(True), (1, 0, 3)),
