@@ -1,9 +1,9 @@
 """Converts models: fuse puts fused layers where a model has norm, dropout, sum and activation; unfuse undoes it.
 
 Both work on a copy of the model's modules that shares its parameters and buffers, and change classes there: a norm
-becomes a fused layer; an activation or dropout module that it takes in becomes a stand-in that passes its input on; a
-module whose forward calls functions, or shares one activation, gets a forward that torch.fx has traced and fuse has
-edited. All paths, parameters, buffers, hooks and attributes stay where they are.
+becomes a fused layer, the module whose forward has the chain gets a forward that torch.fx has traced and fuse has
+edited, and an activation or dropout module that nothing calls any more is marked. All paths, parameters, buffers, hooks
+and attributes stay where they are.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .parts import (
     stock_norm,
 )
 from .report import FusedChain, FusionReport, LeftAlone, class_name
-from .tracing import Traces
+from .tracing import CALLS_DIFFER, Call, Traces
 
 if TYPE_CHECKING:
     from .report import FusedModel
@@ -48,11 +48,11 @@ def fuse(
     show that the norm's output goes nowhere else. `result.fusion_report`, a `FusionReport`, says what was fused and why
     the rest was not. Python values that forwards read, other than `training` and tensors, must stay as they are.
 
-    A forward that calls functions, sums or a shared activation is replaced by a traced one, for calls like the traced
-    one: other values of arguments with a default take the original forward. Sums are fused where both sides have the
-    same shape and dtype, which each call checks. A dropout in a chain keeps its p and follows the norm's mode. Under
-    CUDA's autocast stock layer and group norms return float32, fused ones the input's dtype. No other thread may run a
-    model meanwhile: torch.fx patches nn.Module. See docs/fuse.md.
+    A forward that has a chain is replaced by a traced one, for calls like the traced one: other values of arguments
+    with a default take the original forward, and so does a module that children were added to or removed from. Sums are
+    fused where both sides have the same shape and dtype, which each call checks. A dropout in a chain keeps its p and
+    follows the norm's mode. Under CUDA's autocast stock layer and group norms return float32, fused ones the input's
+    dtype. No other thread may run a model meanwhile: torch.fx patches nn.Module. See docs/fuse.md.
 
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.
@@ -178,9 +178,12 @@ def _certain_chains(
     """The norms that begin a chain at every call, each of the same kind; adds to `left` why the others do not."""
     found: dict[str, list[NoChain | _Chain]] = {}
     returned: dict[str, NoChain] = {}
+    calls: dict[str, Call] = {}
     for each in traces:
         called = {module for caller, trace in each.items() for module in each.called(trace.graph, caller)}
         for module, trace in each.items():
+            if not calls.setdefault(each.paths[module], trace.call).is_like(trace.call):
+                trace.problem = CALLS_DIFFER
             chains = Chains(trace, each, inside=None if trace.problem is None else ())
             trace.ends_open = any(isinstance(what, NoChain) and what.is_open for what in chains.found.values())
             for node, what in chains.found.items():
@@ -199,9 +202,9 @@ def _certain_chains(
             if "running_var" in module._buffers:  # such as torchvision's FrozenBatchNorm2d
                 left[path] = NoChain(f"there is no fused {class_name(module)}", "unknown")
             continue
-        calls = found.get(path, [returned[path]] if path in returned else [])
-        refusals = [call for call in calls if isinstance(call, NoChain)]
-        matches = [call for call in calls if isinstance(call, _Chain)]
+        each_call = found.get(path, [returned[path]] if path in returned else [])
+        refusals = [call for call in each_call if isinstance(call, NoChain)]
+        matches = [call for call in each_call if isinstance(call, _Chain)]
         if isinstance(module, FusedLayer):
             left[path] = NoChain("already fused", "already fused")
         elif refusals:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .copying import copy_to_trace
-from .parts import IN_PLACE_OPERATORS, NORMS
+from .parts import IN_PLACE_OPERATORS, NORMS, activation_of_module
 from .report import class_name
 
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _ASKS = "it asks for the type of a value"
+CALLS_DIFFER = "it is called with different arguments"
+_TENSOR_LAYERS = (*NORMS, nn.modules.conv._ConvNd, nn.Linear, nn.modules.dropout._DropoutNd)
 _CHANGED = object()  # replaces what a call put into an argument of its caller: a trace that uses it fails
 _TRACING = RLock()  # a trace by torch.fx patches classes, and so does _refusing_functions
 
@@ -48,6 +50,10 @@ class Call:
         signature = inspect.signature(type(module).forward)
         leaves, structure = pytree.tree_flatten(_by_name(signature, args, kwargs))
         return cls(signature, structure, [Tensor if _is_tensor(leaf) else leaf for leaf in leaves])
+
+    def is_like(self, other: "Call") -> bool:
+        """Whether the calls differ in nothing but the tensors."""
+        return bool(self.structure == other.structure and self.leaves == other.leaves)
 
     def arguments(self, node: fx.Node) -> list[Any]:
         """The tensors that the node of such a call passes."""
@@ -115,6 +121,7 @@ class Trace:
         changed: the structure of the arguments that the forward changes, by name: lists of leaves.
         branches: the training flags that the forward branches on.
         problem: why the graph cannot stand for the forward; None where it can.
+        is_tensor: whether the result is certainly a tensor.
         ends_open: whether the forward returns the output of a norm, which may be part of a chain of its caller.
     """
 
@@ -125,6 +132,7 @@ class Trace:
     changed: Any
     branches: set[str]
     problem: str | None
+    is_tensor: bool
     ends_open: bool = False
 
     @property
@@ -161,6 +169,8 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):  # the answer that a tensor gives to hasattr
             raise AttributeError(f"tensors have no attribute {name}")
+        if not callable(getattr(Tensor, name)):  # such as shape: a value like others, not a method to be called
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -211,7 +221,7 @@ class Traces(dict[nn.Module, Trace]):
         known = self.get(module)
         try:
             call = Call.with_tensors(module) if args is None else Call.of(module, args, kwargs)
-            if known and (known.call.structure, known.call.leaves) == (call.structure, call.leaves):
+            if known and known.call.is_like(call):
                 return known
             trace = _Tracer(self).record(module, call)
         except Exception as error:
@@ -220,7 +230,7 @@ class Traces(dict[nn.Module, Trace]):
             return None
         if known is None:
             return self.setdefault(module, trace)
-        known.problem = "it is called with different arguments"
+        known.problem = CALLS_DIFFER
         return trace
 
     def called(self, graph: fx.Graph, caller: nn.Module) -> list[nn.Module]:
@@ -263,7 +273,7 @@ class _Tracer(fx.Tracer):
         code = getattr(type(module).forward, "__code__", None)
         if code is not None and "type" in code.co_names:
             self.note(_ASKS)
-        with _without_random_numbers():
+        with _without_random_numbers(), _answering_isinstance(getattr(type(module).forward, "__globals__", {})):
             graph = self.trace(module, call)  # type: ignore[arg-type]
         after = _held_by(module)
         if len(after) != len(before) or not all(map(operator.is_, after, before)):
@@ -280,7 +290,18 @@ class _Tracer(fx.Tracer):
         for node in reversed(graph.nodes):
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
-        return Trace(module, call, graph, self.structure, self.changed, self.branches, self.problem)
+        leaves: Any = next(iter(reversed(graph.nodes))).args[0]
+        is_tensor = self.structure.is_leaf() and isinstance(leaves[0], fx.Node) and self.gives_tensor(leaves[0])
+        return Trace(module, call, graph, self.structure, self.changed, self.branches, self.problem, is_tensor)
+
+    def gives_tensor(self, node: fx.Node) -> bool:
+        """Whether the value of a node is certainly a tensor."""
+        if node.op != "call_module":
+            return node.op == "placeholder"
+        module = self.root.get_submodule(str(node.target))
+        if (trace := self.traces.get(module)) is not None:
+            return trace.is_tensor
+        return isinstance(module, _TENSOR_LAYERS) or activation_of_module(module) is not None
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         call: Call = concrete_args
@@ -361,6 +382,28 @@ def _held_by(module: nn.Module) -> list[Any]:
             seen.add(id(value))
             held += gc.get_referents(value)
     return held
+
+
+def _isinstance(value: Any, kinds: Any) -> bool:
+    """isinstance for a forward that is traced: a value that is certainly a tensor is one."""
+    if type(value) is _Proxy and value.tracer.gives_tensor(value.node):
+        each = kinds if isinstance(kinds, tuple) else get_args(kinds) or (kinds,)
+        if all(isinstance(kind, type) and (kind is Tensor or not issubclass(kind, Tensor)) for kind in each):
+            return issubclass(Tensor, each)
+    return isinstance(value, kinds)
+
+
+@contextmanager
+def _answering_isinstance(names: dict[str, Any]) -> Iterator[None]:
+    """Puts _isinstance among the global names of a forward, as torch.fx does with the functions that it wraps."""
+    before = names.get("isinstance", isinstance)
+    names["isinstance"] = _isinstance
+    try:
+        yield
+    finally:
+        names["isinstance"] = before
+        if before is isinstance:
+            del names["isinstance"]
 
 
 @contextmanager

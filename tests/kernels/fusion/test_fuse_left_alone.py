@@ -237,7 +237,7 @@ class CustomGradientBetween(Chains):
 
 class AsksForType(Chains):
     def forward(self, x):
-        x = self.conv1(x)
+        x = self.conv1(x) * 2
         if isinstance(x, dict):
             x = x["out"]
         return F.relu(self.norm1(x))
@@ -263,6 +263,12 @@ class AsksForTheNormsType(Chains):
     def forward(self, x):
         x = self.norm1(self.conv1(x))
         return self.relu(x) + x if isinstance(x, Tensor) else self.relu(x)
+
+
+class AsksForAParameter(Chains):
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        return self.relu(x) + x if isinstance(x, (list, nn.Parameter)) else self.relu(x)
 
 
 class DropoutOfAnotherMode(Chains):
@@ -415,11 +421,12 @@ LEFT = [
     (StoresByMethod, "stored in an attribute"),
     (StoresInside, "used 2 times"),
     (GradModeChanges, "what follows runs under another grad mode"),
-    (AsksForTheNormsType, "asks for the type of a value"),
+    (AsksForTheNormsType, "used 2 times"),
+    (AsksForAParameter, "asks for the type of a value"),
     (StoresEnds, "changes attributes|asks for the type"),
     (AsksForType, "asks for the type of a value"),
     (lambda: AsksByFunction(torch.is_tensor), "asks for the type of a value"),
-    (lambda: AsksByFunction(lambda x: isinstance(x, (list, tuple))), "asks for the type of a value"),
+    (lambda: AsksByFunction(lambda x: isinstance(x.shape, (list, tuple))), "asks for the type of a value"),
     (AsksByType, "asks for the type of a value"),
     (DropoutOfAnotherMode, "the dropout behind it does not follow the mode"),
     (NewBuffer, "changes attributes|asks for the type"),

@@ -80,14 +80,17 @@ class TakesSeveral(Chains):
 
 
 class ChecksTypes(Chains):
-    """Calls a forward that asks for the type of a value."""
+    """Asks for the type of a tensor, and calls a forward that does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.block = TakesSeveral()
 
     def forward(self, x):
-        return self.relu(self.norm1(self.conv2(self.block(self.conv1(x)[:, :3]))))
+        x = self.block(self.conv1(x)[:, :3])
+        assert not isinstance(x, list | tuple)
+        assert isinstance(x, (dict, Tensor))
+        return self.relu(self.norm1(self.conv2(x)))
 
 
 class Named(nn.Module):
@@ -181,7 +184,7 @@ SMALL = [
     (PromotingSum, (2, 1, 0)),
     (Counting, (1, 0, 1)),
     (ModeOfAnother, (2, 0, 0)),
-    (ChecksTypes, (1, 0, 3)),
+    (ChecksTypes, (2, 0, 2)),
     (SumsIntoTemporaries, (1, 1, 1)),
     (GetsDictionary, (1, 0, 1)),
     (lambda: CallsWithAList(False), (2, 0, 2)),
