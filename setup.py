@@ -42,6 +42,8 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.1",
+        # Finds the digit in a picture; with SciPy smaller than OpenCV, and pure NumPy in its interface.
+        "scikit-image>=0.25",
         "torch>=2.14",
         "torchinfo>=1.8",
         "torchvision>=0.29",

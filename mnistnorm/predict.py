@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +14,16 @@ from PIL import Image, ImageOps
 
 from .checkpoint import INSTEAD, Checkpoint
 from .cli import Parser, choose_device, print_error, run_program
-from .cnn import IMAGE_SIZE
+from .cnn import CNN
+from .digits import DIGITS, is_stroke, to_mnist
 from .engine import log_probabilities
 from .errors import UserError
 
-# The longer side, in pixels, that the images of each data set were scaled to.
-LONGER_SIDE = {"mnist": 20, "qmnist": 20, "kmnist": 28, "fashion-mnist": 28}
-
-# What is below this share of the darkest stroke does not count as part of the digit's outline: it is noise or shadow.
-OUTLINE = 0.4
+# If no class is as probable as this, the image shows none of them.
+MIN_PROBABILITY = 0.5
 
 # Photographs are reduced to this size: pixels along the longer side.
-LARGEST = 1000
+LARGEST = 500
 
 # What files with more than 8 bits per value call full: the first that none of an image's values exceeds.
 FULL_SCALES = (1.0, 255.0, 65535.0)
@@ -91,109 +90,50 @@ def _reason(error: Exception) -> str:
     return "it is not an image, or is truncated or damaged; save it as PNG or JPEG"
 
 
-def to_mnist(luminance: np.ndarray, longer_side: int = LONGER_SIDE["mnist"]) -> np.ndarray:
-    """Scales a digit as those of MNIST were and puts its centre of mass into the centre of 28 x 28 pixels.
-
-    Args:
-        luminance: float, (height, width); a digit, lighter or darker than the paper it stands on.
-        longer_side: of the scaled digit, in pixels.
-
-    Returns:
-        uint8, (28, 28), light on 0.
+def classify(path: Path, checkpoint: Checkpoint, network: CNN, device: torch.device) -> dict[str, Any]:
+    """What the program says of an image file.
 
     Raises:
-        ValueError: there is nothing but paper.
-
-    Source: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
+        UserError: the file cannot be read as an image, or shows no digit; the network is not usable.
     """
-    ink = luminance - _paper(luminance)
-    ink = ink if ink.max() > -ink.min() else -ink
-    if ink.max() < 1:  # of 255 levels
-        raise ValueError("it shows nothing but paper")
-    ink = (ink / ink.max()).clip(0).astype(np.float32)
-    rows, columns = (np.flatnonzero((ink > OUTLINE).any(axis)) for axis in (1, 0))
-    digit = Image.fromarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    scale = longer_side / max(digit.size)
-    width, height = (max(1, round(side * scale)) for side in digit.size)
-    pixels = np.asarray(digit.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
-    canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    top, left = (_offset(pixels.sum(axis)) for axis in (1, 0))
-    canvas[top : top + height, left : left + width] = np.rint(255 * pixels / pixels.max())
-    return canvas
-
-
-def read_digit(path: Path, longer_side: int) -> np.ndarray:
-    """The digit in an image file, as to_mnist returns it.
-
-    Raises:
-        UserError: the file cannot be read as an image, or shows no digit.
-    """
+    luminance, dataset = read_image(path), checkpoint.settings.dataset
     try:
-        return to_mnist(read_image(path), longer_side)
+        image = to_mnist(luminance, dataset)
+        if dataset in DIGITS and not is_stroke(image):
+            raise ValueError("it shows a blot")
     except ValueError as error:
         raise UserError(f"there is no digit in {path}: {error}; show one, darker or lighter than its ground") from error
-
-
-def _digit_or_error(path: Path, longer_side: int) -> np.ndarray | None:
-    """What read_digit returns; None, after saying so on stderr, where it raises."""
-    try:
-        return read_digit(path, longer_side)
-    except UserError as error:
-        print_error(error)
-        return None
-
-
-def _paper(luminance: np.ndarray) -> np.ndarray:
-    """The luminance without the digit: the plane, for even or slanting light, through most of the border's pixels."""
-    height, width = luminance.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    plane = np.stack([np.ones_like(x), x, y], axis=-1)  # [height, width, 3]
-    border = np.ones(luminance.shape, dtype=bool)
-    border[1:-1, 1:-1] = False
-    terms, values = plane[border], luminance[border]
-    distance = np.abs(values - np.median(values))
-    for _ in range(3):  # each time without the half that lies farthest off, where the digit touches the border
-        near = distance <= np.median(distance)
-        coefficients = np.linalg.lstsq(terms[near], values[near], rcond=None)[0]
-        distance = np.abs(values - terms @ coefficients)
-    return plane @ coefficients
-
-
-def _offset(mass: np.ndarray) -> int:
-    """Where a digit of this `mass` per row or column starts if its centre of mass is in pixel 14, as in MNIST."""
-    centre = mass @ np.arange(len(mass)) / mass.sum()
-    return int(np.clip(round(IMAGE_SIZE / 2 - centre), 0, IMAGE_SIZE - len(mass)))
+    log_probs = log_probabilities(network, torch.from_numpy(image[None, None]).to(device), checkpoint.normalization)[0]
+    if not log_probs.isfinite().all():
+        raise UserError(f"the network computes no numbers, its training diverged; {INSTEAD}")
+    by_class = dict(zip(checkpoint.classes, log_probs.exp().tolist(), strict=True))
+    best = max(by_class, key=lambda name: by_class[name])
+    if by_class[best] < MIN_PROBABILITY:
+        message = f"the nearest, {best}, has a probability of {by_class[best]:.0%}; show one"
+        raise UserError(f"{path} resembles none of the classes: {message}")
+    return {"image": str(path), "prediction": best, "probability": by_class[best], "probabilities": by_class}
 
 
 def predict(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
     device = choose_device(args.device)
     checkpoint = Checkpoint.load(args.checkpoint)
-    longer_side = LONGER_SIDE[checkpoint.settings.dataset]
-    digits = [(path, digit) for path in args.images if (digit := _digit_or_error(path, longer_side)) is not None]
-    images = np.array([digit for _, digit in digits], dtype=np.uint8)
-    batch = torch.from_numpy(images).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE).to(device)
-    probabilities = log_probabilities(checkpoint.network().to(device), batch, checkpoint.normalization).exp()
-    if not probabilities.isfinite().all():
-        raise UserError(f"the network of {args.checkpoint} computes no numbers, its training diverged; {INSTEAD}")
-    results = []
-    for (path, _), row in zip(digits, probabilities.tolist(), strict=True):
-        by_class = dict(zip(checkpoint.classes, row, strict=True))
-        prediction = max(by_class, key=lambda name: by_class[name])
-        results.append(
-            {
-                "image": str(path),
-                "prediction": prediction,
-                "probability": by_class[prediction],
-                "probabilities": by_class,
-            }
-        )
+    network = checkpoint.network().to(device)
+
+    def classify_or_say_why_not(path: Path) -> dict[str, Any] | None:
+        try:
+            return classify(path, checkpoint, network, device)
+        except UserError as error:
+            print_error(error)
+            return None
+
+    results = [result for path in args.images if (result := classify_or_say_why_not(path))]
     if args.json:
         print(json.dumps(results, indent=2))
     else:
         for result in results:
             print(f"{result['image']}: {result['prediction']} ({result['probability']:.2%})")
-    return 0 if len(digits) == len(args.images) else 1
+    return 0 if len(results) == len(args.images) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

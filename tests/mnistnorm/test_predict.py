@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.filters import gaussian
 
 from mnistnorm import predict
 from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.cnn import CNN
 from mnistnorm.data import Augmentation, Dataset, Split, TrainingBatches
+from mnistnorm.digits import to_mnist
 from mnistnorm.engine import Settings, Trainer, log_probabilities
-from mnistnorm.predict import read_image, to_mnist
+from mnistnorm.predict import read_image
 
 # In one process, which trains for all of them once.
 pytestmark = pytest.mark.xdist_group("predict")
@@ -76,6 +78,130 @@ def test_digits_are_read_however_they_are_drawn(
         right.append(answers.eq(test.labels).float().mean().item())
     assert right[1] >= right[0] - 0.03, right
     assert right[1] >= 0.94
+
+
+def sheet(digit: np.ndarray) -> np.ndarray:
+    """A digit in black ink on white paper, (200, 240)."""
+    paper = np.full((200, 240), 235.0)
+    paper[44:156, 64:176] -= 195 * (np.asarray(Image.fromarray(digit).resize((112, 112))) / 255)
+    return paper
+
+
+Y, X = np.meshgrid(np.linspace(-1, 1, 200), np.linspace(-1, 1, 240), indexing="ij")
+
+
+def in_a_shadow(digit: np.ndarray) -> np.ndarray:
+    return sheet(digit) * (1 - 0.2 / (1 + np.exp(-12 * (X + Y - 0.3))))
+
+
+def with_a_vignette(digit: np.ndarray) -> np.ndarray:
+    return sheet(digit) * (1 - 0.5 * (X**2 + Y**2) / 2)
+
+
+def with_two_dark_edges(digit: np.ndarray) -> np.ndarray:
+    return np.pad(sheet(digit), ((0, 2), (0, 2)), constant_values=5)
+
+
+def with_dark_edges_all_around(digit: np.ndarray) -> np.ndarray:
+    return np.pad(sheet(digit), 2, constant_values=5)
+
+
+def with_a_speck(digit: np.ndarray) -> np.ndarray:
+    paper = sheet(digit)
+    paper[3, 5] = 40
+    return paper
+
+
+def with_many_specks(digit: np.ndarray) -> np.ndarray:
+    paper = sheet(digit)
+    for row, column in np.random.default_rng(0).integers(0, 198, (8, 2)):
+        paper[row : row + 2, column : column + 2] = 40
+    return paper
+
+
+def light_on_dark(digit: np.ndarray) -> np.ndarray:
+    return 255 - with_dark_edges_all_around(digit)
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        *(in_a_shadow, with_a_vignette, with_two_dark_edges, with_dark_edges_all_around),
+        *(with_a_speck, with_many_specks, light_on_dark),
+    ],
+)
+def test_what_else_a_sheet_shows_does_not_change_the_digit(
+    drawn: Callable[[np.ndarray], np.ndarray], checkpoint: Path, mnist: Dataset
+) -> None:
+    """Of a hundred digits that the network reads, at least 97 are read from a sheet as well."""
+    network = Checkpoint.load(checkpoint).network()
+    test: Split = mnist.test[:COUNT]
+    answers = log_probabilities(network, test.images, mnist.normalization).argmax(1)
+    hundred = test[answers.eq(test.labels).nonzero()[:100, 0]]
+    images = np.stack([to_mnist(drawn(digit[0].numpy())) for digit in hundred.images])
+    answers = log_probabilities(network, torch.from_numpy(images).unsqueeze(1), mnist.normalization).argmax(1)
+    assert answers.eq(hundred.labels).sum() >= 97
+
+
+def random(scale: float, blur: float) -> np.ndarray:
+    return 128 + scale * gaussian(np.random.default_rng(0).normal(size=(200, 200)), blur)
+
+
+def pair(axis: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda digit: np.concatenate([sheet(digit), sheet(digit)], axis)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        (pair(0), "it shows 2 separate shapes; show one"),
+        (pair(1), "it shows 2 separate shapes; show one"),
+        (lambda digit: random(30, 0.1), "nothing stands out from its paper"),
+        (lambda digit: random(300, 8), "nothing stands out from its paper"),
+        (lambda digit: np.where(X**2 + Y**2 < 0.2, 20, 230), "it shows a blot"),
+        (lambda digit: np.where((abs(X) < 0.6) & (abs(Y) < 0.6) & ((X * 8 % 1 < 0.4) | (Y * 8 % 1 < 0.4)), 20, 230),
+         "it shows something else"),
+        (lambda digit: np.where((abs(X) < 0.9) & (abs(Y - 0.1 * np.sin(9 * X)) < 0.05), 20, 230), "something else"),
+    ],
+)  # fmt: skip
+def test_other_pictures_are_not_guessed(
+    drawn: Callable[[np.ndarray], np.ndarray],
+    message: str,
+    checkpoint: Path,
+    mnist: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "picture.png"
+    Image.fromarray(drawn(mnist.test.images[0, 0].numpy()).clip(0, 255).astype(np.uint8)).save(path)
+    assert predict.main([str(checkpoint), str(path)]) == 1
+    printed, error = capsys.readouterr()
+    assert printed == ""
+    assert error.startswith(f"error: there is no digit in {path}: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_what_no_class_is_likely_for_is_not_guessed(
+    checkpoint: Path, mnist: Dataset, tmp_path: Path, one_error: Callable[[], str]
+) -> None:
+    undecided = Checkpoint.load(checkpoint)
+    undecided.model["classifier.weight"].zero_()
+    undecided.save(tmp_path / "undecided.pt")
+    assert predict.main([str(tmp_path / "undecided.pt"), *save_digits(mnist, tmp_path, 1)]) == 1
+    assert "0.png resembles none of the classes: the nearest, 0, has a probability of 10%" in one_error()
+
+
+def test_the_pieces_of_a_broken_digit_stay_together(mnist: Dataset) -> None:
+    digit = mnist.test.images[8, 0].numpy()  # a 5 whose upper stroke is apart
+    difference = to_mnist(sheet(digit)).astype(int) - digit
+    assert np.abs(difference).mean() < 0.2 * digit.mean()
+
+
+def test_clothes_may_show_several_shapes(mnist: Dataset) -> None:
+    both = np.concatenate([sheet(mnist.test.images[0, 0].numpy())] * 2, axis=1)
+    columns = np.flatnonzero(to_mnist(both, "fashion-mnist").any(0))
+    assert columns[-1] - columns[0] + 1 == 28
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (1, 9), (9, 1), (300, 40), (2000, 1500), (3, 3)])

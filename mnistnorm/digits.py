@@ -1,0 +1,138 @@
+"""Finds the digit in a picture and brings it into the form of MNIST's images."""
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import center_of_mass, distance_transform_edt, uniform_filter
+from skimage.filters import gaussian, threshold_otsu
+from skimage.measure import label, regionprops
+from skimage.segmentation import clear_border
+
+from .cnn import IMAGE_SIZE
+
+# The longer side, in pixels, that the images of each data set were scaled to.
+LONGER_SIDE = {"mnist": 20, "qmnist": 20, "kmnist": 28, "fashion-mnist": 28}
+
+# The data sets whose images show one shape, and how many holes it may have: noise adds one to the two of an 8.
+DIGITS = ("mnist", "qmnist")
+MAX_HOLES = 3
+
+# Half the width of the widest stroke, in pixels of 28; in MNIST, 5 is exceeded by one image in a thousand.
+MAX_HALF_STROKE = 5.5
+
+# Ink differs from the paper by at least so many standard deviations of the paper; noise is split at 2.7 or less.
+MIN_SEPARATION = 3
+
+# Ink paler than this share of the darkest stroke does not count as part of the digit's outline.
+OUTLINE = 0.4
+
+# A piece of less than this share of the largest one's area is a speck.
+SPECK = 0.02
+
+
+def to_mnist(luminance: np.ndarray, dataset: str = "mnist") -> np.ndarray:
+    """Scales a digit as those of MNIST were and puts its centre of mass into the centre of 28 x 28 pixels.
+
+    Args:
+        luminance: float, (height, width); a digit, lighter or darker than the paper it stands on, in uneven light,
+            between specks and dark edges.
+        dataset: a key of LONGER_SIDE.
+
+    Returns:
+        uint8, (28, 28), light on 0.
+
+    Raises:
+        ValueError: there is nothing but paper, or not exactly one digit.
+
+    Source: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
+    """
+    ink, is_ink = _separate_ink(luminance)
+    shape = _digit(is_ink) if dataset in DIGITS else is_ink
+    # Keep the strokes' soft rims.
+    ink[distance_transform_edt(~shape) > max(2, 0.01 * max(shape.shape))] = 0
+    ink = (ink / ink.max()).clip(0).astype(np.float32)
+    digit = Image.fromarray(ink[regionprops((ink > OUTLINE).astype(np.uint8))[0].slice])
+    scale = LONGER_SIDE[dataset] / max(digit.size)
+    width, height = (max(1, round(side * scale)) for side in digit.size)
+    pixels = np.asarray(digit.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+    middles = zip(center_of_mass(pixels), pixels.shape, strict=True)
+    top, left = (int(np.clip(round(IMAGE_SIZE / 2 - middle), 0, IMAGE_SIZE - side)) for middle, side in middles)
+    canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    canvas[top : top + height, left : left + width] = np.rint(255 * pixels / pixels.max())
+    return canvas
+
+
+def is_stroke(image: np.ndarray) -> bool:
+    """Whether what an image, as to_mnist returns it, shows may be drawn with a pen, and is no blot."""
+    return bool(distance_transform_edt(image > 127).max() <= MAX_HALF_STROKE)
+
+
+def _separate_ink(luminance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The darkness or lightness of each pixel relative to the paper, and which pixels are ink; without dark edges."""
+    paper = _trend(luminance)
+    if np.ptp(luminance - paper) < 1:  # of 255 levels
+        raise ValueError("it shows nothing but paper")
+    is_light = _above_threshold(luminance - paper)
+    rows, columns = (is_light.mean(axis) for axis in (1, 0))
+    inside = tuple(slice(_edge(share), len(share) - _edge(share[::-1])) for share in (rows, columns))
+    if not 0.001 < is_light[inside].mean() < 0.999:  # what looks like edges is the paper
+        inside = (slice(None), slice(None))
+    is_light, paper, difference = is_light[inside], paper[inside], (luminance - paper)[inside]
+    border = np.concatenate([is_light[[0, -1]].ravel(), is_light[:, [0, -1]].ravel()])
+    dark_ink = border.mean() >= 0.5
+    is_paper = is_light if dark_ink else ~is_light
+    # The mean of the paper nearby, for shadows; far from any, of all the paper.
+    window, far = max(is_paper.shape) // 4, 1e-3
+    total = uniform_filter(np.where(is_paper, difference, 0.0), window) + far * difference[is_paper].mean()
+    nearby = total / (uniform_filter(is_paper.astype(float), window) + far)
+    # Dark ink takes its share of whatever light there is.
+    ink = (nearby - difference) / (paper + nearby).clip(1) if dark_ink else difference - nearby
+    if ink[~is_paper].mean() - ink[is_paper].mean() < MIN_SEPARATION * ink[is_paper].std():
+        raise ValueError("nothing stands out from its paper")
+    return ink, _above_threshold(ink)
+
+
+def _trend(luminance: np.ndarray) -> np.ndarray:
+    """The luminance of unevenly lit paper: the quadratic surface through the half of the pixels nearest to it."""
+    y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in luminance.shape), indexing="ij")
+    surface = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)  # [height, width, 6]
+    some = tuple(slice(None, None, -(-side // 100)) for side in luminance.shape)
+    terms, values = surface[some].reshape(-1, 6), luminance[some].ravel()
+    distance = np.abs(values - np.median(values))
+    for _ in range(5):
+        near = distance <= np.median(distance)
+        coefficients = np.linalg.lstsq(terms[near], values[near], rcond=None)[0]
+        distance = np.abs(values - terms @ coefficients)
+    return surface @ coefficients
+
+
+def _above_threshold(values: np.ndarray) -> np.ndarray:
+    """Which pixels are above Otsu's threshold."""
+    smooth = gaussian(values, min(1, max(values.shape) / 200), preserve_range=True)
+    return smooth > threshold_otsu(smooth)
+
+
+def _edge(light: np.ndarray) -> int:
+    """How many of the first lines, of which shares are `light`, are a scan's edge: all alike, before a line unlike."""
+    for count in range(min(max(2, len(light) // 33), len(light) - 1), 0, -1):
+        if any((share[:count] >= 0.9).all() and share[count] <= 0.2 for share in (light, 1 - light)):
+            return count
+    return 0
+
+
+def _digit(is_ink: np.ndarray) -> np.ndarray:
+    """Which pixels are the digit: its tallest shape and what is near to it, such as the upper stroke of a 5."""
+    pieces = label(is_ink, connectivity=2)
+    largest = max(regionprops(pieces), key=lambda piece: piece.area)
+    is_ink = np.isin(pieces, [piece.label for piece in regionprops(pieces) if piece.area >= SPECK * largest.area])
+    close = distance_transform_edt(~is_ink) <= max(1, 0.04 * max(largest.image.shape))
+    shapes = label(close, connectivity=2) * is_ink
+    # What the border cuts is a neighbour or the table, unless it is all there is.
+    inner = [shape for shape in regionprops(clear_border(shapes)) if shape.area >= 0.1 * largest.area]
+    *others, digit = sorted(inner or regionprops(shapes), key=lambda shape: shape.image.shape[0])
+    height, width = digit.image.shape
+    if count := sum(other.image.shape[0] >= 0.5 * height for other in others):
+        raise ValueError(f"it shows {count + 1} separate shapes")
+    if (width > 1.75 * height and digit.extent < 0.7) or digit.euler_number < 1 - MAX_HOLES:
+        raise ValueError("it shows something else")
+    near = distance_transform_edt(shapes != digit.label) <= 0.3 * max(height, width)
+    return np.isin(pieces, np.unique(pieces[is_ink & near]))
