@@ -42,7 +42,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.1",
-        # Finds the digit in a picture; with SciPy smaller than OpenCV, and pure NumPy in its interface.
+        # Thresholds and labels pictures for mnistnorm.predict; with SciPy still smaller than OpenCV.
         "scikit-image>=0.25",
         "torch>=2.14",
         "torchinfo>=1.8",
@@ -50,5 +50,10 @@ setup(
         "tqdm>=4.66",
         "triton>=3.8; platform_system == 'Linux'",
     ],
+    entry_points={
+        "console_scripts": [
+            f"mnistnorm-{program} = mnistnorm.{program}:main" for program in ("train", "compare", "predict", "summary")
+        ]
+    },
     extras_require={"tensorboard": ["tensorboard"], "dev": DEV},
 )

@@ -9,23 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import torch
 
 from . import distributed
-from .data import DATASETS
-from .engine import ELASTIC, LEARNING_RATES, Settings
+from .engine import BOUNDS, CHOICES, ELASTIC, LEARNING_RATES, Settings
 from .errors import UserError, one_line
-from .kernels.implementations import Impl
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, of a module that is run by `python -m` or by its script."""
 
     def __init__(self, module: str, description: str) -> None:
         description = description[:1].upper() + description[1:]
-        super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False)
+        script = Path(sys.argv[0]).stem
+        prog = script if script == module.replace(".", "-") else f"python -m {module}"
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help", exit_code=2)
@@ -119,8 +119,7 @@ def fraction(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
 
 
-# Of more threads than the system grants, OpenMP ends the process.
-thread_count = at_least(1, high=1024)
+thread_count = at_least(1, high=BOUNDS["threads"][1] - 1)
 
 
 def output_file(text: str) -> Path:
@@ -140,48 +139,63 @@ def refuse_same_file(*files: Path | None) -> None:
         raise UserError(f"{named[0]} is to be written twice: name two files", exit_code=2)
 
 
+def add_setting(group: argparse._ActionsContainer, name: str, help: str) -> None:
+    """Adds the flag of one of the Settings, which takes the values that Settings allows."""
+    (kind,) = (field.type for field in fields(Settings) if field.name == name)
+    options: dict[str, Any] = {}
+    if name in CHOICES:
+        options["choices"] = CHOICES[name]
+    elif name in BOUNDS:
+        low, end = BOUNDS[name]
+        options["metavar"] = "N" if kind is int else "X"
+        if end == 1:
+            options["type"] = fraction
+        else:
+            options["type"] = at_least(low, high=end - 1) if kind is int else at_least(low, float)
+    elif kind in (bool, bool | None):
+        options["action"] = argparse.BooleanOptionalAction
+    group.add_argument(f"--{name.replace('_', '-')}", help=help, **options)
+
+
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --resume, --overwrite and a flag for each of the Settings but the norm and the seed."""
-    on_off = argparse.BooleanOptionalAction
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue what --out holds, with the same settings")
     existing.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 
-    add = parser.add_argument_group("network").add_argument
-    add("--fused", action=on_off, help="take the fused layers instead of torch.nn's")
-    add("--impl", choices=get_args(Impl), help="implementation of the fused layers (%(default)s)")
-    add("--dropout", type=fraction, metavar="P", help="between norm and ReLU (%(default)s)")
+    group = parser.add_argument_group("network")
+    add_setting(group, "fused", "take the fused layers instead of torch.nn's")
+    add_setting(group, "impl", "implementation of the fused layers (%(default)s)")
+    add_setting(group, "dropout", "probability, between norm and ReLU (%(default)s)")
 
-    add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=at_least(1), metavar="N", help="length of the schedule (%(default)s)")
-    add("--batch-size", type=at_least(1), metavar="N", help="images per step (%(default)s)")
-    add("--optimizer", choices=LEARNING_RATES, help="muon leaves to AdamW what it does not take (%(default)s)")
-    add("--lr", type=at_least(0, float), help="peak learning rate (chosen by optimizer and norm)")
-    add("--weight-decay", type=at_least(0, float), metavar="X", help="of the convolutions (%(default)s)")
-    add("--l1", type=at_least(0, float), metavar="X", help="loss per absolute weight of the convolutions (%(default)s)")
-    add("--label-smoothing", type=fraction, metavar="X", help="share of the loss over all classes (%(default)s)")
-    add(
-        "--augment",
-        action=on_off,
-        help="map the training images by random maps, affine and, see --elastic, elastic (on)",
+    group = parser.add_argument_group("recipe")
+    add_setting(group, "epochs", "length of the schedule (%(default)s)")
+    add_setting(group, "batch_size", "images per step, of all processes together (%(default)s)")
+    add_setting(group, "optimizer", "muon leaves to AdamW what it does not take (%(default)s)")
+    add_setting(group, "lr", "peak learning rate (chosen by optimizer and norm)")
+    add_setting(group, "weight_decay", "of the convolutions (%(default)s)")
+    add_setting(group, "l1", "loss per absolute weight of the convolutions (%(default)s)")
+    add_setting(group, "label_smoothing", "share of the loss over all classes (%(default)s)")
+    add_setting(group, "augment", "map the training images by random maps, affine and, see --elastic, elastic (on)")
+    add_setting(group, "elastic", "pixels that elastic maps bend by (chosen by norm)")
+
+    group = parser.add_argument_group("data")
+    add_setting(group, "dataset", "all but mnist, which is part of the package, are downloaded (%(default)s)")
+    data_dir = "folder of the data set's four files, gzipped or not (the package's for mnist, else ./data)"
+    add_setting(group, "data_dir", data_dir)
+    val_split = (
+        "share of the training images to validate on (%(default)s); best.pt is the epoch of the highest validation"
+        " accuracy, without validation of the lowest training loss: chosen by the test images, it would flatter itself"
     )
-    add(
-        "--elastic",
-        type=at_least(0, float),
-        metavar="X",
-        help="pixels that elastic maps bend by (chosen by norm)",
+    add_setting(group, "val_split", val_split)
+
+    group = parser.add_argument_group("machine")
+    add_setting(group, "device", "auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
+    add_setting(
+        group, "threads", "of the CPU (OMP_NUM_THREADS, else one or all, whichever a few steps are faster with)"
     )
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, help="all but mnist, which is part of the package, are downloaded (%(default)s)")
-    add("--data-dir", metavar="DIR", help="folder of the data set (the package's for mnist, else ./data)")
-    add("--val-split", type=fraction, metavar="X", help="share of the training images to validate on (%(default)s)")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", help="auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
-    add("--threads", type=thread_count, metavar="N", help="of the CPU (torch's choice)")
-    add("--amp", action=on_off, help="run the network in bfloat16 where autocast allows it")
-    add("--compile", action=on_off, help="run the network under torch.compile")
+    add_setting(group, "amp", "run the network in bfloat16 where autocast allows it")
+    add_setting(group, "compile", "run the network under torch.compile")
 
     defaults = {field.name: field.default for field in fields(Settings) if field.name not in ("norm", "seed")}
     parser.set_defaults(**defaults | {"lr": None, "elastic": None, "device": "auto", "threads": None})

@@ -25,6 +25,7 @@ from .run import (
     LAST,
     RUN_FILES,
     build_trainer,
+    choose_threads,
     describe_implementation,
     load_run,
     locked,
@@ -68,29 +69,36 @@ class Result:
     accuracies: list[float]
     seconds: list[float]
 
-    def cells(self) -> tuple[str, ...]:
-        return (
-            self.norm,
-            f"{self.parameters:,}",
-            f"{statistics.mean(self.accuracies):.2%}",
-            f"{min(self.accuracies):.2%} to {max(self.accuracies):.2%}",
-            str(len(self.seeds)),
-            f"{statistics.mean(self.seconds):.0f} s",
-        )
+    def cells(self) -> dict[str, str]:
+        """A row of the table, by the headings of its columns."""
+        return {
+            "norm": self.norm,
+            "parameters": f"{self.parameters:,}",
+            "test accuracy": f"{statistics.mean(self.accuracies):.2%}",
+            "range": f"{min(self.accuracies):.2%} to {max(self.accuracies):.2%}",
+            "runs": str(len(self.seeds)),
+            "time per run": f"{statistics.mean(self.seconds):.0f} s",
+        }
 
 
-HEADER = ("norm", "parameters", "test accuracy", "range", "runs", "time per run")
+def table(results: Sequence[Result]) -> list[list[str]]:
+    """The heading and the rows; with one run of each norm without the columns that say nothing."""
+    rows = [result.cells() for result in results]
+    if all(len(result.seeds) == 1 for result in results):
+        for row in rows:
+            del row["range"], row["runs"]
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
 def text_table(results: Sequence[Result]) -> str:
-    rows = [HEADER, *(result.cells() for result in results)]
+    rows = table(results)
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "".join("   ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
 
 
 def markdown_table(results: Sequence[Result]) -> str:
-    rows = [HEADER, ("---",) * len(HEADER), *(result.cells() for result in results)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    heading, *rows = table(results)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heading, ["---"] * len(heading), *rows))
 
 
 def write_json(results: Sequence[Result], device: torch.device, path: Path) -> None:
@@ -111,12 +119,12 @@ def compare(argv: Sequence[str] | None) -> int:
         set_saved_defaults(parser, saved_flags(out))
         args = parser.parse_args(argv)
     norms, seeds = list(dict.fromkeys(args.norms)), list(dict.fromkeys(args.seeds))
+    args.threads = args.threads or choose_threads(settings_of(args, norm=norms[0], seed=seeds[0]))
     runs = {norm: [settings_of(args, norm=norm, seed=seed) for seed in seeds] for norm in norms}
 
     may_hold_them = args.resume or args.overwrite
-    prepare_folder(
-        out, (COMPARISON_CONFIG, *RESULTS), "a comparison", may_hold_them=may_hold_them, others={"a run": RUN_FILES}
-    )
+    files, others, complete = (COMPARISON_CONFIG, *RESULTS), {"a run": RUN_FILES}, (out / TABLE_JSON).exists()
+    prepare_folder(out, files, "a comparison", may_hold_them=may_hold_them, others=others, complete=complete)
     folders = {folder_of(out, settings): settings for of_norm in runs.values() for settings in of_norm}
     for folder, settings in folders.items():
         prepare_run_folder(folder, may_hold_one=may_hold_them)

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from .errors import UserError, one_line
 
@@ -28,13 +27,24 @@ DATASETS: dict[str, type[datasets.MNIST]] = {
 
 PACKAGED_MNIST = Path(__file__).with_name("mnist")
 
-# Of the unpacked files.
+# Of the unpacked files: the training images and labels, then the test ones.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+
+
+QMNIST_FILES = (
+    "qmnist-train-images-idx3-ubyte",
+    "qmnist-train-labels-idx2-int",
+    "qmnist-test-images-idx3-ubyte",
+    "qmnist-test-labels-idx2-int",
+)
+
+# By the third byte of an IDX file.
+IDX_DTYPES = {0x08: ">u1", 0x0C: ">i4"}
 
 
 @dataclass(frozen=True)
@@ -109,96 +119,103 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
-    """Reads a data set; MNIST comes with the package, the others are downloaded when they are not there yet.
+    """Reads a data set; MNIST comes with the package, the others are downloaded if their files are not there.
 
     Args:
         name: a key of DATASETS.
-        data_dir: the folder torchvision reads from and downloads to; None: the package's for MNIST, else ./data.
+        data_dir: a folder with the data set's four IDX files, gzipped or not, or with torchvision's subfolder of them,
+            such as MNIST/raw; None: the package's for MNIST, else ./data. It is where downloads go.
 
     Raises:
-        UserError: a file is missing, corrupt or cannot be downloaded.
+        UserError: a file is missing, damaged or cannot be downloaded.
     """
-    if name == "mnist" and data_dir is None:
-        with TemporaryDirectory() as folder:
-            _unpack_mnist(Path(folder, "MNIST", "raw"))
-            return _read(name, Path(folder), download=False)
-    root = data_dir or Path("data")
-    dataset = _read(name, root, download=True)
-    if name == "mnist":
-        for path in (root / "MNIST" / "raw" / file for file in MNIST_MD5):
-            if not _is_intact(path.name, path.read_bytes()):
-                raise UserError(f"{path} is corrupt or is not MNIST's; delete it to have it downloaded again")
-    return dataset
-
-
-def _read(name: str, root: Path, *, download: bool) -> Dataset:
-    source = DATASETS[name]
-    raw = root / source.__name__ / "raw"
+    root = data_dir or (PACKAGED_MNIST if name == "mnist" else Path("data"))
+    advice = "name a folder with all four by --data-dir" if root is not PACKAGED_MNIST else "install mnistnorm again"
+    names = QMNIST_FILES if name == "qmnist" else (*MNIST_MD5,)
+    files = {file: _find(root, DATASETS[name], file) for file in names}
+    if root is not PACKAGED_MNIST and not (any(files.values()) if data_dir else all(files.values())):
+        _download(name, root)
+        files = {file: _find(root, DATASETS[name], file) for file in names}
+    arrays = []
+    for file, path in files.items():
+        if path is None:
+            raise UserError(f"{file} is missing in {root}, also as {file}.gz: {advice}")
+        try:
+            arrays.append(_read_idx(path, "images" in file, MNIST_MD5[file] if name == "mnist" else None))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise UserError(f"{path} is damaged: {one_line(error)}; replace it, or {advice}") from error
+    for images in (0, 2):
+        if len(arrays[images]) != len(arrays[images + 1]):
+            counts = f"{len(arrays[images]):,} images, but there are {len(arrays[images + 1]):,} labels beside it"
+            raise UserError(f"{files[names[images]]} has {counts}: replace one of them, or {advice}")
     try:
-        train, test = (_split(source(root, train=train, download=download)) for train in (True, False))
-        normalization = Normalization.of(train.images)
-    except OSError as error:
-        raise UserError(f"cannot read or download {name} in {root}: {error}; name a folder with --data-dir") from error
-    except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        for path in sorted(path for path in raw.glob("*") if path.suffix not in (".gz", ".xz")):
-            if not _is_sound(path):
-                raise UserError(f"{path} is corrupt or truncated; delete it to have it downloaded again") from error
-        reason = f"{one_line(error)}; put the files into {raw}"
-        raise UserError(f"cannot read or download {name} in {root}: {reason}") from error
-    for split in (train, test):
-        if len(split.images) != len(split.labels):
-            counts = f"it has {len(split.images):,} images but {len(split.labels):,} labels"
-            raise UserError(f"{raw} is corrupt: {counts}; delete it to have it downloaded again")
+        normalization = Normalization.of(arrays[0])
+    except ValueError as error:
+        raise UserError(f"{files[names[0]]} cannot be trained on: {error}; replace it, or {advice}") from error
     return Dataset(
         name=name,
-        train=train,
-        test=test,
-        classes=tuple(label.split(" - ")[0] for label in source.classes),
+        train=Split(*arrays[:2]),
+        test=Split(*arrays[2:]),
+        classes=tuple(label.split(" - ")[0] for label in DATASETS[name].classes),
         normalization=normalization,
     )
 
 
-def _split(source: datasets.MNIST) -> Split:
-    # QMNIST's labels are rows of (N, 8) whose first column is the class.
-    labels = source.targets if source.targets.ndim == 1 else source.targets[:, 0].contiguous()
-    if not (_are_images(source.data) and _are_labels(labels)):
-        raise ValueError("they are not images of 28 x 28 pixels and labels from 0 to 9")
-    return Split(source.data.unsqueeze(1), labels)
+def _find(root: Path, source: type[datasets.MNIST], name: str) -> Path | None:
+    """One of the four files, in the folder or where torchvision puts it, as it comes from either of the spellings."""
+    for folder in (root, root / source.__name__ / "raw"):
+        for spelling in (name, name.replace("-idx", ".idx")):
+            for path in (folder / spelling, folder / f"{spelling}.gz"):
+                if path.is_file():
+                    return path
+    return None
 
 
-def _are_images(values: Tensor) -> bool:
-    return values.ndim == 3 and values.shape[1:] == (28, 28) and len(values) > 0
-
-
-def _are_labels(values: Tensor) -> bool:
-    # QMNIST's are the first of eight columns.
-    classes = values[:, 0] if values.ndim == 2 else values
-    return classes.ndim == 1 and len(classes) > 0 and int(classes.min()) >= 0 and int(classes.max()) <= 9
-
-
-def _is_sound(path: Path) -> bool:
+def _download(name: str, root: Path) -> None:
     try:
-        values = read_sn3_pascalvincent_tensor(str(path))
-    except Exception:  # whatever the reader does with garbage
-        return False
-    return _are_images(values) or _are_labels(values)
+        for train in (True, False):
+            DATASETS[name](root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = f"{one_line(error)}; put its four files there, or name a folder that has them by --data-dir"
+        raise UserError(f"{root} has no files of {name}, and they cannot be downloaded: {reason}") from error
+    except (AssertionError, LookupError, TypeError, ValueError):
+        pass  # What is wrong with a file is said when it is read.
 
 
-def _unpack_mnist(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for name in MNIST_MD5:
-        archive = PACKAGED_MNIST / f"{name}.gz"
-        try:
-            content = gzip.decompress(archive.read_bytes())
-        except (OSError, EOFError, zlib.error):
-            content = b""
-        if not _is_intact(name, content):
-            raise UserError(f"{archive} is missing, truncated or corrupt; install mnistnorm again")
-        (folder / name).write_bytes(content)
+def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
+    """A file of images, uint8 of (N, 1, 28, 28), or of labels, int64 of (N,).
 
+    Source of the format: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
 
-def _is_intact(name: str, content: bytes) -> bool:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]
+    Raises:
+        OSError, EOFError, ValueError, zlib.error: it is something else.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_DTYPES:
+        raise ValueError("it does not begin as an IDX file of bytes or integers does")
+    dtype, dimensions = np.dtype(IDX_DTYPES[content[2]]), content[3]
+    header = 4 + 4 * dimensions
+    if len(content) < header:
+        raise ValueError("it ends within its header")
+    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
+    expected = header + dtype.itemsize * math.prod(shape)
+    if len(content) != expected:
+        raise ValueError(f"it has {len(content):,} bytes, not the {expected:,} that it announces")
+    array = np.frombuffer(content, dtype, offset=header).reshape(shape)
+    values = torch.from_numpy(array.astype(dtype.newbyteorder("=")))
+    if images:
+        if dtype != np.uint8 or shape[1:] != (28, 28) or not shape[0]:
+            raise ValueError(f"it holds values of shape {shape}, not images of 28 x 28 pixels")
+        values = values.unsqueeze(1)
+    else:
+        values = (values[:, 0] if dimensions == 2 else values).long()  # QMNIST's are the first of eight columns
+        if values.ndim != 1 or not len(values) or values.min() < 0 or values.max() > 9:
+            raise ValueError("it holds something else than labels from 0 to 9")
+    if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise ValueError("its content is not that of MNIST's file")
+    return values
 
 
 # Along each side of an image, of the grid of points that an elastic map moves.

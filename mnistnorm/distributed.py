@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError, one_line
 from .kernels import BatchNormReLU2d
-
-if TYPE_CHECKING:
-    from .engine import Settings
 
 T = TypeVar("T")
 
@@ -98,29 +95,6 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is the process that reads and writes files and says how it goes."""
     return rank() == 0
-
-
-def check(settings: "Settings") -> None:
-    """Raises UserError where the processes there are cannot train by `settings`."""
-    device = torch.device(settings.device)
-    if settings.batch_size < processes():
-        message = (
-            f"--batch-size {settings.batch_size} leaves some of {processes()} processes without an image: take more"
-        )
-        raise UserError(message, exit_code=2)
-    if processes() > 1 and (device.type not in ("cpu", "cuda") or device.index is not None):
-        raise UserError(f"--device {device} is not for {processes()} processes: take cpu or cuda", exit_code=2)
-    if processes() > 1 and device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-        message = f"a process has none of the {torch.cuda.device_count()} GPUs here: start as many processes, not more"
-        raise UserError(message, exit_code=2)
-    if settings.sync_batch_norm:
-        if not dist.is_initialized():
-            raise UserError("--sync-batch-norm is for several processes: start them with torchrun", exit_code=2)
-        if settings.norm != "batch":
-            message = f"--sync-batch-norm is for batch norm: --norm {settings.norm} has nothing to synchronise"
-            raise UserError(message, exit_code=2)
-        if not settings.fused and device.type == "cpu":
-            raise UserError("--sync-batch-norm on a CPU is for the fused layers: add --fused", exit_code=2)
 
 
 def from_main(function: Callable[[], T]) -> T:

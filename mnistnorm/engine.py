@@ -38,6 +38,24 @@ WARMUP = 0.2
 MACHINE_SETTINGS = ("impl", "device", "threads", "compile", "data_dir")
 
 
+# The values of the settings that are one of a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": NORMS,
+    "impl": get_args(Impl),
+    "optimizer": (*LEARNING_RATES,),
+    "dataset": (*DATASETS,),
+}
+
+# The least value of each setting that is a number, and the first that is too large.
+BOUNDS: dict[str, tuple[int, float]] = {
+    **dict.fromkeys(("epochs", "batch_size", "processes"), (1, 2**31)),
+    "threads": (1, 1025),  # of more threads than the system grants, OpenMP ends the process
+    "seed": (0, 2**31),
+    **dict.fromkeys(("lr", "weight_decay", "l1", "elastic"), (0, math.inf)),
+    **dict.fromkeys(("dropout", "label_smoothing", "val_split"), (0, 1)),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All that decides the result of a training run.
@@ -96,26 +114,18 @@ class Settings:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        known = {"norm": NORMS, "impl": get_args(Impl), "optimizer": (*LEARNING_RATES,), "dataset": (*DATASETS,)}
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if field.name in known:
-                if value not in known[field.name]:
-                    raise ValueError(f"{field.name} must be one of {', '.join(known[field.name])}, got {value!r}")
+            if field.name in CHOICES:
+                if value not in CHOICES[field.name]:
+                    raise ValueError(f"{field.name} must be one of {', '.join(CHOICES[field.name])}, got {value!r}")
             elif not isinstance(value, (int, float) if kind is float else kind) or (  # type: ignore[arg-type]
                 isinstance(value, bool) and kind is not bool
             ):
                 raise TypeError(f"{field.name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
-        if min(self.epochs, self.batch_size, self.threads, self.processes) < 1:
-            raise ValueError("epochs, batch_size, threads and processes must be at least 1")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be from 0 to below 2^31, got {self.seed}")
-        for name in ("lr", "weight_decay", "l1", "elastic"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        for name in ("dropout", "label_smoothing", "val_split"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        for name, (low, end) in BOUNDS.items():
+            if not low <= getattr(self, name) < end:
+                raise ValueError(f"{name} must be from {low} to below {end}, got {getattr(self, name)}")
 
 
 class ConvMuon(torch.optim.Muon):

@@ -1,14 +1,16 @@
 """A training run in its folder: what it says, what it writes, and how it is interrupted and resumed."""
 
+import itertools
 import json
 import math
 import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
 TENSORBOARD = "events.out.tfevents.*"
 RUN_FILES = (LAST, BEST, CONFIG, METRICS, CURVES, MISTAKES, TENSORBOARD)
+# By which the number of threads is chosen, after one more.
+MEASURED_STEPS = 8
+# Where there is no terminal for a bar, at least this often a line says how far an epoch is.
+PLAIN_LINE_SECONDS = 15.0
 # Of mnistnorm.compare, in the folder that holds those of its runs.
 COMPARISON_CONFIG = "comparison-config.json"
 
@@ -55,7 +61,7 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
             was saved.
     """
     implementation = describe_implementation(settings)
-    distributed.check(settings)
+    check_processes(settings)
     checkpoint = distributed.from_main(lambda: load_run(out, settings)) if resume else None
     distributed.from_main(lambda: prepare_run_folder(out, may_hold_one=resume or overwrite))
     with locked(out) if distributed.is_main() else nullcontext():
@@ -127,11 +133,27 @@ def _continue(trainer: Trainer, checkpoint: Checkpoint, path: Path) -> None:
 def prepare_run_folder(out: Path, *, may_hold_one: bool) -> None:
     """Makes the folder of a run and checks that it can be written."""
     others = {"a comparison": [COMPARISON_CONFIG]}
-    prepare_folder(out, RUN_FILES, "a run", may_hold_them=may_hold_one, others=others)
+    complete = not may_hold_one and is_complete(out)
+    prepare_folder(out, RUN_FILES, "a run", may_hold_them=may_hold_one, others=others, complete=complete)
+
+
+def is_complete(out: Path) -> bool:
+    """Whether the folder holds a run that has reached its last epoch."""
+    try:
+        checkpoint = Checkpoint.load(out / LAST)
+    except UserError:
+        return False
+    return bool(checkpoint.metrics.get("epoch", 0) == checkpoint.settings.epochs)
 
 
 def prepare_folder(
-    out: Path, files: Sequence[str], what: str, *, may_hold_them: bool, others: Mapping[str, Sequence[str]]
+    out: Path,
+    files: Sequence[str],
+    what: str,
+    *,
+    may_hold_them: bool,
+    others: Mapping[str, Sequence[str]],
+    complete: bool,
 ) -> None:
     """Makes the folder of `what` and checks that it can be written.
 
@@ -141,6 +163,7 @@ def prepare_folder(
         what: they are, in words.
         may_hold_them: whether one of them may be there already.
         others: what else a folder may hold, but not this one: in words, and the patterns of its files.
+        complete: whether what is there has nothing left to do.
     """
 
     def holds(files: Sequence[str]) -> bool:
@@ -150,7 +173,8 @@ def prepare_folder(
         if holds(their_files):
             raise UserError(f"{out} holds {other}, not {what}: name another --out")
     if not may_hold_them and holds(files):
-        raise UserError(f"{out} holds {what}: continue it (--resume), replace it (--overwrite) or name another --out")
+        state, remedy = (", complete", "") if complete else ("", "continue it (--resume), ")
+        raise UserError(f"{out} holds {what}{state}: {remedy}replace it (--overwrite) or name another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -191,6 +215,27 @@ def locked(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
+def check_processes(settings: Settings) -> None:
+    """Raises UserError where the processes there are cannot train by `settings`."""
+    device, processes = torch.device(settings.device), distributed.processes()
+    if settings.batch_size < processes:
+        message = f"--batch-size {settings.batch_size} leaves some of {processes} processes without an image: take more"
+        raise UserError(message, exit_code=2)
+    if processes > 1 and (device.type not in ("cpu", "cuda") or device.index is not None):
+        raise UserError(f"--device {device} is not for {processes} processes: take cpu or cuda", exit_code=2)
+    if processes > 1 and device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        message = f"a process has none of the {torch.cuda.device_count()} GPUs here: start as many processes, not more"
+        raise UserError(message, exit_code=2)
+    if settings.sync_batch_norm:
+        if not torch.distributed.is_initialized():
+            raise UserError("--sync-batch-norm is for several processes: start them with torchrun", exit_code=2)
+        if settings.norm != "batch":
+            message = f"--sync-batch-norm is for batch norm: --norm {settings.norm} has nothing to synchronise"
+            raise UserError(message, exit_code=2)
+        if not settings.fused and device.type == "cpu":
+            raise UserError("--sync-batch-norm on a CPU is for the fused layers: add --fused", exit_code=2)
+
+
 def build_trainer(settings: Settings) -> Trainer:
     """A trainer before its first step: data and model on the device, everything random seeded."""
     torch.set_num_threads(settings.threads)
@@ -209,6 +254,11 @@ def build_trainer(settings: Settings) -> Trainer:
     dataset = distributed.from_main(lambda: load_dataset(settings.dataset, data_dir))
     if settings.val_split:
         dataset = dataset.with_validation(settings.val_split)
+    if settings.batch_size > len(dataset.train):
+        message = (
+            f"--batch-size {settings.batch_size} is more than the {len(dataset.train):,} training images: take less"
+        )
+        raise UserError(message, exit_code=2)
     dataset = dataset.to(device)
     augmentation = Augmentation(elastic=settings.elastic) if settings.augment else None
     batches = TrainingBatches(
@@ -221,6 +271,32 @@ def build_trainer(settings: Settings) -> Trainer:
         part=distributed.rank(),
     )
     return Trainer(model, dataset, settings, batches)
+
+
+def choose_threads(settings: Settings) -> int:
+    """One thread of the CPU or all, whichever takes a few training steps faster, and says so on stdout.
+
+    OMP_NUM_THREADS decides where it is set, and torch's choice for other devices and for several processes.
+    """
+    threads = torch.get_num_threads()
+    measures = "OMP_NUM_THREADS" not in os.environ and settings.device == "cpu" and settings.processes == 1
+    if not measures or threads == 1:
+        return threads
+    describe_implementation(settings)
+    check_processes(settings)
+    seconds = {}
+    for count in (1, threads):
+        trainer = build_trainer(replace(settings, threads=count, compile=False))
+        batches = list(itertools.islice(trainer.batches, MEASURED_STEPS + 1))
+        trainer.train_step(*batches.pop())
+        started = time.perf_counter()
+        for batch in batches:
+            trainer.train_step(*batch)
+        seconds[count] = (time.perf_counter() - started) / max(len(batches), 1)
+    fastest = min(seconds, key=lambda count: seconds[count])
+    steps = ", ".join(f"{1000 * time:.1f} ms a step with {count}" for count, time in seconds.items())
+    print(f"threads  {fastest}, measured: {steps}", flush=True)
+    return fastest
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -263,7 +339,7 @@ def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) 
         "label smoothing": settings.label_smoothing,
     }
     recipe = [
-        f"{settings.epochs} epochs",
+        f"{settings.epochs} epoch{'s' * (settings.epochs > 1)}",
         f"batch {settings.batch_size}",
         f"{settings.optimizer} at {settings.lr:g}",
         "augmented" if settings.augment else "not augmented",
@@ -309,8 +385,16 @@ def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], in
         disable=None if distributed.is_main() else True,  # None: where stderr is no terminal
     )
 
+    plain_line_at = time.monotonic() + PLAIN_LINE_SECONDS
+
     def after_step(batch: int) -> bool:
+        nonlocal plain_line_at
         bar.update(batch)
+        if bar.disable and distributed.is_main() and time.monotonic() >= plain_line_at:
+            loss, accuracy, done = trainer.running
+            scores = f"train {loss:.4f} {accuracy:.2%}"
+            print(f"epoch {trainer.epoch + 1:2}/{epochs}   {scores}   after {done:,} of {images:,} images", flush=True)
+            plain_line_at = time.monotonic() + PLAIN_LINE_SECONDS
         if not bar.disable and trainer.step % 10 == 0:
             loss, accuracy, _ = trainer.running
             bar.set_description(f"epoch {trainer.epoch + 1}/{epochs}", refresh=False)
@@ -323,6 +407,7 @@ def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], in
                 _save_epoch(trainer, out, writer)
                 bar.write(_epoch_line(trainer.history[-1], epochs))
                 sys.stdout.flush()
+                plain_line_at = time.monotonic() + PLAIN_LINE_SECONDS
 
 
 def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
@@ -433,4 +518,5 @@ def _report(trainer: Trainer, out: Path) -> None:
     print(f"test     {last['test_accuracy']:.2%} right, loss {last['test_loss']:.4f}, after the last epoch")
     print(f"time     {minutes} min {seconds} s of training")
     print(f"files    {out}: {LAST}, {BEST} (epoch {best_epoch(trainer.history)}, {reason}),")
-    print(f"         {CONFIG}, {METRICS}, {CURVES}, {MISTAKES}")
+    events = f", {TENSORBOARD}" if any(out.glob(TENSORBOARD)) else ""
+    print(f"         {CONFIG}, {METRICS}, {CURVES}, {MISTAKES}{events}")

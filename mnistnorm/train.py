@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import distributed
-from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
-from .cnn import NORMS
-from .run import default_out, load_run, run_training
+from .cli import Parser, add_setting, add_training_flags, run_program, set_saved_defaults, settings_of
+from .engine import Settings
+from .run import choose_threads, default_out, load_run, run_training
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -17,13 +17,13 @@ def get_parser() -> argparse.ArgumentParser:
         "Train the MNIST CNN; the defaults are the full recipe. Started by torchrun, processes share each batch."
     )
     parser = Parser("mnistnorm.train", description)
-    parser.add_argument("--norm", choices=NORMS, default="batch", help="normalization (%(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all that is random (%(default)s)")
+    add_setting(parser, "norm", "normalization (%(default)s)")
+    add_setting(parser, "seed", "random seed (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/DATASET-NORM-LAYERS-seedN)")
-    add = parser.add_argument_group("several processes").add_argument
-    on_off = argparse.BooleanOptionalAction
-    add("--sync-batch-norm", action=on_off, help="take batch norm's statistics over all processes' parts of a batch")
+    group = parser.add_argument_group("several processes")
+    add_setting(group, "sync_batch_norm", "take batch norm's statistics over all processes' parts of a batch")
     add_training_flags(parser)
+    parser.set_defaults(norm=Settings.norm, seed=Settings.seed)
     return parser
 
 
@@ -35,6 +35,7 @@ def train(argv: Sequence[str] | None) -> int:
         if args.resume:
             set_saved_defaults(parser, asdict(distributed.from_main(lambda: load_run(out).settings)))
             args = parser.parse_args(argv)
+        args.threads = args.threads or choose_threads(settings_of(args))
         run_training(settings_of(args), out, resume=args.resume, overwrite=args.overwrite)
     return 0
 

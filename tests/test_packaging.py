@@ -71,5 +71,8 @@ def test_works_beside_another_distribution_called_kernels(distributions, tmp_pat
     (site / "kernels").mkdir(parents=True)
     (site / "kernels" / "__init__.py").write_text('OWNER = "somebody else"\n')
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+    for program in ("train", "compare", "predict", "summary"):
+        usage = run(sys.executable, site / "bin" / f"mnistnorm-{program}", "--help", cwd=tmp_path, PYTHONPATH=str(site))
+        assert usage.startswith(f"usage: mnistnorm-{program} ")
     where = run(sys.executable, "-c", USE, cwd=tmp_path, PYTHONPATH=str(site))
     assert Path(where.strip()).is_relative_to(site)

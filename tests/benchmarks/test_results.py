@@ -52,8 +52,8 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def readme() -> str:
-    return results.PAGES[0].read_text()
+def results_page() -> str:
+    return results.PAGES[1].read_text()
 
 
 def test_the_pages_are_what_the_results_give() -> None:
@@ -77,9 +77,9 @@ def test_the_commands_are_understood(name: str, tmp_path: Path) -> None:
 def test_what_is_taken_is_kept_and_shown(copy: Path) -> None:
     file = copy / "measured.json"
     file.write_text(json.dumps(LAYERS))
-    assert LAYERS_TABLE not in readme()
+    assert LAYERS_TABLE not in results_page()
     assert results.main(["--take", f"layers={file}"]) == 0
-    text = readme()
+    text = results_page()
     assert f"`{LAYERS['command']}`; {LAYERS['machine']}\n" in text
     assert LAYERS_TABLE in text
     kept = json.loads((results.RESULTS / "layers.json").read_text())
@@ -94,38 +94,38 @@ def test_what_a_command_writes_is_kept_and_shown(copy: Path, monkeypatch: pytest
     part = PARTS["layers"]._replace(command=f"python {script}", output="{0}/results.json")
     monkeypatch.setitem(PARTS, "layers", part)
     assert results.main(["--only", "layers"]) == 0
-    assert LAYERS_TABLE in readme()
+    assert LAYERS_TABLE in results_page()
 
 
 def test_a_command_that_fails_changes_nothing(copy: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(PARTS, "host", PARTS["host"]._replace(command="python -m surely_not_there"))
-    before = readme()
+    before = results_page()
     assert results.main(["--only", "host"]) == 1
     assert "host is left as it was" in capsys.readouterr().err
-    assert readme() == before
+    assert results_page() == before
 
 
 def test_what_was_measured_before_a_failure_is_shown(copy: Path) -> None:
     file = copy / "measured.json"
     file.write_text(json.dumps(LAYERS))
     assert results.main(["--take", f"layers={file}", f"traffic={results.PAGES[0]}"]) == 1
-    assert LAYERS_TABLE in readme()
+    assert LAYERS_TABLE in results_page()
     assert results.main(["--check"]) == 0
 
 
 def test_a_part_that_was_not_measured_says_so(copy: Path) -> None:
     (results.RESULTS / "layers.json").unlink()
     assert results.main(["--render"]) == 0
-    assert "`python -m benchmarks.layers --rounds 60`: not measured yet\n" in readme()
+    assert "`python -m benchmarks.layers --rounds 60`: not measured yet\n" in results_page()
 
 
 def test_drift_is_found(copy: Path, capsys) -> None:
-    text = readme()
-    results.PAGES[0].write_text(text.replace("| batch | 7,652 |", "| batch | 7,651 |"))
+    text = results_page()
+    results.PAGES[1].write_text(text.replace("| batch | 7,652 |", "| batch | 7,651 |"))
     assert results.main(["--check"]) == 1
-    assert "README.md is not what docs/results gives" in capsys.readouterr().err
+    assert "results.md is not what docs/results gives" in capsys.readouterr().err
     assert results.main(["--render"]) == 0
-    assert readme() == text
+    assert results_page() == text
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_other_documents_are_refused(content: str, copy: Path, capsys) -> None:
 
 
 def test_damaged_results_and_markers_are_named(copy: Path, capsys) -> None:
-    text = readme()
-    results.PAGES[0].write_text(text.replace("<!-- end of results: layers -->", ""))
+    text = results_page()
+    results.PAGES[1].write_text(text.replace("<!-- end of results: layers -->", ""))
     assert results.main(["--check"]) == 1
     assert (
         "README.md, results.md, fuse.md have 0 places, not one, between <!-- results: layers -->"

@@ -1,4 +1,5 @@
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnistnorm.cli import Parser, at_least, output_file, run_program
+from mnistnorm.cli import Parser, add_setting, at_least, output_file, run_program
+from mnistnorm.engine import BOUNDS, CHOICES, Settings
 from mnistnorm.errors import UserError
 
 
@@ -64,6 +66,33 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "stdout", stdout)
     assert run_program(prints("caf\u00e9.png"), None) == 0
     assert stdout.buffer.getvalue() == b"caf\\xe9.png\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "prog"),
+    [
+        ("/venv/bin/mnistnorm-test", "mnistnorm-test"),
+        ("mnistnorm-test.exe", "mnistnorm-test"),
+        ("/site-packages/mnistnorm/test.py", "python -m mnistnorm.test"),
+        ("pytest", "python -m mnistnorm.test"),
+    ],
+)
+def test_usage_names_the_command_that_was_typed(command: str, prog: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [command])
+    assert Parser("mnistnorm.test", "").format_usage().startswith(f"usage: {prog} ")
+
+
+def test_flags_take_what_settings_take() -> None:
+    parser = Parser("mnistnorm.test", "")
+    for name in (*BOUNDS, *CHOICES):
+        add_setting(parser, name, "")
+    for name, (low, end) in BOUNDS.items():
+        flag = f"--{name.replace('_', '-')}"
+        assert vars(parser.parse_args([flag, str(low)]))[name] == low
+        with pytest.raises(UserError, match=f"{flag}: expected"):
+            parser.parse_args([flag, str(end)])
+        with pytest.raises(ValueError, match=f"{name} must be from {low} to below {end}, got"):
+            Settings(**{"lr": 0.1, name: int(end) if end > 1 and end < math.inf else float(end)})
 
 
 def flag(kind: Callable[[str], object], text: str) -> object:

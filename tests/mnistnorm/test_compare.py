@@ -56,6 +56,27 @@ def test_the_table_is_text_markdown_and_json(comparison: tuple[list[str], Path])
             assert f"{low:.2%} to {high:.2%}" in table
 
 
+def test_a_single_run_has_no_range() -> None:
+    result = compare.Result("batch", 7652, [0], [0.9934], [3.2])
+    assert compare.text_table([result]) == (
+        "norm    parameters   test accuracy   time per run\nbatch   7,652        99.34%          3 s\n"
+    )
+    header = "| norm | parameters | test accuracy | time per run |\n| --- | --- | --- | --- |\n"
+    assert compare.markdown_table([result]) == f"{header}| batch | 7,652 | 99.34% | 3 s |\n"
+    twice = compare.Result("layer", 7594, [0, 1], [0.99, 0.98], [3.2, 3.4])
+    assert "| range | runs |" in compare.markdown_table([result, twice])
+
+
+def test_a_comparison_that_was_stopped_is_not_complete(
+    comparison: tuple[list[str], Path], tmp_path: Path, one_error: Callable[[], str]
+) -> None:
+    out = tmp_path / "comparison"
+    shutil.copytree(comparison[1], out)
+    (out / "comparison.json").unlink()
+    assert compare.main([*comparison[0], "--out", str(out)]) == 1
+    assert f"{out} holds a comparison: continue it (--resume)" in one_error()
+
+
 def test_the_pictures_are_there(comparison: tuple[list[str], Path]) -> None:
     names = {"test-loss.png", "test-accuracy.png", "misclassified-batch.png", "misclassified-layer.png"}
     for name in names:
@@ -70,9 +91,9 @@ def test_a_comparison_is_not_overwritten_but_resumed(
     document = json.loads(written.read_text()) | {"machine": "another day"}
     written.write_text(json.dumps(document))
     assert compare.main(flags) == 1
-    assert "holds a comparison: continue it (--resume)" in one_error()
+    assert "holds a comparison, complete: replace it (--overwrite) or name another" in one_error()
     assert compare.main([*flags, "--norms", "group"]) == 1
-    assert "holds a comparison: continue it (--resume)" in one_error()
+    assert "holds a comparison, complete: replace it (--overwrite) or name another" in one_error()
     assert compare.main([*flags, "--resume"]) == 0
     assert json.loads(written.read_text()) == document
 

@@ -51,7 +51,7 @@ def test_a_truncated_file_in_a_data_folder_is_named(keep: int, few_digits: list[
     shutil.copytree(few_digits[-1], root)
     victim = root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte"
     victim.write_bytes(victim.read_bytes()[:keep])
-    with pytest.raises(UserError, match="t10k-images-idx3-ubyte is corrupt or truncated; delete it") as failure:
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is damaged: it .*; replace it") as failure:
         load_dataset("fashion-mnist", root)
     assert "\n" not in str(failure.value)
 
@@ -59,11 +59,17 @@ def test_a_truncated_file_in_a_data_folder_is_named(keep: int, few_digits: list[
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("a label of 10", "train-labels-idx1-ubyte is corrupt or truncated; delete it"),
-        ("images of 20 x 28", "train-images-idx3-ubyte is corrupt or truncated; delete it"),
-        ("no images", "train-images-idx3-ubyte is corrupt or truncated; delete it"),
-        ("blank images", r"cannot read or download fashion-mnist .*: std must be above 0"),
-        ("a label too few", r"raw is corrupt: it has 320 images but 319 labels; delete it"),
+        (
+            "a label of 10",
+            "train-labels-idx1-ubyte is damaged: it holds something else than labels from 0 to 9",
+        ),
+        (
+            "images of 20 x 28",
+            r"train-images-idx3-ubyte is damaged: it holds values of shape \(320, 20, 28\)",
+        ),
+        ("no images", r"train-images-idx3-ubyte is damaged: it holds values of shape \(0, 28, 28\), not images"),
+        ("blank images", "train-images-idx3-ubyte cannot be trained on: std must be above 0"),
+        ("a label too few", "train-images-idx3-ubyte has 320 images, but there are 319 labels beside it"),
     ],
 )
 def test_files_that_are_readable_but_wrong_are_named(
@@ -86,22 +92,66 @@ def test_files_that_are_readable_but_wrong_are_named(
         load_dataset("fashion-mnist", tmp_path / "data")
 
 
+@pytest.mark.parametrize("folder", ["", "MNIST/raw"])
+@pytest.mark.parametrize("dotted", [False, True])
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_the_files_may_lie_as_they_come(
+    folder: str, dotted: bool, gzipped: bool, mnist: Dataset, tmp_path: Path
+) -> None:
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for archive in data.PACKAGED_MNIST.glob("*.gz"):
+        name = archive.stem.replace("-idx", ".idx") if dotted else archive.stem
+        if gzipped:
+            shutil.copyfile(archive, tmp_path / folder / f"{name}.gz")
+        else:
+            (tmp_path / folder / name).write_bytes(gzip.decompress(archive.read_bytes()))
+    dataset = load_dataset("mnist", tmp_path)
+    assert dataset.test.images.equal(mnist.test.images)
+    assert dataset.train.labels.equal(mnist.train.labels)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "t10k-labels-idx1-ubyte is missing in .*, also as t10k-labels-idx1-ubyte.gz: name a folder"),
+        (b"", "t10k-labels-idx1-ubyte is damaged: it does not begin as an IDX file"),
+        (b"<html>Not found</html>", "t10k-labels-idx1-ubyte is damaged: it does not begin as an IDX file"),
+        (b"\0\0\x08\1\0\0", "t10k-labels-idx1-ubyte is damaged: it ends within its header"),
+        (b"\0\0\x08\1\0\0\0\5\1\2", "t10k-labels-idx1-ubyte is damaged: it has 10 bytes, not the 13"),
+        (b"\0\0\x08\1\0\0\0\1\1", "t10k-labels-idx1-ubyte is damaged: its content is not that of MNIST's"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_named_and_nothing_downloaded(
+    content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_download", lambda *_: pytest.fail("downloads"))
+    for archive in data.PACKAGED_MNIST.glob("*.gz"):
+        shutil.copyfile(archive, tmp_path / archive.name)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    if content is not None:
+        (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(content)
+    with pytest.raises(UserError, match=reason) as failure:
+        load_dataset("mnist", tmp_path)
+    assert str(tmp_path) in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
 def test_another_mnist_in_a_data_folder_is_refused(few_digits: list[str], tmp_path: Path) -> None:
     shutil.copytree(Path(few_digits[-1]) / "FashionMNIST", tmp_path / "MNIST")
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte is corrupt.*delete it"):
+    with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged: its content is not that of MNIST's file"):
         load_dataset("mnist", tmp_path)
 
 
 def test_a_failing_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.datasets.KMNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
-    with pytest.raises(UserError, match="cannot read or download kmnist") as failure:
+    with pytest.raises(UserError, match="data has no files of kmnist, and they cannot be downloaded") as failure:
         load_dataset("kmnist", tmp_path / "data")
     assert "\n" not in str(failure.value)
 
 
 def test_a_data_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot read or download kmnist.*--data-dir"):
+    with pytest.raises(UserError, match=r"no files of kmnist, and they cannot be downloaded.*--data-dir"):
         load_dataset("kmnist", tmp_path / "file")
 
 

@@ -19,6 +19,7 @@ from mnistnorm.checkpoint import Checkpoint
 from mnistnorm.data import Augmentation, Dataset, Normalization, TrainingBatches
 from mnistnorm.engine import Settings
 from mnistnorm.errors import UserError
+from mnistnorm.run import check_processes
 from tests.mnistnorm.test_engine import trainer
 from tests.mnistnorm.test_train import FILES, ROOT, same_result
 
@@ -160,7 +161,7 @@ def check_stopped_run(errors: list[str], name: str, out: Path, whole_run: Path) 
 def test_an_error_of_several_processes_is_one_line(long_flags: list[str], whole_run: Path) -> None:
     for more, message in (
         (["--batch-size", "1"], "--batch-size 1 leaves some of 2 processes without an image: take more"),
-        ([], f"{whole_run} holds a run: continue it"),
+        ([], f"{whole_run} holds a run, complete: replace it"),
     ):
         code, printed, errors = run(TWO, [*long_flags, *more, "--out", str(whole_run)])
         assert code != 0
@@ -243,7 +244,7 @@ def test_several_processes_are_checked(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=message) as failure:
-        distributed.check(Settings(**{"lr": 0.1, **changes}))
+        check_processes(Settings(**{"lr": 0.1, **changes}))
     assert failure.value.exit_code == 2
 
 

@@ -77,6 +77,58 @@ def test_a_run_says_what_it_runs_on_and_what_came_out(
     assert f"test     {accuracy:.2%} right" in printed
     assert "highest validation accuracy" in printed
     assert str(out) in lines[-2]
+    assert ("events.out.tfevents.*" in lines[-1]) == any(out.glob("events.out.tfevents.*"))
+
+
+def test_one_epoch_is_not_epochs(quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*quick, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[4].startswith("recipe   1 epoch, batch 64")
+
+
+def test_without_a_terminal_lines_say_how_far_an_epoch_is(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "PLAIN_LINE_SECONDS", 0.0)
+    assert train.main([*quick, "--out", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " after " in line and line.startswith("epoch")]
+    assert len(lines) == 10
+    assert lines[0].startswith("epoch  1/2   train ")
+    assert lines[0].endswith("   after 64 of 320 images")
+
+
+def test_the_faster_number_of_threads_is_taken_and_kept(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = quick.index("--threads")
+    flags = [*quick[:at], *quick[at + 2 :], "--out", str(tmp_path)]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    train_step = Trainer.train_step
+    clock = [0.0]
+
+    def slow_with_one(trainer: Trainer, *batch: torch.Tensor) -> None:
+        train_step(trainer, *batch)
+        clock[0] += 3.0 / trainer.settings.threads
+
+    torch.set_num_threads(3)
+    monkeypatch.setattr(Trainer, "train_step", slow_with_one)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    assert train.main(flags) == 0
+    assert capsys.readouterr().out.startswith(
+        "threads  3, measured: 3000.0 ms a step with 1, 1000.0 ms a step with 3\ndevice   cpu, CPU threads: 3,"
+    )
+    torch.set_num_threads(2)
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("device   cpu, CPU threads: 3,")
+
+
+def test_omp_num_threads_is_respected(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = quick.index("--threads")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    torch.set_num_threads(3)  # as torch does at its import
+    assert train.main([*quick[:at], *quick[at + 2 :], "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("device   cpu, CPU threads: 3,")
 
 
 def test_the_same_seed_gives_the_same_bits(quick: list[str], finished_run: Path, tmp_path: Path) -> None:
@@ -242,6 +294,7 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--impl", "triton"], "--impl triton is for the fused layers: add --fused"),
         (["--elastic", "-1"], "--elastic: expected a finite number of at least 0, got '-1'"),
         (["--elastic", "1", "--no-augment"], "--no-augment leaves nothing for --elastic 1, given or of"),
+        (["--batch-size", "321"], "--batch-size 321 is more than the 320 training images: take less"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
     ],
@@ -265,7 +318,11 @@ def test_a_run_is_not_overwritten_unasked(
         assert train.main([*quick, "--out", str(tmp_path / name)]) == 1
         assert f"{tmp_path / name} holds a run: " in one_error()
     assert train.main([*quick, "--out", str(finished_run)]) == 1
-    assert f"{finished_run} holds a run: continue it (--resume), replace it (--overwrite)" in one_error()
+    assert f"{finished_run} holds a run, complete: replace it (--overwrite) or name another --out" in one_error()
+    saved = Checkpoint.load(finished_run / "last.pt")
+    replace(saved, metrics={"epoch": 1}).save(tmp_path / "last.pt")
+    assert train.main([*quick, "--out", str(tmp_path)]) == 1
+    assert f"{tmp_path} holds a run: continue it (--resume), replace it (--overwrite)" in one_error()
     assert {path.name: path.read_bytes() for path in finished_run.iterdir()} == before
 
 
