@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,6 @@ def compare(argv: Sequence[str] | None) -> int:
         set_saved_defaults(parser, saved_flags(out))
         args = parser.parse_args(argv)
     norms, seeds = list(dict.fromkeys(args.norms)), list(dict.fromkeys(args.seeds))
-    args.threads = args.threads or choose_threads(settings_of(args, norm=norms[0], seed=seeds[0]))
     runs = {norm: [settings_of(args, norm=norm, seed=seed) for seed in seeds] for norm in norms}
 
     may_hold_them = args.resume or args.overwrite
@@ -134,12 +133,17 @@ def compare(argv: Sequence[str] | None) -> int:
     first = runs[norms[0]][0]
     describe_implementation(first)
     build_trainer(first)
+    if args.threads is None:
+        args.threads = choose_threads(first)
+        runs = {
+            norm: [replace(settings, threads=args.threads) for settings in of_norm] for norm, of_norm in runs.items()
+        }
     with locked(out):
         with ExitStack() as locks:  # a run may be under way on its own
             for folder in folders:
                 locks.enter_context(locked(folder))
             flags = {name: getattr(args, name) for name in sorted(flag_names())}
-            flags |= {"device": first.device, "threads": first.threads}
+            flags |= {"device": first.device}
             write_atomically(out / COMPARISON_CONFIG, json.dumps(flags, indent=2) + "\n")
             if args.overwrite:  # all at once, so that --resume takes none of the earlier runs for one of these
                 remove_files(out, RESULTS)

@@ -30,7 +30,7 @@ CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png"
 TENSORBOARD = "events.out.tfevents.*"
 RUN_FILES = (LAST, BEST, CONFIG, METRICS, CURVES, MISTAKES, TENSORBOARD)
 # By which the number of threads is chosen, after one more.
-MEASURED_STEPS = 8
+MEASURED_STEPS = 5
 # Where there is no terminal for a bar, at least this often a line says how far an epoch is.
 PLAIN_LINE_SECONDS = 15.0
 # Of mnistnorm.compare, in the folder that holds those of its runs.
@@ -294,7 +294,7 @@ def choose_threads(settings: Settings) -> int:
             trainer.train_step(*batch)
         seconds[count] = (time.perf_counter() - started) / max(len(batches), 1)
     fastest = min(seconds, key=lambda count: seconds[count])
-    steps = ", ".join(f"{1000 * time:.1f} ms a step with {count}" for count, time in seconds.items())
+    steps = ", ".join(f"{1000 * took:.1f} ms a step with {count}" for count, took in seconds.items())
     print(f"threads  {fastest}, measured: {steps}", flush=True)
     return fastest
 

@@ -3,13 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from . import distributed
 from .cli import Parser, add_setting, add_training_flags, run_program, set_saved_defaults, settings_of
 from .engine import Settings
-from .run import choose_threads, default_out, load_run, run_training
+from .run import choose_threads, default_out, load_run, prepare_run_folder, run_training
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -35,8 +35,11 @@ def train(argv: Sequence[str] | None) -> int:
         if args.resume:
             set_saved_defaults(parser, asdict(distributed.from_main(lambda: load_run(out).settings)))
             args = parser.parse_args(argv)
-        args.threads = args.threads or choose_threads(settings_of(args))
-        run_training(settings_of(args), out, resume=args.resume, overwrite=args.overwrite)
+        settings = settings_of(args)
+        if args.threads is None:
+            distributed.from_main(lambda: prepare_run_folder(out, may_hold_one=args.overwrite))
+            settings = replace(settings, threads=choose_threads(settings))
+        run_training(settings, out, resume=args.resume, overwrite=args.overwrite)
     return 0
 
 

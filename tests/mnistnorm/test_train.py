@@ -320,9 +320,10 @@ def test_a_run_is_not_overwritten_unasked(
     assert train.main([*quick, "--out", str(finished_run)]) == 1
     assert f"{finished_run} holds a run, complete: replace it (--overwrite) or name another --out" in one_error()
     saved = Checkpoint.load(finished_run / "last.pt")
-    replace(saved, metrics={"epoch": 1}).save(tmp_path / "last.pt")
-    assert train.main([*quick, "--out", str(tmp_path)]) == 1
-    assert f"{tmp_path} holds a run: continue it (--resume), replace it (--overwrite)" in one_error()
+    (tmp_path / "stopped").mkdir()
+    replace(saved, metrics={"epoch": 1}).save(tmp_path / "stopped" / "last.pt")
+    assert train.main([*quick, "--out", str(tmp_path / "stopped")]) == 1
+    assert f"{tmp_path / 'stopped'} holds a run: continue it (--resume), replace it (--overwrite)" in one_error()
     assert {path.name: path.read_bytes() for path in finished_run.iterdir()} == before
 
 
