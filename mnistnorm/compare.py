@@ -25,7 +25,6 @@ from .run import (
     LAST,
     RUN_FILES,
     build_trainer,
-    choose_threads,
     describe_implementation,
     load_run,
     locked,
@@ -35,6 +34,7 @@ from .run import (
     remove_files,
     run_training,
 )
+from .threads import choose_threads
 
 TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON = "comparison.txt", "comparison.md", "comparison.json"
 GRAPH, MISTAKES = "test-{}.png", "misclassified-{}.png"

@@ -1,6 +1,5 @@
 """A training run in its folder: what it says, what it writes, and how it is interrupted and resumed."""
 
-import itertools
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,10 @@ LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
 TENSORBOARD = "events.out.tfevents.*"
 RUN_FILES = (LAST, BEST, CONFIG, METRICS, CURVES, MISTAKES, TENSORBOARD)
-# By which the number of threads is chosen, after one more.
-MEASURED_STEPS = 5
-# Where there is no terminal for a bar, at least this often a line says how far an epoch is.
-PLAIN_LINE_SECONDS = 15.0
 # Of mnistnorm.compare, in the folder that holds those of its runs.
 COMPARISON_CONFIG = "comparison-config.json"
+# Without a terminal for a bar, a line says at least this often how far an epoch is.
+PLAIN_LINE_SECONDS = 15.0
 
 
 def default_out(dataset: str, norm: str, fused: bool, seed: int) -> Path:
@@ -271,32 +268,6 @@ def build_trainer(settings: Settings) -> Trainer:
         part=distributed.rank(),
     )
     return Trainer(model, dataset, settings, batches)
-
-
-def choose_threads(settings: Settings) -> int:
-    """One thread of the CPU or all, whichever takes a few training steps faster, and says so on stdout.
-
-    OMP_NUM_THREADS decides where it is set, and torch's choice for other devices and for several processes.
-    """
-    threads = torch.get_num_threads()
-    measures = "OMP_NUM_THREADS" not in os.environ and settings.device == "cpu" and settings.processes == 1
-    if not measures or threads == 1:
-        return threads
-    describe_implementation(settings)
-    check_processes(settings)
-    seconds = {}
-    for count in (1, threads):
-        trainer = build_trainer(replace(settings, threads=count, compile=False))
-        batches = list(itertools.islice(trainer.batches, MEASURED_STEPS + 1))
-        trainer.train_step(*batches.pop())
-        started = time.perf_counter()
-        for batch in batches:
-            trainer.train_step(*batch)
-        seconds[count] = (time.perf_counter() - started) / max(len(batches), 1)
-    fastest = min(seconds, key=lambda count: seconds[count])
-    steps = ", ".join(f"{1000 * took:.1f} ms a step with {count}" for count, took in seconds.items())
-    print(f"threads  {fastest}, measured: {steps}", flush=True)
-    return fastest
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from . import distributed
 from .cli import Parser, add_setting, add_training_flags, run_program, set_saved_defaults, settings_of
 from .engine import Settings
-from .run import choose_threads, default_out, load_run, prepare_run_folder, run_training
+from .run import default_out, load_run, prepare_run_folder, run_training
+from .threads import choose_threads
 
 
 def get_parser() -> argparse.ArgumentParser:

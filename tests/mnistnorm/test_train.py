@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_the_faster_number_of_threads_is_taken_and_kept(
 
     torch.set_num_threads(3)
     monkeypatch.setattr(Trainer, "train_step", slow_with_one)
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert train.main(flags) == 0
     assert capsys.readouterr().out.startswith(
         "threads  3, measured: 3000.0 ms a step with 1, 1000.0 ms a step with 3\ndevice   cpu, CPU threads: 3,"
