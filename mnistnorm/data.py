@@ -194,7 +194,7 @@ def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
     if path.suffix == ".gz":
         content = gzip.decompress(content)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_DTYPES:
-        raise ValueError("it does not begin as an IDX file of bytes or integers does")
+        raise ValueError("it is not an IDX file of bytes or integers")
     dtype, dimensions = np.dtype(IDX_DTYPES[content[2]]), content[3]
     header = 4 + 4 * dimensions
     if len(content) < header:
@@ -202,7 +202,7 @@ def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
     shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
     expected = header + dtype.itemsize * math.prod(shape)
     if len(content) != expected:
-        raise ValueError(f"it has {len(content):,} bytes, not the {expected:,} that it announces")
+        raise ValueError(f"it has {len(content):,} bytes, its header says {expected:,}")
     array = np.frombuffer(content, dtype, offset=header).reshape(shape)
     values = torch.from_numpy(array.astype(dtype.newbyteorder("=")))
     if images:
@@ -212,7 +212,7 @@ def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
     else:
         values = (values[:, 0] if dimensions == 2 else values).long()  # QMNIST's are the first of eight columns
         if values.ndim != 1 or not len(values) or values.min() < 0 or values.max() > 9:
-            raise ValueError("it holds something else than labels from 0 to 9")
+            raise ValueError("it does not hold labels from 0 to 9")
     if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise ValueError("its content is not that of MNIST's file")
     return values

@@ -133,6 +133,6 @@ def _digit(is_ink: np.ndarray) -> np.ndarray:
     if count := sum(other.image.shape[0] >= 0.5 * height for other in others):
         raise ValueError(f"it shows {count + 1} separate shapes")
     if (width > 1.75 * height and digit.extent < 0.7) or digit.euler_number < 1 - MAX_HOLES:
-        raise ValueError("it shows something else")
+        raise ValueError("what it shows has the form of none")
     near = distance_transform_edt(shapes != digit.label) <= 0.3 * max(height, width)
     return np.isin(pieces, np.unique(pieces[is_ink & near]))

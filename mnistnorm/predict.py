@@ -120,14 +120,14 @@ def predict(argv: Sequence[str] | None) -> int:
     checkpoint = Checkpoint.load(args.checkpoint)
     network = checkpoint.network().to(device)
 
-    def classify_or_say_why_not(path: Path) -> dict[str, Any] | None:
+    def try_to_classify(path: Path) -> dict[str, Any] | None:
         try:
             return classify(path, checkpoint, network, device)
         except UserError as error:
             print_error(error)
             return None
 
-    results = [result for path in args.images if (result := classify_or_say_why_not(path))]
+    results = [result for path in args.images if (result := try_to_classify(path))]
     if args.json:
         print(json.dumps(results, indent=2))
     else:

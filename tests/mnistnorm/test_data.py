@@ -61,7 +61,7 @@ def test_a_truncated_file_in_a_data_folder_is_named(keep: int, few_digits: list[
     [
         (
             "a label of 10",
-            "train-labels-idx1-ubyte is damaged: it holds something else than labels from 0 to 9",
+            "train-labels-idx1-ubyte is damaged: it does not hold labels from 0 to 9",
         ),
         (
             "images of 20 x 28",
@@ -114,10 +114,10 @@ def test_the_files_may_lie_as_they_come(
     ("content", "reason"),
     [
         (None, "t10k-labels-idx1-ubyte is missing in .*, also as t10k-labels-idx1-ubyte.gz: name a folder"),
-        (b"", "t10k-labels-idx1-ubyte is damaged: it does not begin as an IDX file"),
-        (b"<html>Not found</html>", "t10k-labels-idx1-ubyte is damaged: it does not begin as an IDX file"),
+        (b"", "t10k-labels-idx1-ubyte is damaged: it is not an IDX file of bytes or integers"),
+        (b"<html>Not found</html>", "t10k-labels-idx1-ubyte is damaged: it is not an IDX file of bytes or integers"),
         (b"\0\0\x08\1\0\0", "t10k-labels-idx1-ubyte is damaged: it ends within its header"),
-        (b"\0\0\x08\1\0\0\0\5\1\2", "t10k-labels-idx1-ubyte is damaged: it has 10 bytes, not the 13"),
+        (b"\0\0\x08\1\0\0\0\5\1\2", "t10k-labels-idx1-ubyte is damaged: it has 10 bytes, its header says 13"),
         (b"\0\0\x08\1\0\0\0\1\1", "t10k-labels-idx1-ubyte is damaged: its content is not that of MNIST's"),
     ],
 )

@@ -160,8 +160,8 @@ def pair(axis: int) -> Callable[[np.ndarray], np.ndarray]:
         (lambda digit: random(300, 8), "nothing stands out from its paper"),
         (lambda digit: np.where(X**2 + Y**2 < 0.2, 20, 230), "it shows a blot"),
         (lambda digit: np.where((abs(X) < 0.6) & (abs(Y) < 0.6) & ((X * 8 % 1 < 0.4) | (Y * 8 % 1 < 0.4)), 20, 230),
-         "it shows something else"),
-        (lambda digit: np.where((abs(X) < 0.9) & (abs(Y - 0.1 * np.sin(9 * X)) < 0.05), 20, 230), "something else"),
+         "has the form of none"),
+        (lambda digit: np.where((abs(X) < 0.9) & (abs(Y - 0.1 * np.sin(9 * X)) < 0.05), 20, 230), "form of none"),
     ],
 )  # fmt: skip
 def test_other_pictures_are_not_guessed(
