@@ -62,7 +62,7 @@ def to_mnist(luminance: np.ndarray, dataset: str = "mnist") -> np.ndarray:
 
 
 def is_stroke(image: np.ndarray) -> bool:
-    """Whether what an image, as to_mnist returns it, shows may be drawn with a pen, and is no blot."""
+    """Whether an image that to_mnist returned shows strokes of a pen, not a blot."""
     return bool(distance_transform_edt(image > 127).max() <= MAX_HALF_STROKE)
 
 
@@ -81,7 +81,7 @@ def _separate_ink(luminance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     dark_ink = border.mean() >= 0.5
     is_paper = is_light if dark_ink else ~is_light
     # The mean of the paper nearby, for shadows; far from any, of all the paper.
-    window, far = max(is_paper.shape) // 4, 1e-3
+    window, far = max(1, max(is_paper.shape) // 4), 1e-3
     total = uniform_filter(np.where(is_paper, difference, 0.0), window) + far * difference[is_paper].mean()
     nearby = total / (uniform_filter(is_paper.astype(float), window) + far)
     # Dark ink takes its share of whatever light there is.
@@ -113,7 +113,7 @@ def _above_threshold(values: np.ndarray) -> np.ndarray:
 
 def _edge(light: np.ndarray) -> int:
     """How many of the first lines, of which shares are `light`, are a scan's edge: all alike, before a line unlike."""
-    for count in range(min(max(2, len(light) // 33), len(light) - 1), 0, -1):
+    for count in range(min(max(2, len(light) // 33), len(light) // 4), 0, -1):
         if any((share[:count] >= 0.9).all() and share[count] <= 0.2 for share in (light, 1 - light)):
             return count
     return 0
