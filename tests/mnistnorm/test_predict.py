@@ -198,6 +198,13 @@ def test_the_pieces_of_a_broken_digit_stay_together(mnist: Dataset) -> None:
     assert np.abs(difference).mean() < 0.2 * digit.mean()
 
 
+def test_a_speck_beside_the_digit_changes_nothing(mnist: Dataset) -> None:
+    paper = sheet(mnist.test.images[0, 0].numpy())
+    expected = to_mnist(paper)
+    paper[100:102, 80:82] = 40
+    assert np.abs(to_mnist(paper).astype(int) - expected).max() <= 1
+
+
 def test_clothes_may_show_several_shapes(mnist: Dataset) -> None:
     both = np.concatenate([sheet(mnist.test.images[0, 0].numpy())] * 2, axis=1)
     columns = np.flatnonzero(to_mnist(both, "fashion-mnist").any(0))
