@@ -256,7 +256,7 @@ class Trainer:
     def _new_graph(self) -> GraphedStep | None:
         if self.why_eager() is not None:
             return None
-        return GraphedStep(self._compute_batch, self.device, [self.batches.generator])
+        return GraphedStep(self._compute_batch, self.device, self.optimizers, [self.batches.generator])
 
     def _start_epoch(self) -> None:
         self._totals.zero_()
@@ -339,10 +339,6 @@ class Trainer:
 
     def _compute_batch(self, chosen: Tensor) -> None:
         """The part of a step that a CUDA graph holds."""
-        capturing = torch.cuda.is_current_stream_capturing()
-        for group in self._param_groups():
-            if "capturable" in group:  # AdamW asks for it during a capture, and warns of it at other times
-                group["capturable"] = capturing
         self._compute(*self.batches.make(chosen), len(chosen))
 
     def _compute(self, images: Tensor, labels: Tensor, size: int) -> None:

@@ -1,6 +1,7 @@
 """A step as a CUDA graph: run eagerly to warm up, captured once, replayed from then on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class GraphedStep:
     Args:
         step: takes a tensor on `device`, always of the same shape and dtype, and changes tensors there.
         device: of type cuda.
+        optimizers: that it calls.
         generators: those on `device` that `step` draws from, besides the default one.
 
     Attributes:
@@ -28,10 +30,15 @@ class GraphedStep:
     """
 
     def __init__(
-        self, step: Callable[[Tensor], None], device: torch.device, generators: Sequence[torch.Generator] = ()
+        self,
+        step: Callable[[Tensor], None],
+        device: torch.device,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
         self.failure: str | None = None
         self._step = step
+        self._optimizers = optimizers
         self._stream = torch.cuda.Stream(device)
         self._generators = [torch.cuda.default_generators[self._stream.device_index], *generators]
         self._warmups = 0
@@ -69,8 +76,12 @@ class GraphedStep:
             graph.register_generator_state(generator)
         states = [generator.clone_state() for generator in self._generators]
         try:
-            # The outer context restores the current stream where the inner one fails to.
-            with torch.cuda.stream(self._stream), torch.cuda.graph(graph, stream=self._stream):
+            # The context of the stream restores the current one, which that of the graph does not where it fails.
+            with (
+                _capturable(self._optimizers),
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, stream=self._stream),
+            ):
                 self._step(static_input)
         except RuntimeError as error:
             self.failure = one_line(_first(error))
@@ -79,6 +90,19 @@ class GraphedStep:
                 generator.graphsafe_set_state(state)
         else:
             self._graph, self._input = graph, static_input
+
+
+@contextmanager
+def _capturable(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Declares torch's optimizers capturable, which they demand during a capture and warn of at other times."""
+    groups = [group for each in optimizers for group in each.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
 
 
 def _first(error: Exception) -> Exception:
