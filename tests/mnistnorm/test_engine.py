@@ -70,6 +70,23 @@ def test_a_step_takes_the_learning_rate_of_its_middle(optimizer: str, mnist: Dat
 
 
 @pytest.mark.parametrize("optimizer", LEARNING_RATES)
+def test_a_state_with_learning_rates_as_numbers_loads(optimizer: str, mnist: Dataset) -> None:
+    """As checkpoints had them once, of runs stopped before their first step without momentum."""
+    whole, resumed = trainer(mnist, optimizer=optimizer), trainer(mnist, optimizer=optimizer)
+    state = copy.deepcopy(resumed.state_dict())
+    for each in state["optimizers"]:
+        each["state"] = {}
+        for group in each["param_groups"]:
+            group["lr"] = 0.123
+    resumed.load_state_dict(state)
+    for run in (whole, resumed):
+        for _, (images, labels) in zip(range(3), run.batches, strict=False):
+            run.train_step(images, labels)
+    for name, value in whole.model.state_dict().items():
+        assert value.equal(resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("optimizer", LEARNING_RATES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_parameter_is_trained(norm: str, optimizer: str, mnist: Dataset) -> None:
     run = trainer(mnist, norm=norm, optimizer=optimizer)

@@ -1,8 +1,10 @@
 """The training step: what it asks of the host, and as a CUDA graph."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +15,16 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks.instruments.counting import Operators
+from mnistnorm import run as run_module
 from mnistnorm import train
+from mnistnorm.cli import settings_of
 from mnistnorm.cnn import CNN, NORMS
 from mnistnorm.data import Augmentation, Dataset, TrainingBatches
 from mnistnorm.engine import ELASTIC, LEARNING_RATES, Settings, Trainer
 from mnistnorm.errors import UserError
 from mnistnorm.graph import WARMUP_STEPS, GraphedStep, has_hooks
 from mnistnorm.kernels import BatchNormReLU2d, GroupNormReLU, LayerNormReLU
-from mnistnorm.run import check_cuda_graph
+from mnistnorm.run import check_cuda_graph, describe
 from tests.mnistnorm.capture import Recording, refuse_what_no_graph_holds
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -342,6 +346,62 @@ def test_a_graph_that_cannot_be_is_refused_where_it_is_asked_for(changes: dict[s
         check_cuda_graph(settings)
     assert failure.value.exit_code == 2
     check_cuda_graph(replace(settings, cuda_graph=None))
+
+
+def test_a_run_says_whether_its_step_is_a_graph(mnist: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    on_gpu = trainer(mnist)
+    assert not [line for line in described(on_gpu) if line.startswith("step")]
+    on_gpu.device = torch.device("cuda:0")
+    assert "step     CUDA graph, after 3 eager steps" in described(on_gpu)
+    on_gpu.settings = replace(on_gpu.settings, compile=True)
+    assert "step     eager: --compile" in described(on_gpu)
+
+
+def described(run: Trainer) -> list[str]:
+    return list(describe(run, "layers", Path("out"), run.settings))
+
+
+def test_a_capture_that_failed_is_said_once(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failed:
+        failure = "a number was read"
+
+        def __init__(self, run: Trainer) -> None:
+            self.step = run._compute_batch
+
+        def __call__(self, chosen: torch.Tensor) -> None:
+            self.step(chosen)
+
+    monkeypatch.setattr(Trainer, "_new_graph", lambda run: Failed(run))
+    assert train.main([*quick, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("note     no CUDA graph, the steps are eager: a number was read\n") == 1
+    assert printed.count("note") == 1
+
+
+@pytest.mark.parametrize(("seconds", "reads"), [(math.inf, 2), (0.0, 2 + 10)])
+def test_the_progress_bar_reads_from_the_device_now_and_then(
+    seconds: float, reads: int, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each of the two epochs at its end."""
+    seen = []
+    running = Trainer.running
+
+    def count(run: Trainer) -> Any:
+        seen.append(run.step)
+        return running.fget(run)
+
+    trainer_bar = run_module.tqdm
+    monkeypatch.setattr(
+        run_module, "tqdm", lambda **given: trainer_bar(**given | {"disable": False, "file": StringIO()})
+    )
+    monkeypatch.setattr(run_module, "PROGRESS_SECONDS", seconds)
+    settings = settings_of(train.get_parser().parse_args([*quick, "--out", str(tmp_path)]))
+    monkeypatch.setattr(Trainer, "running", property(count))
+    run_module.run_training(settings, tmp_path)
+    assert len(seen) - 1 == reads  # once where the bar begins
 
 
 @needs_gpu
