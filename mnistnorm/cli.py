@@ -182,6 +182,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=thread_count, metavar="N", help="of the CPU (torch's choice)")
     add("--amp", action=on_off, help="run the network in bfloat16 where autocast allows it")
     add("--compile", action=on_off, help="run the network under torch.compile")
+    add("--cuda-graph", action=on_off, help="replay the training step as a CUDA graph (on a GPU, where it can be)")
 
     defaults = {field.name: field.default for field in fields(Settings) if field.name not in ("norm", "seed")}
     parser.set_defaults(**defaults | {"lr": None, "elastic": None, "device": "auto", "threads": None})

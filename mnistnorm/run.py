@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -21,12 +22,15 @@ from .cnn import CNN
 from .data import Augmentation, TrainingBatches, load_dataset
 from .engine import MACHINE_SETTINGS, Settings, Trainer
 from .errors import UserError, one_line
+from .graph import WARMUP_STEPS
 from .kernels.implementations import choose_implementation
 
 LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
 TENSORBOARD = "events.out.tfevents.*"
 RUN_FILES = (LAST, BEST, CONFIG, METRICS, CURVES, MISTAKES, TENSORBOARD)
+# Between two readings of loss and accuracy for the progress bar, for each of which the host waits.
+PROGRESS_SECONDS = 1.0
 # Of mnistnorm.compare, in the folder that holds those of its runs.
 COMPARISON_CONFIG = "comparison-config.json"
 
@@ -56,6 +60,7 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
     """
     implementation = describe_implementation(settings)
     distributed.check(settings)
+    check_cuda_graph(settings)
     checkpoint = distributed.from_main(lambda: load_run(out, settings)) if resume else None
     distributed.from_main(lambda: prepare_run_folder(out, may_hold_one=resume or overwrite))
     with locked(out) if distributed.is_main() else nullcontext():
@@ -223,6 +228,21 @@ def build_trainer(settings: Settings) -> Trainer:
     return Trainer(model, dataset, settings, batches)
 
 
+def check_cuda_graph(settings: Settings) -> None:
+    """Raises UserError where a CUDA graph is asked for and cannot be."""
+    if not settings.cuda_graph:
+        return
+    obstacles = {
+        f"--device {settings.device}": torch.device(settings.device).type != "cuda",
+        f"{settings.processes} processes": settings.processes > 1,
+        "--compile": settings.compile,
+    }
+    for obstacle, there in obstacles.items():
+        if there:
+            message = f"--cuda-graph is for one process on a GPU without --compile, not for {obstacle}"
+            raise UserError(f"{message}: take --no-cuda-graph", exit_code=2)
+
+
 def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
@@ -281,6 +301,9 @@ def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) 
     yield f"network  {settings.norm} norm{over}, {parameters:,} parameters"
     yield f"data     {dataset.name}: {len(dataset.train):,} training{held_out}, {len(dataset.test):,} test images"
     yield f"recipe   {', '.join(recipe)}"
+    if trainer.device.type == "cuda":
+        reason = trainer.why_eager()
+        yield f"step     {f'eager: {reason}' if reason else f'CUDA graph, after {WARMUP_STEPS} eager steps'}"
     if trainer.epoch >= settings.epochs:
         progress = ", already complete"
     else:
@@ -309,12 +332,20 @@ def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], in
         disable=None if distributed.is_main() else True,  # None: where stderr is no terminal
     )
 
+    shown = time.monotonic()
+    note_failure = trainer.graph is not None
+
     def after_step(batch: int) -> bool:
+        nonlocal shown, note_failure
         bar.update(batch)
-        if not bar.disable and trainer.step % 10 == 0:
-            loss, accuracy, _ = trainer.running
+        if not bar.disable and time.monotonic() - shown >= PROGRESS_SECONDS:
+            loss, accuracy, _ = trainer.running  # waits for the device
             bar.set_description(f"epoch {trainer.epoch + 1}/{epochs}", refresh=False)
             bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+            shown = time.monotonic()
+        if note_failure and trainer.graph is not None and trainer.graph.failure is not None:
+            bar.write(f"note     no CUDA graph, the steps are eager: {trainer.graph.failure}")
+            note_failure = False
         return first_signal() != 0
 
     with bar, _tensorboard_writer(out, purge_step=trainer.epoch + 1) as writer:

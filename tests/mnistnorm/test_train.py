@@ -242,6 +242,7 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--impl", "triton"], "--impl triton is for the fused layers: add --fused"),
         (["--elastic", "-1"], "--elastic: expected a finite number of at least 0, got '-1'"),
         (["--elastic", "1", "--no-augment"], "--no-augment leaves nothing for --elastic 1, given or of"),
+        (["--cuda-graph"], "--cuda-graph is for one process on a GPU without --compile, not for --device cpu: take"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
     ],
