@@ -246,4 +246,4 @@ def test_one_value_normalizes_to_zero(impl, dtype, what, device):
     assert torch.equal(output, bias.expand(2, 2))
     grad_input, grad_weight = torch.autograd.grad(output, (x, weight), torch.rand_like(output))
     assert (grad_weight == 0).all()
-    assert (grad_input == 0).all()
+    assert grad_input.abs().max() < 1e-4  # the rounding of values times an rstd of 316
