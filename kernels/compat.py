@@ -14,7 +14,7 @@ TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # torch 2.13 adds the argument; the old one also leaves the buffers of the processes as they are at the start.
-LEAVE_BUFFERS = {"forward_sync_buffers" if TORCH >= (2, 13) else "broadcast_buffers": False}
+LEAVE_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if TORCH >= (2, 13) else "broadcast_buffers": False}
 
 # torch 2.14: group norm takes any strides of dimensions of length 1, and has the gradient of a bias without a weight.
 GROUP_NORM_IS_PARTICULAR = TORCH < (2, 14)
