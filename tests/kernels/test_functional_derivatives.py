@@ -213,7 +213,6 @@ def test_third_derivatives_are_right_or_refused(norm, with_affine):
 
 @norms
 @pytest.mark.parametrize("with_affine", [False, True], ids=["plain", "affine"])
-@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_derivatives_of_any_order_under_torch_func(norm, with_affine):
     x, along = torch.tensor([[0.0, 1.0, 3.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
     function = first_element(norm, with_affine)

@@ -372,7 +372,6 @@ def test_func_grad(fused, stock, impl, device):
 
 
 # Torch scripts some formulas of its own for the first of these.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @modules
 @training_modes
 @pytest.mark.parametrize("shape", [SHAPE, (700, *SHAPE[1:])], ids=str)
@@ -384,7 +383,6 @@ def test_forward_mode(fused, stock, training, shape):
         same(forward_ad.unpack_dual(module(dual)), forward_ad.unpack_dual(F.relu(oracle(dual))))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @modules
 def test_forward_mode_is_refused_in_triton(fused, stock, device):
     x = torch.randn(SHAPE, device=device)
