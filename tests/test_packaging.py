@@ -121,6 +121,13 @@ def test_layers_work_without_triton_and_the_programs_packages(site, tmp_path):
         assert (result.returncode, result.stdout, result.stderr) == (1, "", line)
 
 
+def test_programs_run_without_triton_and_file_locks(site, tmp_path):
+    # As on Windows; macOS has the locks.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = sys.modules['fcntl'] = None\n")
+    code = "import mnistnorm.compare, mnistnorm.predict, mnistnorm.train, mnistnorm.summary as s; s.main(['--fused'])"
+    assert "Total params" in run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{site}")
+
+
 def test_the_folder_above_a_checkout_does_not_hide_an_install(site, tmp_path):
     (tmp_path / "mnistnorm").symlink_to(ROOT)
     script = "import setuptools.build_meta; print(setuptools.build_meta.build_editable({!r}))"
