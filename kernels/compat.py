@@ -41,8 +41,13 @@ else:
 
 
 @lru_cache
-def compiles_clusters() -> bool:
-    """Whether Triton's compiler can spread a reduction over a cluster of programs. Triton 3.8 can."""
+def triton_version() -> tuple[int, ...]:
+    """Major and minor; imports Triton."""
     import triton
 
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def compiles_clusters() -> bool:
+    """Whether Triton's compiler can spread a reduction over a cluster of programs. Triton 3.8 can."""
+    return triton_version() >= (3, 8)

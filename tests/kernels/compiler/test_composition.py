@@ -266,6 +266,7 @@ class Network(nn.Module):
 @impls
 @training_modes
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.export's own
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11's
 def test_export(fused, stock, impl, training, device):
     network = Network(randomized(fused(impl=impl))).to(device).train(training)
     x = torch.randn(SHAPE, device=device)
