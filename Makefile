@@ -3,19 +3,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 # A process for each core, of one thread: the tests are many and small. Those of a group share what they compile.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: setup train compare test test-slow test-exhaustive lint bench results gpu gpu-all clean
+.PHONY: setup train compare test test-slow test-exhaustive test-oldest lint bench results gpu gpu-all clean
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: setup.py pyproject.toml constraints.txt
+$(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mnistnorm needs Python 3.10 or newer: make PYTHON=python3.x")'
 	@test -e $(VENV) || rm -f $(VENV)  # a link to nowhere
 	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 # make train ARGS=--resume continues a run that was stopped.
@@ -34,6 +35,10 @@ test-slow: setup
 test-exhaustive: setup
 	$(PYTEST) -m exhaustive --junit-xml=.pytest_cache/exhaustive.xml $(ARGS)
 	$(RUN) -m tests.kernels.triton_impl.test_compile_matrix .pytest_cache/exhaustive.xml
+
+# The default tests with the oldest versions of torch, torchvision and Triton that setup.py allows.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: setup
 	$(RUN) -m ruff check .
@@ -87,4 +92,4 @@ gpu-all: gpu
 	@test ! -s gpu/failures.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import extras  # noqa: F401
+
+# isort: split
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps

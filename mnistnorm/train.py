@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from . import extras  # noqa: F401
+
+# isort: split
 from . import distributed
 from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
 from .cnn import NORMS
