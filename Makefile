@@ -1,20 +1,22 @@
-# Every target sets itself up: the first one makes the virtual environment and installs into it, once.
+# Every target sets itself up: the first one makes the virtual environment and installs into it, once. (`gpu` does not,
+# where RUN names another Python.)
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 # A process for each core, of one thread: the tests are many and small. Those of a group share what they compile.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: setup train compare test test-slow test-exhaustive lint bench results gpu clean
+.PHONY: setup train compare test test-slow test-exhaustive test-oldest lint bench results gpu gpu-all clean
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: setup.py pyproject.toml constraints.txt
+$(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mnistnorm needs Python 3.10 or newer: make PYTHON=python3.x")'
 	@test -e $(VENV) || rm -f $(VENV)  # a link to nowhere
 	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 # make train ARGS=--resume continues a run that was stopped.
@@ -34,6 +36,10 @@ test-exhaustive: setup
 	$(PYTEST) -m exhaustive --junit-xml=.pytest_cache/exhaustive.xml $(ARGS)
 	$(RUN) -m tests.kernels.triton_impl.test_compile_matrix .pytest_cache/exhaustive.xml
 
+# The default tests with the oldest versions of torch, torchvision and Triton that setup.py allows.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -47,23 +53,43 @@ bench: setup
 results: setup
 	$(RUN) -m benchmarks.results $(ARGS)
 
-# Everything that a GPU can tell, into gpu/: docs/gpu.md says what to do with it.
+# What a GPU can tell, into gpu/, the most telling first; docs/gpu.md says what to do with it. `make gpu` takes less than
+# eight minutes, `make gpu-all` the rest of an hour. `make gpu RUN=python3` takes a Python that has torch and Triton:
+# it makes no virtual environment and needs no network.
 GPU ?= H100
 TARGET ?= sm_90
-gpu: setup
+GPU_TESTS := -m pytest -o addopts= -W default -m 'not slow and not exhaustive' -q
+# $(call stage,NAME,SECONDS,COMMAND): what fails or takes longer is noted, and the next stage goes on.
+stage = PYTHONUNBUFFERED=1 timeout $(2) $(RUN) $(3) > gpu/$(1).txt 2>&1 \
+	|| echo 'gpu/$(1).txt: failed, or took longer than $(2) s' | tee -a gpu/failures.txt
+
+gpu: $(if $(filter file,$(origin RUN)),setup)
 	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch finds no GPU here")'
-	mkdir -p gpu
+	@mkdir -p gpu && rm -f gpu/failures.txt
 	(nvidia-smi || rocm-smi; $(RUN) -m torch.utils.collect_env) > gpu/machine.txt 2>&1
-	$(RUN) -m pytest tests/kernels -m 'not exhaustive' > gpu/tests.txt 2>&1 || { tail -n 20 gpu/tests.txt; exit 1; }
-	$(RUN) -m benchmarks.layers --device cuda --json gpu/layers.json > gpu/layers.txt
-	$(RUN) -m benchmarks.layers --device cuda --contenders all --shapes ladder --dropout 0 --dtypes float32 bfloat16 \
-		--json gpu/ladder.json --plot gpu/ladder.png > gpu/ladder.txt
-	$(RUN) -m benchmarks.traffic --gpu $(GPU) --json gpu/traffic.json --plot gpu/traffic.png > gpu/traffic.txt
-	$(RUN) -m benchmarks.compiled --target $(TARGET) --json gpu/compiled.json > gpu/compiled.txt
-	$(RUN) -m benchmarks.models --device cuda --json gpu/models.json > gpu/models.txt
-	$(RUN) -m benchmarks.training --device cuda --compile --json gpu/training.json > gpu/training.txt
-	$(RUN) -m benchmarks.host --json gpu/host.json > gpu/host.txt
-	@echo 'now send the folder gpu/: see docs/gpu.md'
+	$(call stage,tests,100,$(GPU_TESTS) tests/kernels/triton_impl/test_kernels.py tests/kernels \
+		$$($(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses 8 --dist loadgroup))
+	$(call stage,graph,80,$(GPU_TESTS) tests/mnistnorm/test_step.py -k gpu)
+	$(call stage,layers,30,-m benchmarks.layers --device cuda --shapes network-128 --dropout 0 --contenders triton --rounds 20 \
+		--json gpu/layers.json)
+	$(call stage,large,60,-m benchmarks.layers --device cuda --shapes 64x256x56x56 --dropout 0 --rounds 20 --json gpu/large.json)
+	$(call stage,training,110,-m benchmarks.training --device cuda --norms batch --dropout 0 --steps 50 --rounds 6 --compile \
+		--json gpu/training.json)
+	$(call stage,accuracy,80,-m benchmarks.training --device cuda --norms batch --dropout 0 --to-accuracy --epochs 5 --workers 4 \
+		--json gpu/accuracy.json)
+	@echo 'now send the folder gpu/: see docs/gpu.md'; test ! -s gpu/failures.txt
+
+gpu-all: gpu
+	$(call stage,all-tests,3600,$(GPU_TESTS) tests/kernels tests/mnistnorm -m 'not exhaustive')
+	$(call stage,all-layers,1200,-m benchmarks.layers --device cuda --json gpu/all-layers.json)
+	$(call stage,ladder,1200,-m benchmarks.layers --device cuda --contenders all --shapes ladder --dropout 0 \
+		--dtypes float32 bfloat16 --json gpu/ladder.json --plot gpu/ladder.png)
+	$(call stage,traffic,600,-m benchmarks.traffic --gpu $(GPU) --json gpu/traffic.json --plot gpu/traffic.png)
+	$(call stage,compiled,1200,-m benchmarks.compiled --target $(TARGET) --json gpu/compiled.json)
+	$(call stage,models,1200,-m benchmarks.models --device cuda --json gpu/models.json)
+	$(call stage,all-training,1200,-m benchmarks.training --device cuda --compile --json gpu/all-training.json)
+	$(call stage,host,600,-m benchmarks.host --json gpu/host.json)
+	@test ! -s gpu/failures.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torchvision import datasets, transforms
 from mnistnorm.checkpoint import write_atomically
 from mnistnorm.cli import Parser, at_least, choose_device, command_of, fraction, output_file, run_program, thread_count
 from mnistnorm.cnn import CNN
-from mnistnorm.data import Augmentation, Dataset, load_dataset
+from mnistnorm.data import Augmentation, Dataset, TrainingBatches, load_dataset
 from mnistnorm.engine import LEARNING_RATES, Settings, Trainer, log_probabilities, score
 from mnistnorm.errors import UserError
 from mnistnorm.machine import describe_machine
@@ -32,13 +32,13 @@ from .instruments.cases import NORMS
 from .instruments.memory import peak_bytes
 from .instruments.timing import Spread, interleaved, ratio, wall_clock_of
 
-T = TypeVar("T")
-
 ACCURACIES = (0.99, 0.994)
 LOOPS = {
     "course": "DataLoader, PIL transforms per sample, stock modules, SGD of one rate",
-    "stock": "mnistnorm.train",
-    "fused": "mnistnorm.train --fused",
+    "stock": "mnistnorm.train --no-cuda-graph",
+    "fused": "mnistnorm.train --fused --no-cuda-graph",
+    "stock-graph": "mnistnorm.train --cuda-graph, on a GPU",
+    "fused-graph": "mnistnorm.train --fused --cuda-graph, on a GPU",
     "stock-compiled": "mnistnorm.train --compile",
     "fused-compiled": "mnistnorm.train --fused --compile",
 }
@@ -95,12 +95,6 @@ class CourseDataset(datasets.MNIST):
         )
 
 
-def endless(epoch: Iterable[T]) -> Iterator[T]:
-    """The batches of `epoch`, epoch after epoch."""
-    while True:
-        yield from epoch
-
-
 class CourseTrainer:
     """The loop of a course: DataLoader, stock modules, plain SGD step, loss and accuracy read at every step."""
 
@@ -118,7 +112,8 @@ class CourseTrainer:
             persistent_workers=workers > 0,
         )
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
+    def train_batch(self, batch: Sequence[Tensor]) -> None:
+        images, labels = batch
         images, labels = images.to(self.device), labels.to(self.device)
         self.optimizer.zero_grad()
         log_probs = self.model(images)
@@ -133,18 +128,30 @@ def build(loop: str, dataset: Dataset, settings: Settings, workers: int) -> Trai
     """One of LOOPS: the same network, batch, dropout and affine augmentation."""
     if loop == "course":
         return CourseTrainer(dataset, settings, workers)
-    fused, compiled = loop.startswith("fused"), loop.endswith("compiled")
-    return build_trainer(replace(settings, fused=fused, compile=compiled))
+    fused, compiled, graph = loop.startswith("fused"), loop.endswith("compiled"), loop.endswith("graph")
+    return build_trainer(replace(settings, fused=fused, compile=compiled, cuda_graph=graph))
+
+
+def epoch_batches(trainer: Trainer | CourseTrainer) -> Iterable[Any]:
+    """What `train_batch` takes, for the rest of an epoch."""
+    batches = trainer.batches
+    return batches.choices() if isinstance(batches, TrainingBatches) else batches
+
+
+def endless_batches(trainer: Trainer | CourseTrainer) -> Iterator[Any]:
+    """What `train_batch` takes, epoch after epoch."""
+    while True:
+        yield from epoch_batches(trainer)
 
 
 def steps_of(trainer: Trainer | CourseTrainer, steps: int) -> Callable[[], float]:
     """A run of so many steps, across the ends of epochs, that returns its seconds."""
-    batches, clock = endless(trainer.batches), wall_clock_of(trainer.device)
+    batches, clock = endless_batches(trainer), wall_clock_of(trainer.device)
 
     def run() -> None:
         trainer.model.train()
         for _ in range(steps):
-            trainer.train_step(*next(batches))
+            trainer.train_batch(next(batches))
 
     return lambda: clock(run)
 
@@ -154,8 +161,8 @@ def epoch_of(trainer: Trainer | CourseTrainer) -> float:
 
     def run() -> None:
         trainer.model.train()
-        for batch in trainer.batches:
-            trainer.train_step(*batch)
+        for batch in epoch_batches(trainer):
+            trainer.train_batch(batch)
 
     return wall_clock_of(trainer.device)(run)
 
@@ -208,6 +215,13 @@ def train_to_accuracy(trainers: dict[str, Trainer | CourseTrainer], epochs: int)
     return figures
 
 
+def graph_failures(trainers: dict[str, Trainer | CourseTrainer]) -> Iterator[str]:
+    """A line for each loop whose CUDA graph could not be captured, so that its steps were eager."""
+    for loop, trainer in trainers.items():
+        if isinstance(trainer, Trainer) and trainer.graph is not None and trainer.graph.failure is not None:
+            yield f"note: {loop} ran eager steps, its capture failed: {trainer.graph.failure}"
+
+
 def lines(row: dict[str, Any]) -> Iterator[str]:
     """A line for each loop."""
     for loop, figures in row["loops"].items():
@@ -237,7 +251,8 @@ def training(argv: Sequence[str] | None) -> int:
     if args.batch_size > len(dataset.train):
         raise UserError(f"--batch-size {args.batch_size}: there are {len(dataset.train):,} images", exit_code=2)
     machine = describe_machine(device)
-    loops = [loop for loop in LOOPS if args.compile or not loop.endswith("compiled")]
+    left_out = (() if args.compile else ("compiled",)) + (() if device.type == "cuda" else ("graph",))
+    loops = [loop for loop in LOOPS if not loop.endswith(left_out)]
     print(machine, *(f"  {loop:<15} {LOOPS[loop]}" for loop in loops), sep="\n")
     print(ACCURACY_HEADER if args.to_accuracy else HEADER)
     rows = []
@@ -260,7 +275,7 @@ def training(argv: Sequence[str] | None) -> int:
             train_to_accuracy(trainers, args.epochs) if args.to_accuracy else measure(trainers, args.steps, args.rounds)
         )
         rows.append({"norm": norm, "dropout": dropout, "loops": figures})
-        print(*lines(rows[-1]), sep="\n", flush=True)
+        print(*lines(rows[-1]), *graph_failures(trainers), sep="\n", flush=True)
     if args.json:
         document = {"command": command_of("benchmarks.training", argv), "machine": machine, "rows": rows}
         write_atomically(args.json, json.dumps(document, indent=1) + "\n")

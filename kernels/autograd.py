@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from .contract import Inputs, Needs, Operation, Saved, gradients_of
-from .norms import Buffers
-from .torch_impl.differentiable import normalize
+from .norms import BatchNorm, Buffers
+from .torch_impl.differentiable import normalize, normalize_channels
 
 
 def apply(operation: Operation, inputs: Inputs, buffers: Buffers, seed: int, requires_grad: bool) -> Tensor:
@@ -72,7 +72,11 @@ def _differentiable_backward(
         for tensor in (*saved[:3], kept if operation.keeps == "residual" else None)
     )
     assert input is not None
-    value = normalize(operation.norm, input, weight, bias, *operation.mean_and_rstd(saved))
+    norm = operation.norm
+    if isinstance(norm, BatchNorm) and not norm.use_batch_stats:
+        value = normalize_channels(norm, input, weight, bias, *operation.mean_and_rstd(saved))
+    else:
+        value, _, _ = normalize(norm, input, weight, bias)
     if epilogue.dropout_p > 0:
         value = value * operation.dropout_factor(input, seed)
     if activation.kind.gradient_from_output:

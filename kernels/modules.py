@@ -4,7 +4,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,19 +13,26 @@ from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
 
-from . import compiler, sync
+from . import compat, compiler, sync
 from .activations import Activation
 from .functional import ActivationLike, batch_norm_relu, check_epilogue, group_norm_relu, layer_norm_relu
 from .implementations import Impl
 
 
-class FusedLayer(nn.Module):
+class FusedLayer(compat.NormBase):
     """What every fused layer adds to the norm that it extends: dropout, residual and activation."""
 
     dropout_p: float
     activation: ActivationLike
     impl: Impl
     _function: ClassVar[Callable[..., Tensor]]
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError("torch.jit.script does not support fused layers: use torch.export or torch.compile")
 
     def set_options(self, dropout_p: float, activation: ActivationLike, impl: Impl) -> None:
         """Checks and sets the options that the norms of torch.nn lack."""

@@ -11,6 +11,8 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName
 
+from . import compat
+
 
 def check_channels(input: Tensor, process_group: ProcessGroup) -> None:
     """Compares the channels by a collective, before a layer's first: with messages of unequal size, backends may hang.
@@ -21,7 +23,7 @@ def check_channels(input: Tensor, process_group: ProcessGroup) -> None:
     channels = input.shape[1]
     here = torch.tensor([channels], device=input.device)
     everywhere = here.new_empty(process_group.size())
-    dist.all_gather_single(everywhere, here, group=process_group)
+    compat.all_gather_single(everywhere, here, group=process_group)
     for rank, theirs in enumerate(everywhere.tolist()):
         if theirs != channels:
             raise ValueError(
@@ -65,7 +67,7 @@ def batch_statistics(moments: Tensor, count: int, process_group: str) -> tuple[T
     """
     group = _group(process_group)
     gathered = moments.new_empty(group.size() * len(moments), moments.shape[1])
-    dist.all_gather_single(gathered, moments, group=group)
+    compat.all_gather_single(gathered, moments, group=group)
     total, mean, m2 = merge_moments(gathered.view(-1, *moments.shape).transpose(0, 1))
     # With several values here, skip the check: it would synchronise with the GPU.
     if count <= 1 and (total <= 1).any():

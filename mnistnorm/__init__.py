@@ -22,6 +22,8 @@ from .kernels import (
     unfuse,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",

@@ -196,6 +196,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_setting(group, "amp", "run the network in bfloat16 where autocast allows it")
     add_setting(group, "compile", "run the network under torch.compile")
+    add_setting(group, "cuda_graph", "replay the training step as a CUDA graph (on a GPU, where it can be)")
 
     defaults = {field.name: field.default for field in fields(Settings) if field.name not in ("norm", "seed")}
     parser.set_defaults(**defaults | {"lr": None, "elastic": None, "device": "auto", "threads": None})

@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from . import extras  # noqa: F401
+
+# isort: split
+
 import torch
 
 from . import distributed, plots

@@ -239,7 +239,7 @@ class Augmentation:
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """The parameters of `count` maps: uniform in -1..1, of shape (K, count), on the generator's device."""
         parameters = 5 + (2 * NODES**2 if self.elastic else 0)
-        return torch.rand(parameters, count, generator=generator, device=generator.device).mul_(2).sub_(1)
+        return torch.empty(parameters, count, device=generator.device).uniform_(-1, 1, generator=generator)
 
     def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Maps each image by its own random map, bilinearly, onto a background of 0.
@@ -249,33 +249,42 @@ class Augmentation:
             uniform: what `draw` returned for N maps, on the device of `images`.
         """
         height, width = images.shape[2:]
-        angle, scale, shear = uniform[:3, :, None, None]  # [N, 1, 1] each
-        scale = 1 + scale * self.scale
-        angle = angle * self.rotation
-        cos, sin = scale * angle.cos(), scale * angle.sin()
-
-        def pixels(count: float, moves: Tensor) -> Tensor:
-            """Moves along x and y, [2, ...], by up to `count` pixels in the units below."""
-            along_x, along_y = moves
-            return torch.stack([along_x * (2 * count / width), along_y * (2 * count / height)])
-
-        # The centres of the pixels, in units where the image spans -1..1, and where each is taken from: [2, N, H, W].
-        y = torch.arange(1 - height, height, 2, device=images.device).div(height).view(-1, 1)
-        x = torch.arange(1 - width, width, 2, device=images.device).div(width) + (shear * self.shear) * y
-        source = torch.stack([cos, sin]) * x
-        source += torch.stack([-sin, cos]) * y
-        source += pixels(self.shift, uniform[3:5])[..., None, None]
+        middle, bounds, basis = _map_constants(self, height, width, images.device)
+        parameters = torch.addcmul(middle, uniform, bounds)
+        angle, scale, shear = parameters[:3]
+        along_x = torch.stack([angle.cos(), angle.sin()]) * scale  # where a step along x leads, [2, N]; also below
+        upright = torch.stack([-along_x[1], along_x[0]])
+        along_y = torch.addcmul(upright, along_x, shear)
+        factors = [along_x[..., None], along_y[..., None], parameters[3:5, :, None]]
         if self.elastic:
-            moves = pixels(self.elastic, uniform[5:].view(2, NODES**2, -1).transpose(1, 2))
-            source += (moves.flatten(0, 1) @ _shares(height, width, images.device)).view_as(source)
+            factors.append(parameters[5:].view(2, NODES**2, -1).transpose(1, 2))
+        source = torch.cat(factors, dim=2).flatten(0, 1) @ basis  # [2 * N, H * W]
+        source = source.view(2, len(images), height, width)
         return F.grid_sample(images, source.permute(1, 2, 3, 0), align_corners=False)
 
 
 @lru_cache
-def _shares(height: int, width: int, device: torch.device) -> Tensor:
-    """The share of each pixel in the move of each node: (NODES^2, height * width)."""
-    nodes = torch.eye(NODES**2, device=device).view(-1, 1, NODES, NODES)
-    return F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).flatten(1)
+def _map_constants(
+    augmentation: Augmentation, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The middle and the bound of each parameter of a map, (K, 1), and what the maps are composed of.
+
+    That is (L, height * width): the coordinates x and y of the pixels' centres in units where the image spans -1..1, a
+    move of all pixels and, if elastic, the share of each pixel in the move of each node.
+    """
+    y = torch.arange(1 - height, height, 2, device=device).div(height).view(-1, 1).expand(height, width)
+    x = torch.arange(1 - width, width, 2, device=device).div(width).expand(height, width)
+    basis = [x.reshape(1, -1), y.reshape(1, -1), torch.ones(1, height * width, device=device)]
+    bounds = [augmentation.rotation, augmentation.scale, augmentation.shear]
+    bounds += [2 * augmentation.shift / size for size in (width, height)]
+    if augmentation.elastic:
+        nodes = torch.eye(NODES**2, device=device).view(-1, 1, NODES, NODES)
+        basis.append(F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).flatten(1))
+        for size in (width, height):
+            bounds += [2 * augmentation.elastic / size] * NODES**2
+    middle = [0.0, 1.0, 0.0] + [0.0] * (len(bounds) - 3)
+    per_map = torch.tensor([middle, bounds], device=device)[..., None]
+    return per_map[0], per_map[1], torch.cat(basis)
 
 
 class TrainingBatches:
@@ -296,6 +305,7 @@ class TrainingBatches:
 
     Attributes:
         size: images in all parts of the batch that was yielded last.
+        generator: of the random numbers, on the device.
     """
 
     def __init__(
@@ -316,7 +326,7 @@ class TrainingBatches:
         self.parts = parts
         self.part = part
         self.size = 0
-        self._generator = torch.Generator(split.images.device).manual_seed(seed)
+        self.generator = torch.Generator(split.images.device).manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.int64, device=split.images.device)
         self._position = 0
 
@@ -325,34 +335,45 @@ class TrainingBatches:
         return math.ceil(len(self.split) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.make, self.choices())
+
+    def choices(self) -> Iterator[Tensor]:
+        """What __iter__ makes its batches of: the numbers of each one's images, int64 of (n,), on the device."""
         if self._position >= len(self._order):
-            self._order = torch.randperm(len(self.split), generator=self._generator, device=self._order.device)
+            self._order = torch.randperm(len(self.split), generator=self.generator, device=self._order.device)
             self._position = 0
         while self._position < len(self._order):
             chosen = self._order[self._position : self._position + self.batch_size]
             self.size = len(chosen)
             self._position += self.size
-            batch = self.split[chosen.tensor_split(self.parts)[self.part]]
-            images = batch.images.float()
-            if self.augmentation:
-                uniform = self.augmentation.draw(self.size, self._generator)
-                images = self.augmentation(images, uniform.tensor_split(self.parts, dim=1)[self.part])
-            yield self.normalization(images), batch.labels
+            yield chosen
+
+    def make(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of the images of these numbers, which `choices` yielded: this part's images and labels.
+
+        Takes no number from the device and copies none to it.
+        """
+        batch = self.split[chosen.tensor_split(self.parts)[self.part]]
+        images = batch.images.float()
+        if self.augmentation:
+            uniform = self.augmentation.draw(len(chosen), self.generator)
+            images = self.augmentation(images, uniform.tensor_split(self.parts, dim=1)[self.part])
+        return self.normalization(images), batch.labels
 
     def state_dict(self) -> dict[str, Any]:
         unfinished = self._position < len(self._order)
         return {
-            "generator": self._generator.get_state(),
+            "generator": self.generator.get_state(),
             "order": self._order.cpu() if unfinished else None,
             "position": self._position if unfinished else 0,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         generator, order = state["generator"], state["order"]
-        if generator.shape == self._generator.get_state().shape:
-            self._generator.set_state(generator)
+        if generator.shape == self.generator.get_state().shape:
+            self.generator.set_state(generator)
         else:  # of another kind of device: go on with random numbers that are fixed by it
-            self._generator.manual_seed(zlib.crc32(generator.numpy().tobytes()))
+            self.generator.manual_seed(zlib.crc32(generator.numpy().tobytes()))
         if order is not None and not order.sort().values.equal(torch.arange(len(self.split))):
             raise ValueError(f"it is not of {len(self.split):,} training images")
         self._order = self._order.new_empty(0) if order is None else order.to(self._order.device)

@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError, one_line
-from .kernels import BatchNormReLU2d
+from .kernels import BatchNormReLU2d, compat
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ def from_main(function: Callable[[], T]) -> T:
 def wrap(model: nn.Module) -> nn.Module:
     """`model` with gradients that are averaged over the processes."""
     # Buffers are copied when they are used, at the end of an epoch.
-    return DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
+    return DistributedDataParallel(model, **compat.LEAVE_BUFFERS) if dist.is_initialized() else model
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:

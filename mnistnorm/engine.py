@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from . import distributed
 from .cnn import NORMS
 from .data import DATASETS, Dataset, Normalization, Split, TrainingBatches
+from .graph import GraphedStep, has_hooks
 from .kernels.implementations import Impl
+from .muon import BatchedMuon
 
 # The peak learning rate, by optimizer and norm.
 LEARNING_RATES = {
@@ -35,7 +37,7 @@ WARMUP = 0.2
 
 # The settings that say where and how to compute, not what: of the result they decide the rounding and, but for threads
 # and data_dir, which random numbers are drawn.
-MACHINE_SETTINGS = ("impl", "device", "threads", "compile", "data_dir")
+MACHINE_SETTINGS = ("impl", "device", "threads", "compile", "cuda_graph", "data_dir")
 
 
 # The values of the settings that are one of a few.
@@ -82,6 +84,7 @@ class Settings:
         threads: of the CPU.
         amp: forward in bfloat16 where autocast allows it.
         compile: whether the network runs under torch.compile.
+        cuda_graph: whether a step is captured as a CUDA graph; None: where it can be, see Trainer.why_eager.
         sync_batch_norm: whether batch norm takes its statistics over all processes' parts of a batch.
         processes: that share each batch.
 
@@ -110,6 +113,7 @@ class Settings:
     threads: int = 1
     amp: bool = False
     compile: bool = False
+    cuda_graph: bool | None = None
     sync_batch_norm: bool = False
     processes: int = 1
 
@@ -120,54 +124,12 @@ class Settings:
                 if value not in CHOICES[field.name]:
                     raise ValueError(f"{field.name} must be one of {', '.join(CHOICES[field.name])}, got {value!r}")
             elif not isinstance(value, (int, float) if kind is float else kind) or (  # type: ignore[arg-type]
-                isinstance(value, bool) and kind is not bool
+                isinstance(value, bool) and kind not in (bool, bool | None)
             ):
                 raise TypeError(f"{field.name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
         for name, (low, end) in BOUNDS.items():
             if not low <= getattr(self, name) < end:
                 raise ValueError(f"{name} must be from {low} to below {end}, got {getattr(self, name)}")
-
-
-class ConvMuon(torch.optim.Muon):
-    """torch.optim.Muon for convolutions: a weight (out, in, kH, kW) is optimized as a matrix of `out` rows.
-
-    The matrices share the weights' memory, so that the model's parameters keep their shapes.
-    """
-
-    def __init__(self, weights: list[nn.Parameter], **options: Any) -> None:
-        super().__init__([nn.Parameter(_matrix(weight.detach())) for weight in weights], **options)
-        self._weights = weights
-        self.register_step_pre_hook(self._take_gradients)
-
-    def _take_gradients(self, *_: Any) -> None:
-        for weight, matrix in zip(self._weights, self.param_groups[0]["params"], strict=True):
-            matrix.grad = None if weight.grad is None else _matrix(weight.grad)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Muon's, but with the momentum in the weights' shape, whose meaning does not hang on the memory format."""
-        state = super().state_dict()
-        return state | {"state": {index: self._unflatten(index, values) for index, values in state["state"].items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what state_dict returned, for weights of whatever device and memory format."""
-        state = {index: self._flatten(index, values) for index, values in state_dict["state"].items()}
-        super().load_state_dict(state_dict | {"state": state})
-
-    def _unflatten(self, index: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        momentum = torch.empty_like(self._weights[index], requires_grad=False)
-        _matrix(momentum).copy_(values["momentum_buffer"])
-        return values | {"momentum_buffer": momentum}
-
-    def _flatten(self, index: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        momentum = torch.empty_like(self._weights[index], requires_grad=False).copy_(values["momentum_buffer"])
-        return values | {"momentum_buffer": _matrix(momentum)}
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    # The order of the columns is the one that needs no copy; it does not matter to Muon.
-    if not weight.is_contiguous():
-        weight = weight.permute(0, 2, 3, 1)  # channels_last
-    return weight.view(len(weight), -1)
 
 
 def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -178,7 +140,7 @@ def build_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.O
     if settings.optimizer == "muon":
         *hidden, last = convolutions
         return [
-            ConvMuon(hidden, lr=lr, momentum=0.95, weight_decay=weight_decay),
+            BatchedMuon(hidden, lr=lr, momentum=0.95, weight_decay=weight_decay),
             torch.optim.AdamW(_decay_groups([last], others, weight_decay), lr=lr * ADAMW_SHARE, fused=True),
         ]
     groups = _decay_groups(convolutions, others, weight_decay)
@@ -191,9 +153,10 @@ def _decay_groups(decayed: list[nn.Parameter], others: list[nn.Parameter], weigh
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def lr_factor(progress: float) -> float:
-    """The learning rate at `progress` (0..1) of the run, relative to the peak: linear up, then linear down to 0."""
-    return progress / WARMUP if progress < WARMUP else (1 - progress) / (1 - WARMUP)
+def lr_factors(steps: int) -> Tensor:
+    """The learning rate in the middle of each step, relative to the peak: linear up, then linear down to 0; float64."""
+    progress = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    return torch.minimum(progress / WARMUP, (1 - progress) / (1 - WARMUP))
 
 
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[None]:
@@ -243,6 +206,8 @@ def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
 class Trainer:
     """A model on its way through its training, with a state that can be saved after any step.
 
+    A step reads no number from the device, so the host runs ahead of it.
+
     Where several processes train together, each has a trainer and does the same with it; their states are the same.
 
     Args:
@@ -250,6 +215,9 @@ class Trainer:
         dataset: on the device to train on.
         settings: how to train.
         batches: what to train on.
+
+    Attributes:
+        graph: the step as a CUDA graph; None where `why_eager` had a reason when the trainer was made.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, settings: Settings, batches: TrainingBatches) -> None:
@@ -260,14 +228,48 @@ class Trainer:
         self._network = distributed.wrap(model)
         self.device = dataset.train.images.device
         self.optimizers = build_optimizers(model, settings)
-        self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        peaks = torch.tensor([group["lr"] for group in self._param_groups()], dtype=torch.float64)
+        self._schedule = (lr_factors(self.total_steps)[:, None] * peaks).to(self.device, torch.float32)
+        self._lrs = self._schedule[0].clone()
+        self._take_learning_rates()
+        self.graph = self._new_graph()
         self._weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
         self.history: list[dict[str, float]] = []
         self.step = 0
+        self._totals = torch.zeros(2, device=self.device)  # of loss and of right answers, over _images
         self._start_epoch()
 
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def _take_learning_rates(self) -> None:
+        """Makes the learning rates of the optimizers views of one tensor on the device, written at each step."""
+        for group, lr in zip(self._param_groups(), self._lrs, strict=True):
+            group["lr"] = lr
+
+    def why_eager(self) -> str | None:
+        """Why the step is not captured as a CUDA graph; None where it is, as far as can be told beforehand."""
+        if self.settings.cuda_graph is False:
+            return "--no-cuda-graph"
+        if self.device.type != "cuda":
+            return f"the device is {self.device.type}"
+        if self._network is not self.model:
+            return "started by torchrun"
+        if self.settings.compile:
+            return "--compile"
+        if type(self).train_step is not Trainer.train_step:
+            return "train_step is overridden"
+        if has_hooks(self.model):
+            return "the model has hooks, which a graph would not call"
+        return None
+
+    def _new_graph(self) -> GraphedStep | None:
+        if self.why_eager() is not None:
+            return None
+        return GraphedStep(self._compute_batch, self.device, self.optimizers, [self.batches.generator])
+
     def _start_epoch(self) -> None:
-        self._totals = torch.zeros(2, device=self.device)  # of loss and of right answers, over _images
+        self._totals.zero_()
         self._images = 0
         self._seconds = 0.0
 
@@ -298,8 +300,8 @@ class Trainer:
         """
         started = time.perf_counter()
         self.model.train()
-        for images, labels in self.batches:
-            self.train_step(images, labels, self.batches.size)
+        for chosen in self.batches.choices():
+            self.train_batch(chosen)
             if after_step(self.batches.size) and self.step % len(self.batches) != 0:
                 self._count_seconds(started)
                 return False
@@ -311,8 +313,21 @@ class Trainer:
         self._totals.tolist()  # waits until the device is done
         self._seconds += time.perf_counter() - started
 
+    def train_batch(self, chosen: Tensor) -> None:
+        """One step, the making of its batch included; as a CUDA graph where there is one for batches of this size.
+
+        Args:
+            chosen: numbers of the batch's training images, as from `batches.choices`.
+        """
+        if self.graph is not None and len(chosen) == self.batches.batch_size:
+            self._set_learning_rates()
+            self.graph(chosen)
+            self._count(len(chosen))
+        else:
+            self.train_step(*self.batches.make(chosen), len(chosen))
+
     def train_step(self, images: Tensor, labels: Tensor, size: int | None = None) -> None:
-        """One step of the optimizers.
+        """One eager step.
 
         Args:
             images: normalized, float32, (N, 1, 28, 28).
@@ -320,11 +335,24 @@ class Trainer:
             size: number of images of the batch, where other processes have the rest of it.
         """
         size = size or len(labels)
-        factor = lr_factor((self.step + 0.5) / self.total_steps)
-        for optimizer, peaks in zip(self.optimizers, self._peak_lrs, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+        self._set_learning_rates()
         distributed.seed_dropout(self.settings.seed, self.step)
+        self._compute(images, labels, size)
+        self._count(size)
+
+    def _set_learning_rates(self) -> None:
+        self._lrs.copy_(self._schedule[self.step])
+
+    def _count(self, images: int) -> None:
+        self.step += 1
+        self._images += images
+
+    def _compute_batch(self, chosen: Tensor) -> None:
+        """The part of a step that a CUDA graph holds."""
+        self._compute(*self.batches.make(chosen), len(chosen))
+
+    def _compute(self, images: Tensor, labels: Tensor, size: int) -> None:
+        """Forward, backward, optimizers and the sums of the epoch, on the device alone: it reads nothing from there."""
         with autocast(self.device, self.settings.amp):
             log_probs = self._network(images).float()
         nll = F.nll_loss(log_probs, labels) if len(labels) else log_probs.sum()  # the mean of nothing is NaN
@@ -340,12 +368,10 @@ class Trainer:
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
-        self.step += 1
         correct = log_probs.detach().argmax(1).eq(labels).sum()
         totals = torch.stack([nll.detach() * len(labels), correct])
         distributed.add_up(totals)
         self._totals += totals
-        self._images += size
 
     def state_dict(self) -> dict[str, Any]:
         """All that training continues from, but the model's own state."""
@@ -373,10 +399,12 @@ class Trainer:
             if saved != own:
                 raise ValueError(f"its optimizer has {', '.join(saved)}, not {', '.join(own)}")
             optimizer.load_state_dict(optimizer_state)
+        self._take_learning_rates()
+        self.graph = self._new_graph()  # a captured one would go on with the tensors of before
         self.batches.load_state_dict(state["batches"])
         self.history = state["history"]
         self.step = state["step"]
-        self._totals = state["totals"].to(self.device)
+        self._totals.copy_(state["totals"])
         self._images = state["images"]
         self._seconds = state["seconds"]
         set_rng_states(state["rng"], self.device)

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import extras  # noqa: F401
+
+# isort: split
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps

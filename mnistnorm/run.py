@@ -22,12 +22,15 @@ from .cnn import CNN
 from .data import Augmentation, TrainingBatches, load_dataset
 from .engine import MACHINE_SETTINGS, Settings, Trainer
 from .errors import UserError, one_line
+from .graph import WARMUP_STEPS
 from .kernels.implementations import choose_implementation
 
 LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
 TENSORBOARD = "events.out.tfevents.*"
 RUN_FILES = (LAST, BEST, CONFIG, METRICS, CURVES, MISTAKES, TENSORBOARD)
+# Between two readings of loss and accuracy for the progress bar, for each of which the host waits.
+PROGRESS_SECONDS = 1.0
 # Of mnistnorm.compare, in the folder that holds those of its runs.
 COMPARISON_CONFIG = "comparison-config.json"
 # Without a terminal for a bar, a line says at least this often how far an epoch is.
@@ -59,6 +62,7 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
     """
     implementation = describe_implementation(settings)
     check_processes(settings)
+    check_cuda_graph(settings)
     checkpoint = distributed.from_main(lambda: load_run(out, settings)) if resume else None
     distributed.from_main(lambda: prepare_run_folder(out, may_hold_one=resume or overwrite))
     with locked(out) if distributed.is_main() else nullcontext():
@@ -270,6 +274,21 @@ def build_trainer(settings: Settings) -> Trainer:
     return Trainer(model, dataset, settings, batches)
 
 
+def check_cuda_graph(settings: Settings) -> None:
+    """Raises UserError where a CUDA graph is asked for and cannot be."""
+    if not settings.cuda_graph:
+        return
+    obstacles = {
+        f"--device {settings.device}": torch.device(settings.device).type != "cuda",
+        f"{settings.processes} processes": settings.processes > 1,
+        "--compile": settings.compile,
+    }
+    for obstacle, there in obstacles.items():
+        if there:
+            message = f"--cuda-graph is for one process on a GPU without --compile, not for {obstacle}"
+            raise UserError(f"{message}: take --no-cuda-graph", exit_code=2)
+
+
 def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
@@ -328,6 +347,9 @@ def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) 
     yield f"network  {settings.norm} norm{over}, {parameters:,} parameters"
     yield f"data     {dataset.name}: {len(dataset.train):,} training{held_out}, {len(dataset.test):,} test images"
     yield f"recipe   {', '.join(recipe)}"
+    if trainer.device.type == "cuda":
+        reason = trainer.why_eager()
+        yield f"step     {f'eager: {reason}' if reason else f'CUDA graph, after {WARMUP_STEPS} eager steps'}"
     if trainer.epoch >= settings.epochs:
         progress = ", already complete"
     else:
@@ -356,20 +378,25 @@ def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], in
         disable=None if distributed.is_main() else True,  # None: where stderr is no terminal
     )
 
-    plain_line_at = time.monotonic() + PLAIN_LINE_SECONDS
+    shown = time.monotonic()
+    note_failure = trainer.graph is not None
 
     def after_step(batch: int) -> bool:
-        nonlocal plain_line_at
+        nonlocal shown, note_failure
         bar.update(batch)
-        if bar.disable and distributed.is_main() and time.monotonic() >= plain_line_at:
-            loss, accuracy, done = trainer.running
+        if bar.disable and distributed.is_main() and time.monotonic() - shown >= PLAIN_LINE_SECONDS:
+            loss, accuracy, done = trainer.running  # waits for the device
             scores = f"train {loss:.4f} {accuracy:.2%}"
             print(f"epoch {trainer.epoch + 1:2}/{epochs}   {scores}   after {done:,} of {images:,} images", flush=True)
-            plain_line_at = time.monotonic() + PLAIN_LINE_SECONDS
-        if not bar.disable and trainer.step % 10 == 0:
-            loss, accuracy, _ = trainer.running
+            shown = time.monotonic()
+        if not bar.disable and time.monotonic() - shown >= PROGRESS_SECONDS:
+            loss, accuracy, _ = trainer.running  # waits for the device
             bar.set_description(f"epoch {trainer.epoch + 1}/{epochs}", refresh=False)
             bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+            shown = time.monotonic()
+        if note_failure and trainer.graph is not None and trainer.graph.failure is not None:
+            bar.write(f"note     no CUDA graph, the steps are eager: {trainer.graph.failure}")
+            note_failure = False
         return first_signal() != 0
 
     with bar, _tensorboard_writer(out, purge_step=trainer.epoch + 1) as writer:
@@ -378,7 +405,7 @@ def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], in
                 _save_epoch(trainer, out, writer)
                 bar.write(_epoch_line(trainer.history[-1], epochs))
                 sys.stdout.flush()
-                plain_line_at = time.monotonic() + PLAIN_LINE_SECONDS
+                shown = time.monotonic()
 
 
 def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:

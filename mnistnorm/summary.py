@@ -4,6 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import extras  # noqa: F401
+
+# isort: split
+
 import torchinfo
 
 from .cli import Parser, run_program

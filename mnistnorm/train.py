@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from . import extras  # noqa: F401
+
+# isort: split
 from . import distributed
 from .cli import Parser, add_setting, add_training_flags, run_program, set_saved_defaults, settings_of
 from .engine import Settings

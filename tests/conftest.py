@@ -10,6 +10,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when @triton.jit decorates, so set before triton is imported
 
+# What these check is the code that this version of Triton's compiler generates.
+COMPILER = (3, 8)
+GENERATED_CODE = {"test_compile_matrix.py", "test_machine_code.py", "test_programs.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from mnistnorm.kernels.compat import triton_version
+
+    for item in items:
+        if item.path.name in GENERATED_CODE and triton_version() < COMPILER:
+            item.add_marker(pytest.mark.skip(reason="checks the code that Triton 3.8 generates"))
+
 
 @pytest.fixture
 def device() -> Iterator[str]:

@@ -1,5 +1,7 @@
-"""What the Makefile says where it cannot set itself up."""
+"""What the Makefile says where it cannot set itself up, and what it runs on a GPU."""
 
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -24,3 +26,18 @@ def test_an_old_python_is_named_before_anything_is_made(version: tuple[int, int]
     assert ("mnistnorm needs Python 3.10 or newer: make PYTHON=python3.x" in result.stderr) == (version < (3, 10))
     assert (f"called: -m venv --clear {venv}" in result.stdout) == (version >= (3, 10))
     assert not venv.exists()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.parametrize("run", [None, "python3"])
+def test_a_gpu_is_measured_by_a_python_that_is_there(run: str | None, tmp_path: Path) -> None:
+    command = ["make", "--dry-run", "gpu", f"VENV={tmp_path}", *([f"RUN={run}"] if run else [])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("-m venv" in result.stdout) == (run is None)
+    assert ("pip install" in result.stdout) == (run is None)
+    expected = [run or f"{tmp_path}/bin/python"] * 6
+    stages = re.findall(r"timeout (\d+) (\S+) -m (\S+)", result.stdout)
+    assert [python for _, python, _ in stages] == expected
+    assert sum(int(seconds) for seconds, _, _ in stages) < 8 * 60
+    for _, _, module in stages:
+        assert module == "pytest" or importlib.util.find_spec(module)

@@ -20,13 +20,14 @@ import torch
 import triton
 import triton.language as tl
 from torch.utils._device import _device_constructors
-from triton._utils import _tuple_create
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 from triton.runtime.jit import _normalize_ty
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import compat
 
 FaultKind = Literal["atomic", "out of bounds", "overflow", "race", "undefined", "uninitialized"]
 
@@ -167,6 +168,7 @@ def _interpreter_as(
         _set(stack, interpreter, "ReduceOps", reduce)
         _set(stack, interpreter, "ScanOps", scan)
         stack.callback(interpreter._patch_lang(language).restore)
+        _set(stack, tl.tensor, "__index__", compat.index)
         _set(stack, interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
         yield
 
@@ -753,5 +755,5 @@ class _WatchedExecutor(_CorrectedExecutor):
         if isinstance(value, TensorDescriptor):
             return replace(value, base=launch.pointer(name, value.base))
         if isinstance(value, tuple):
-            return _tuple_create(value, [self._argument(f"{name}[{i}]", item) for i, item in enumerate(value)])
+            return compat.tuple_create(value, [self._argument(f"{name}[{i}]", item) for i, item in enumerate(value)])
         return super()._argument(name, value)

@@ -13,15 +13,14 @@ _TRACING_MODES = (
 )
 
 
+def is_transformed() -> bool:
+    """Whether a call made now is one of torch.func or in forward mode."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def may_trace() -> bool:
     """Whether torch might trace or transform a call made now, whatever its input."""
-    return (
-        torch.compiler.is_compiling()
-        or _is_tracing()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _len_torch_dispatch_stack() > 0
-    )
+    return torch.compiler.is_compiling() or _is_tracing() or is_transformed() or _len_torch_dispatch_stack() > 0
 
 
 def is_traced(input: Tensor) -> bool:
@@ -29,8 +28,7 @@ def is_traced(input: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or _is_tracing()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_transformed()
         or isinstance(input, FakeTensor)
         or input.is_meta
         or (_len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING_MODES)))

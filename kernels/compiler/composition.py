@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..contract import Epilogue, Inputs
 from ..norms import BatchNorm, Buffers, GroupNorm, Norm, statistics_dtype
-from ..torch_impl.differentiable import normalize_channels
-from . import custom_ops
+from ..torch_impl.differentiable import normalize, normalize_channels
+from . import custom_ops, is_transformed
 
 
 def compose(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) -> Tensor:
@@ -24,6 +24,8 @@ def compose(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) ->
     weight, bias = (None if parameter is None else parameter.to(dtype).contiguous() for parameter in (weight, bias))
     if isinstance(norm, BatchNorm):  # not a match statement, which torch.compile does not trace
         value = _batch_norm(norm, wide, weight, bias, buffers)
+    elif not torch.compiler.is_compiling() and is_transformed():
+        value, _, _ = normalize(norm, wide, weight, bias)
     elif isinstance(norm, GroupNorm):
         value = F.group_norm(wide, norm.num_groups, weight, bias, norm.eps)
     else:
@@ -54,7 +56,9 @@ def _batch_norm(norm: BatchNorm, input: Tensor, weight: Tensor | None, bias: Ten
     if norm.process_group is not None:
         mean, var, unbiased = custom_ops.synchronised_statistics(input, norm.process_group)
         buffers.update_(mean.detach(), unbiased)
-        return normalize_channels(input, weight, bias, mean, (var + norm.eps).rsqrt())
+        return normalize_channels(norm, input, weight, bias, mean, (var + norm.eps).rsqrt())
+    if not torch.compiler.is_compiling() and is_transformed():
+        return _transformed_batch_norm(norm, input, weight, bias, buffers)
     if running_mean is None or running_var is None:
         return F.batch_norm(input, None, None, weight, bias, True, 0.0, norm.eps)
     if not norm.use_batch_stats:
@@ -65,3 +69,17 @@ def _batch_norm(norm: BatchNorm, input: Tensor, weight: Tensor | None, bias: Ten
     output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, norm.eps)
     buffers.update_(mean, var)
     return output
+
+
+def _transformed_batch_norm(
+    norm: BatchNorm, input: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers
+) -> Tensor:
+    if norm.use_batch_stats:
+        output, mean, var = normalize(norm, input, weight, bias)
+        count = input.numel() / input.shape[1]
+        buffers.update_(mean.detach(), var.detach() * (count / (count - 1)))
+        return output
+    assert buffers.running_mean is not None
+    assert buffers.running_var is not None
+    mean, var = buffers.running_mean.to(input.dtype), buffers.running_var.to(input.dtype)
+    return normalize_channels(norm, input, weight, bias, mean, (var + norm.eps).rsqrt())

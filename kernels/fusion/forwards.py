@@ -3,7 +3,7 @@
 import operator
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -19,6 +19,15 @@ class _Number:
     value: int
 
 
+class _Computation(NamedTuple):
+    """What a graph computes, with the trace's structure, changed and is_single."""
+
+    function: Any
+    structure: Any
+    changed: Any
+    is_single: bool
+
+
 class TracedForward:
     """A forward in the place of another, for calls that are like the traced one, as long as the module's children stay.
 
@@ -29,33 +38,35 @@ class TracedForward:
 
     def __init__(self, call: Call, children: list[str], branches: list[str], graphs: list[Any]) -> None:
         self.call, self.children, self.branches, self.graphs = call, children, branches, graphs
-        self.compute = [graph and (_generate(graph[0]), *graph[1:]) for graph in graphs]
+        self.compute = [graph and _Computation(_generate(graph[0]), *graph[1:]) for graph in graphs]
 
     @classmethod
     def of(cls, module: nn.Module, chains: list[Chains | None]) -> "TracedForward":
         made = [each for each in chains if each is not None]
         branches = sorted(set().union(*(each.branches for each in made)))
         graphs = [
-            each and (_steps(each.graph), each.trace.structure, each.trace.changed)
+            each and (_steps(each.graph), each.trace.structure, each.trace.changed, each.trace.is_single)
             for each in (chains if branches else made[:1])
         ]
         return cls(made[0].trace.call, list(module._modules), branches, graphs)
 
     def __call__(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
-        modes = {operator.attrgetter(flag)(module) for flag in self.branches}
-        compute = self.compute[int(True in modes)] if len(modes) < 2 else None
+        compute = self.compute[0] if not self.branches else self._of_mode(module)
         tensors = self.call.tensors(args, kwargs)
         if compute is None or tensors is None or list(module._modules) != self.children:
             return original(module, *args, **kwargs)
-        function, structure, changed = compute
-        leaves = function(module, *tensors)
-        if structure.is_leaf() and not changed.context:
+        leaves = compute.function(module, *tensors)
+        if compute.is_single:
             return leaves[0]
-        count = structure.num_leaves
-        changes = pytree.tree_unflatten(leaves[count:], changed).values()
-        for argument, value in zip(self.call.changed(args, kwargs, changed), changes, strict=True):
+        count = compute.structure.num_leaves
+        changes = pytree.tree_unflatten(leaves[count:], compute.changed).values()
+        for argument, value in zip(self.call.changed(args, kwargs, compute.changed), changes, strict=True):
             argument[:] = value
-        return pytree.tree_unflatten(leaves[:count], structure)
+        return pytree.tree_unflatten(leaves[:count], compute.structure)
+
+    def _of_mode(self, module: nn.Module) -> "_Computation | None":
+        modes = {operator.attrgetter(flag)(module) for flag in self.branches}
+        return self.compute[int(True in modes)] if len(modes) == 1 else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedForward":
         return self

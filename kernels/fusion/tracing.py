@@ -38,18 +38,22 @@ class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
 class Call:
     """How a forward was called in a trace: the structure of its arguments by name, and their leaves.
 
-    Of a leaf that is a tensor only the class is kept.
+    Of a leaf that is a tensor only the class is kept. `only_tensors` is the number of arguments where each of them is
+    one tensor, else -1.
     """
 
     signature: inspect.Signature
     structure: Any
     leaves: list[Any]
+    only_tensors: int
 
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any) -> "Call":
         signature = inspect.signature(type(module).forward)
         leaves, structure = pytree.tree_flatten(_by_name(signature, args, kwargs))
-        return cls(signature, structure, [Tensor if _is_tensor(leaf) else leaf for leaf in leaves])
+        kinds = [Tensor if _is_tensor(leaf) else leaf for leaf in leaves]
+        is_plain = len(kinds) == len(signature.parameters) - 1 and all(kind is Tensor for kind in kinds)
+        return cls(signature, structure, kinds, len(kinds) if is_plain else -1)
 
     def is_like(self, other: "Call") -> bool:
         """Whether the calls differ in nothing but the tensors."""
@@ -68,14 +72,10 @@ class Call:
         required = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
         return cls.of(module, (), dict.fromkeys(required, torch.empty(0)))
 
-    def tensors(self, args: Any, kwargs: Any) -> list[Any] | None:
+    def tensors(self, args: Any, kwargs: Any) -> Any:
         """The tensors of another call that is the same but for them; None of one that is not."""
-        if (
-            not kwargs
-            and len(args) == len(self.leaves) == len(self.signature.parameters) - 1
-            and all(map(_is_tensor, args))
-        ):
-            return list(args)
+        if len(args) == self.only_tensors and not kwargs and all(map(_is_tensor, args)):
+            return args
         try:
             leaves, structure = pytree.tree_flatten(_by_name(self.signature, args, kwargs))
         except TypeError:  # the original forward raises it

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import sync
+from .. import compat, sync
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm, statistics_dtype
 from . import cpu
 from .layouts import as_rows, from_rows, memory_format_of, with_standard_strides
@@ -69,7 +69,7 @@ def backward(
         case BatchNorm():
             return _batch_norm_backward(norm, grad, input, weight, mean, rstd, needs)
         case GroupNorm(num_groups):
-            dense = input.contiguous(memory_format=memory_format_of(input))
+            dense = _dense(input, memory_format_of(input))
             sizes = _group_sizes(input)
             return _aten.native_group_norm_backward.default(
                 grad, dense, mean, rstd, weight, *sizes, num_groups, list(needs)
@@ -205,7 +205,7 @@ def _batch_norm_backward(
 def _group_norm(norm: GroupNorm, input: Tensor, weight: Parameter, bias: Parameter) -> tuple[Tensor, Tensor, Tensor]:
     """torch.native_group_norm in the format of the output, and without the cancellation of its channels-last kernel."""
     memory_format, sizes = memory_format_of(input), _group_sizes(input)
-    dense = input.contiguous(memory_format=memory_format)
+    dense = _dense(input, memory_format)
     output, mean, rstd = torch.native_group_norm(dense, weight, bias, *sizes, norm.num_groups, norm.eps)
     if memory_format != torch.contiguous_format and cpu.cancels(mean, rstd):
         output, mean, rstd = torch.native_group_norm(
@@ -213,6 +213,12 @@ def _group_norm(norm: GroupNorm, input: Tensor, weight: Parameter, bias: Paramet
         )
     # On other devices than a CPU, torch's result is always contiguous.
     return output.contiguous(memory_format=memory_format), mean, rstd
+
+
+def _dense(input: Tensor, memory_format: torch.memory_format) -> Tensor:
+    if compat.GROUP_NORM_IS_PARTICULAR:
+        return with_standard_strides(input, memory_format)
+    return input.contiguous(memory_format=memory_format)
 
 
 def _group_sizes(input: Tensor) -> tuple[int, int, int]:
@@ -226,5 +232,27 @@ def _layer_norm(norm: LayerNorm, input: Tensor, weight: Parameter, bias: Paramet
         if weight is None and input.device.type == "cpu":
             weight = input.new_ones(norm.normalized_shape)  # torch's kernel takes up to three times as long without
         output, mean, rstd = torch.native_layer_norm(input, norm.normalized_shape, weight, bias, norm.eps)
+        if output.grad_fn is not None:
+            output.grad_fn.register_hook(_after_first_derivative)
     leading = norm.statistics_shape(input)
     return output, mean.view(leading), rstd.view(leading)
+
+
+# Hooks of the nodes that autograd makes where it records layer norm: its third derivatives are wrong.
+
+
+def _after_first_derivative(gradients: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
+    if torch.is_grad_enabled():  # create_graph=True
+        node = next((gradient.grad_fn for gradient in gradients if gradient is not None), None)
+        if node is not None:  # the same of all gradients
+            node.register_hook(_after_second_derivative)
+
+
+def _after_second_derivative(gradients: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
+    for gradient in gradients:
+        if torch.is_grad_enabled() and gradient is not None and gradient.requires_grad:
+            gradient.register_hook(_refuse)
+
+
+def _refuse(_: Tensor) -> None:
+    raise NotImplementedError("third derivatives of layer norm require torch.func: torch's own are wrong")

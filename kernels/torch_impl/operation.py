@@ -12,8 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved
-from ..norms import Buffers, LayerNorm, Norm
+from ..norms import BatchNorm, Buffers, LayerNorm, Norm
 from . import native
 from .dropout import drop_
 from .layouts import memory_format_of
@@ -26,12 +27,16 @@ class TorchOperation(Operation):
 
     def __init__(self, norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) -> None:
         super().__init__(norm, epilogue, inputs, reads_output=True)
-        input, weight, *_ = inputs
+        input, weight, bias, _ = inputs
         is_half = input.dtype != self.dtype
         # Only torch's kernels for a CPU take half-precision inputs with float32 parameters, in all three norms.
         self._widens = is_half and input.device.type != "cpu"
         # Without a float32 weight, torch rounds the statistics of a half-precision input to half precision.
-        self._makes_weight = weight is None and (epilogue.dropout_p > 0 or is_half)
+        self._makes_weight = weight is None and (
+            epilogue.dropout_p > 0 or is_half or (bias is not None and compat.GROUP_NORM_IS_PARTICULAR)
+        )
+        # torch's kernels compute x * rstd - mean * rstd, which rounds: of one value that is not 0.
+        self._is_one_value = not isinstance(norm, BatchNorm) and norm.geometry(input.shape, False).slab_size == 1
         self._parameter_shape = norm.parameter_shape(input)
         self._memory_format = torch.contiguous_format if isinstance(norm, LayerNorm) else memory_format_of(input)
         self._may_be_recorded = self._is_recordable(inputs, buffers)
@@ -65,7 +70,7 @@ class TorchOperation(Operation):
             with torch.autocast(input.device.type, enabled=False):
                 return self.forward(inputs, buffers, seed)
         weight, bias = self._scaled(input, weight, bias)
-        wide = self._wide(input)
+        wide = self._centred(self._wide(input))
         output, mean, rstd = native.forward(self.norm, wide, weight, bias, buffers)
         output = self.epilogue.activation.forward_(self._drop_and_add_(output, residual, seed))
         return output if wide is input else output.to(input.dtype), (mean, rstd)
@@ -76,7 +81,7 @@ class TorchOperation(Operation):
         mean, rstd = self.mean_and_rstd(saved)
         kept = saved[-1] if self.keeps else None
         scaled_weight, scaled_bias = self._scaled(input, weight, bias)
-        wide, grad_output = self._wide(input), self._wide(grad_output)
+        wide, grad_output = self._centred(self._wide(input)), self._wide(grad_output)
         activation, dropout_p = self.epilogue.activation, self.epilogue.dropout_p
         if self.epilogue.passes_gradient:
             grad = grad_output
@@ -126,6 +131,10 @@ class TorchOperation(Operation):
 
     def _wide(self, tensor: Tensor) -> Tensor:
         return tensor.float() if self._widens else tensor
+
+    def _centred(self, input: Tensor) -> Tensor:
+        """Slabs of one value without their mean, so 0 or NaN; others as they are."""
+        return input - input if self._is_one_value else input
 
     def _scaled(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the dtype of the statistics, times 1 / (1 - p)."""

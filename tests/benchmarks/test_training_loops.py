@@ -11,17 +11,18 @@ import torch
 from benchmarks import training
 from benchmarks.instruments.memory import peak_bytes
 from mnistnorm.data import Normalization, Split, TrainingBatches
+from mnistnorm.engine import Trainer
 
 
 def stand_in(accuracies: list[float] | None = None) -> Any:
-    """A trainer of 6 images in batches of 2 that notes the labels of its steps."""
+    """A trainer of 6 images in batches of 2 that notes the numbers of the images of its steps."""
     split = Split(torch.zeros(6, 1, 28, 28, dtype=torch.uint8), torch.arange(6))
     seen: list[torch.Tensor] = []
     return SimpleNamespace(
         batches=TrainingBatches(split, 2, Normalization(0, 1)),
         model=torch.nn.Identity(),
         device=torch.device("cpu"),
-        train_step=lambda images, labels: seen.append(labels),
+        train_batch=seen.append,
         seen=seen,
         accuracies=iter(accuracies or []),
     )
@@ -59,7 +60,27 @@ def test_no_network_is_left_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "build", lambda loop, *_: calls.append(loop))
     monkeypatch.setattr(training, "measure", lambda *_: {})
     assert training.main(["--compile", "--norms", "batch", "group", "--dropout", "0"]) == 0
-    assert calls == ["reset", *training.LOOPS] * 2
+    on_a_cpu = [loop for loop in training.LOOPS if not loop.endswith("graph")]
+    assert calls == ["reset", *on_a_cpu] * 2
+
+
+def test_a_gpu_has_the_loops_of_cuda_graphs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eager, captured = (object.__new__(Trainer) for _ in range(2))
+    eager.graph = SimpleNamespace(failure="a number was read")
+    captured.graph = SimpleNamespace(failure=None)
+    trainers = {"stock": captured, "fused-graph": eager}
+    monkeypatch.setattr(training, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(training, "describe_machine", lambda _: "a machine")
+    monkeypatch.setattr(training, "build", lambda loop, *_: trainers.get(loop))
+    monkeypatch.setattr(training, "measure", lambda *_: {})
+    assert training.main(["--device", "cuda", "--norms", "batch", "--dropout", "0"]) == 0
+    printed = capsys.readouterr().out
+    for loop in ("stock", "fused", "stock-graph", "fused-graph"):
+        assert f"\n  {loop} " in printed
+    assert "note: fused-graph ran eager steps, its capture failed: a number was read" in printed
+    assert printed.count("note: ") == 1
 
 
 def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,8 @@ NORMS = {
     ),
     "group": Norm(
         lambda x, w, b, **kw: group_norm_relu(x, 2, w, b, **kw),
-        lambda x, w, b: F.group_norm(x, 2, w, b),
+        # With a weight: before 2.14, torch has no gradient of a bias alone.
+        lambda x, w, b: F.group_norm(x, 2, torch.ones_like(b) if w is None and b is not None else w, b),
         lambda shape: shape[1:2],
     ),
     "layer": Norm(

@@ -177,3 +177,53 @@ def test_hooks_for_saved_tensors_may_change_strides(norm, impl, activation, devi
     expected = gradients()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
         torch.testing.assert_close(gradients(), expected)
+
+
+def first_element(norm, with_affine, **options):
+    """The first normalized value as a function of three that are normalized together."""
+    name = next(name for name, each in NORMS.items() if each is norm)
+    shape = {"batch": (3, 1), "group": (1, 2, 3), "layer": (1, 3), "layer3": (1, 3)}[name]
+
+    def function(x):
+        x = (x.expand(2, 3) if name == "group" else x).reshape(shape)
+        parameters = [x.new_ones(norm.affine_shape(shape))] * 2 if with_affine else [None] * 2
+        return norm.fused(x, *parameters, activation="identity", **options).flatten()[0]
+
+    return function
+
+
+# At 0, 1, 3 with an eps of 1e-5, along the first value, by sympy.
+SECOND, THIRD = 0.196354987747, 0.182327828231
+
+
+@norms
+@pytest.mark.parametrize("with_affine", [False, True], ids=["plain", "affine"])
+def test_third_derivatives_are_right_or_refused(norm, with_affine):
+    x = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    derivative = first_element(norm, with_affine)(x)
+    for _ in range(2):
+        derivative = torch.autograd.grad(derivative, x, create_graph=True)[0][0]
+    assert derivative.item() == pytest.approx(SECOND, abs=1e-9)
+    if with_affine and norm in (NORMS["layer"], NORMS["layer3"]):
+        with pytest.raises(NotImplementedError, match=r"third derivatives of layer norm require torch\.func"):
+            torch.autograd.grad(derivative, x)
+    else:
+        assert torch.autograd.grad(derivative, x)[0][0].item() == pytest.approx(THIRD, abs=1e-9)
+
+
+@norms
+@pytest.mark.parametrize("with_affine", [False, True], ids=["plain", "affine"])
+def test_derivatives_of_any_order_under_torch_func(norm, with_affine):
+    x, along = torch.tensor([[0.0, 1.0, 3.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    function = first_element(norm, with_affine)
+
+    def forward(f):
+        return lambda x: torch.func.jvp(f, (x,), (along,))[1]
+
+    def backward(f):
+        return lambda x: torch.func.grad(f)(x)[0]
+
+    for one in (forward, backward):
+        for other in (forward, backward):
+            assert one(other(function))(x).item() == pytest.approx(SECOND, abs=1e-9)
+            assert one(other(forward(function)))(x).item() == pytest.approx(THIRD, abs=1e-9)

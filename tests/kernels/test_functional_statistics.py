@@ -7,7 +7,7 @@ from oracle import DTYPES, LAYOUTS, NORMS, TOLERANCE, affine, close, compare, im
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mnistnorm import BatchNormAct2d, batch_norm_relu
+from mnistnorm import BatchNormAct2d, batch_norm_relu, group_norm_relu, layer_norm_relu
 
 pytestmark = pytest.mark.usefixtures("fast_paths")
 
@@ -213,3 +213,37 @@ def test_errors_leave_counter_and_statistics_alone(impl, momentum, ready, device
         with pytest.raises((TypeError, ValueError, RuntimeError)):
             batch_norm_relu(*arguments, training=True, **options, **bad)
         assert all(torch.equal(one, other) for one, other in zip((*running, counter), before, strict=True))
+
+
+@impls
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (16, 8, 32, 32), (64, 4, 16, 16)])  # the larger ones take fast paths
+def test_a_variance_beyond_float32_gives_zero(impl, layout, shape, device):
+    if impl == "triton" and shape[0] > 4:
+        pytest.skip("the interpreter is slow, and the plan depends on the size alone")
+    x = make(shape, layout=layout, device=device).detach().mul(1e30).requires_grad_()
+    running = [torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)]
+    weight, bias = affine(shape[1:2], torch.float32, device)
+    for threads in (1, torch.get_num_threads()):
+        torch.set_num_threads(threads)
+        output = batch_norm_relu(x, *running, weight, bias, training=True, activation="identity", impl=impl)
+        assert torch.equal(output, bias.view(-1, 1, 1).expand(shape))
+        for gradient in torch.autograd.grad(output, (x, weight), torch.ones_like(output)):
+            assert (gradient == 0).all()
+        assert running[1].isposinf().all()
+
+
+@impls
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("what", ["group", "layer"])
+def test_one_value_normalizes_to_zero(impl, dtype, what, device):
+    x = torch.tensor([[1e4, -301.7], [299.3, 401.1]], dtype=torch.float64).to(device, dtype).requires_grad_()
+    weight, bias = affine((2,) if what == "group" else (1,), dtype, device)
+    if what == "group":
+        output = group_norm_relu(x, 2, weight, bias, activation="identity", impl=impl)
+    else:
+        output = layer_norm_relu(x.view(2, 2, 1), (1,), weight, bias, activation="identity", impl=impl).view(2, 2)
+    assert torch.equal(output, bias.expand(2, 2))
+    grad_input, grad_weight = torch.autograd.grad(output, (x, weight), torch.rand_like(output))
+    assert (grad_weight == 0).all()
+    assert grad_input.abs().max() < 1e-4  # the rounding of values times an rstd of 316

@@ -22,9 +22,16 @@ from mnistnorm.kernels import (
     InstanceNormAct2d,
     InstanceNormAct3d,
     LayerNormAct,
+    compat,
 )
 
 SHAPE = (5, 4, 6, 3)
+
+
+def with_bias_option(stock):
+    """A norm of torch.nn; where it lacks the option `bias`, with what gives it to the fused one."""
+    return stock if compat.NormBase is nn.Module else type(stock.__name__, (compat.NormBase, stock), {})
+
 
 PAIRS = {
     "batch": (BatchNormReLU2d, nn.BatchNorm2d, (4,), {}),
@@ -32,17 +39,17 @@ PAIRS = {
     "batch momentum": (BatchNormReLU2d, nn.BatchNorm2d, (4,), {"momentum": 0.7, "eps": 0.1}),
     "batch untracked": (BatchNormReLU2d, nn.BatchNorm2d, (4,), {"track_running_stats": False}),
     "batch plain": (BatchNormReLU2d, nn.BatchNorm2d, (4,), {"affine": False}),
-    "batch no bias": (BatchNormReLU2d, nn.BatchNorm2d, (4,), {"bias": False}),
+    "batch no bias": (BatchNormReLU2d, with_bias_option(nn.BatchNorm2d), (4,), {"bias": False}),
     "group": (GroupNormReLU, nn.GroupNorm, (2, 4), {}),
     "group plain": (GroupNormReLU, nn.GroupNorm, (2, 4), {"affine": False, "eps": 0.1}),
-    "group no bias": (GroupNormReLU, nn.GroupNorm, (2, 4), {"bias": False}),
+    "group no bias": (GroupNormReLU, with_bias_option(nn.GroupNorm), (2, 4), {"bias": False}),
     "layer": (LayerNormReLU, nn.LayerNorm, (3,), {}),
     "layer of two": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"eps": 0.1}),
     "layer plain": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"elementwise_affine": False}),
     "layer no bias": (LayerNormReLU, nn.LayerNorm, ((6, 3),), {"bias": False}),
     "instance": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), {}),
     "instance affine": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), {"affine": True, "eps": 0.1}),
-    "instance no bias": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), {"affine": True, "bias": False}),
+    "instance no bias": (InstanceNormAct2d, with_bias_option(nn.InstanceNorm2d), (4,), {"affine": True, "bias": False}),
 }
 pairs = pytest.mark.parametrize(("fused", "stock", "arguments", "options"), PAIRS.values(), ids=PAIRS)
 
@@ -456,3 +463,9 @@ def test_instance_norm_of_a_sample_refuses_a_residual_that_is_no_tensor():
 
 def test_instance_norm_without_channels():
     assert InstanceNormAct2d(0)(torch.randn(2, 0, 5, 5)).shape == nn.InstanceNorm2d(0)(torch.randn(2, 0, 5, 5)).shape
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, nn.Sequential], ids=["itself", "within"])
+def test_torch_jit_script_is_refused(wrap):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script does not support fused layers: use"):
+        torch.jit.script(wrap(BatchNormReLU2d(4)))

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import ProcessGroup
 
 from mnistnorm import BatchNormReLU2d, batch_norm_relu, fuse, unfuse
-from mnistnorm.kernels import sync
+from mnistnorm.kernels import compat, sync
 from mnistnorm.kernels.activations import ACTIVATIONS
 
 SHAPE = (6, 4, 5, 3)
@@ -188,9 +188,10 @@ def test_gradients_that_are_not_needed(impl, group, device):
 def test_one_collective_each_way(impl, compiled, group, device, monkeypatch):
     module = layer(process_group=group, impl=impl, device=device)
     module(data(device)[0])  # compares the channels, once
-    collectives = {name: mock.Mock(wraps=getattr(dist, name)) for name in ("all_gather_single", "all_reduce")}
-    for name, collective in collectives.items():
-        monkeypatch.setattr(dist, name, collective)
+    functions = ((compat, "all_gather_single"), (dist, "all_reduce"))
+    collectives = {name: mock.Mock(wraps=getattr(owner, name)) for owner, name in functions}
+    for owner, name in functions:
+        monkeypatch.setattr(owner, name, collectives[name])
     if compiled:
         torch._dynamo.reset()
         module.compile(fullgraph=True, backend="aot_eager_decomp_partition")  # which may compute again in the backward

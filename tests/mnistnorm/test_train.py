@@ -296,6 +296,7 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--elastic", "-1"], "--elastic: expected a finite number of at least 0, got '-1'"),
         (["--elastic", "1", "--no-augment"], "--no-augment leaves nothing for --elastic 1, given or of"),
         (["--batch-size", "321"], "--batch-size 321 is more than the 320 training images: take less"),
+        (["--cuda-graph"], "--cuda-graph is for one process on a GPU without --compile, not for --device cpu: take"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
     ],

@@ -266,6 +266,7 @@ class Network(nn.Module):
 @impls
 @training_modes
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch.export's own
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11's
 def test_export(fused, stock, impl, training, device):
     network = Network(randomized(fused(impl=impl))).to(device).train(training)
     x = torch.randn(SHAPE, device=device)
@@ -372,7 +373,6 @@ def test_func_grad(fused, stock, impl, device):
 
 
 # Torch scripts some formulas of its own for the first of these.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 @modules
 @training_modes
 @pytest.mark.parametrize("shape", [SHAPE, (700, *SHAPE[1:])], ids=str)
@@ -384,7 +384,6 @@ def test_forward_mode(fused, stock, training, shape):
         same(forward_ad.unpack_dual(module(dual)), forward_ad.unpack_dual(F.relu(oracle(dual))))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 @modules
 def test_forward_mode_is_refused_in_triton(fused, stock, device):
     x = torch.randn(SHAPE, device=device)
