@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import sync
+from .. import compat, sync
 from ..activations import Activation
 from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm
@@ -69,6 +69,7 @@ class TritonOperation(Operation):
             residual=self.has_residual,
             dropout=self.epilogue.dropout_p > 0,
             reduces=reduces,
+            clusters=compat.compiles_clusters(),
             kind=self._plan,
         )
 

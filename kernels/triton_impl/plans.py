@@ -78,6 +78,7 @@ def make_plan(
     residual: bool = False,
     dropout: bool = False,
     reduces: bool = True,
+    clusters: bool = True,
     kind: Kind | None = None,
 ) -> Plan:
     """Chooses the plan of one forward or backward.
@@ -90,6 +91,7 @@ def make_plan(
         residual: whether there is one: one more tensor to load, and in the backward one to store.
         dropout: whether there is any.
         reduces: whether sums over the slabs are needed; False where the statistics are given.
+        clusters: whether the compiler takes clusters of programs, where the target has them.
         kind: how to compute those sums; None chooses.
 
     Raises:
@@ -106,9 +108,8 @@ def make_plan(
         and not (geometry.per_channel or geometry.elementwise_affine)
         and (geometry.channels_last or vector == 1 or (residual and dropout))
     )
-    reduction, tile, cluster = _choose(
-        geometry, itemsize, vector, registers, crowded, _max_cluster(target), reduces, kind
-    )
+    max_cluster = _max_cluster(target) if clusters else 1
+    reduction, tile, cluster = _choose(geometry, itemsize, vector, registers, crowded, max_cluster, reduces, kind)
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
 

@@ -83,6 +83,7 @@ def test_a_gpu_has_the_loops_of_cuda_graphs(
     assert printed.count("note: ") == 1
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11's own
 def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "training.json"
     flags = "--norms group --dropout 0.05 --steps 1 --rounds 2 --batch-size 8 --json"

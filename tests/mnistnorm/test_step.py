@@ -144,9 +144,9 @@ def test_a_step_takes_nothing_from_the_device(options: dict[str, Any], mnist: Da
 
 # By Triton, as on a GPU; in PyTorch the fused layers look at values to choose the faster way on a CPU.
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_fused_step_takes_nothing_from_the_device(norm: str, mnist: Dataset) -> None:
+def test_a_fused_step_takes_nothing_from_the_device(norm: str, mnist: Dataset, device: str) -> None:
     pytest.importorskip("triton")
-    take_guarded_steps(trainer(mnist, batch_size=4, network=small_fused_network, norm=norm), 1)
+    take_guarded_steps(trainer(mnist, batch_size=4, network=small_fused_network, norm=norm, device=device), 1)
 
 
 def take_guarded_steps(run: Trainer, count: int) -> None:

@@ -398,7 +398,10 @@ LEFT = [
     (CalledBetween, "called again before the sum"),
     (AlwaysDropout, "^the dropout behind it does not follow the mode"),
     (NoGrad, "another grad mode"),
-    (Checkpointed, "cannot be rewritten: it (runs a part under|asks for the type)"),
+    (
+        Checkpointed,
+        "cannot be (rewritten: it (runs a part under|asks for the type)|traced: it applies an autograd Function)",
+    ),
     (SavedElsewhere, "saved-tensor hook"),
     (Autocast, "autocast"),
     (CustomFunction, "autograd Function"),

@@ -4,9 +4,14 @@ from itertools import product
 from math import prod
 
 import pytest
+import torch
 from triton.backends.compiler import GPUTarget
 
-from mnistnorm.kernels.norms import Geometry
+from mnistnorm.kernels import compat
+from mnistnorm.kernels.activations import Activation
+from mnistnorm.kernels.contract import Epilogue
+from mnistnorm.kernels.norms import BatchNorm, Geometry
+from mnistnorm.kernels.triton_impl.operation import TritonOperation
 from mnistnorm.kernels.triton_impl.plans import (
     CAPACITY,
     MAX_SPLITS,
@@ -113,6 +118,15 @@ def test_clusters_only_where_the_target_places_them():
         plan = make_plan(geometry, 4, target, backward=True)
         assert (plan.reduction, plan.constants["num_ctas"]) == ("split", 1)
     assert make_plan(batch(128, 16, 100), 4, SM_120, backward=True).constants["num_ctas"] <= 8
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_no_clusters_where_the_compiler_lacks_them(clusters, monkeypatch):
+    monkeypatch.setattr(compat, "compiles_clusters", lambda: clusters)
+    input = torch.empty(128, 16, 10, 10)
+    operation = TritonOperation(BatchNorm(1e-5), Epilogue(0.0, Activation("relu")), (input, None, None, None))
+    plan = operation.make_plan(backward=True, reduces=True)
+    assert (plan.reduction, plan.constants["num_ctas"] > 1) == (("resident", True) if clusters else ("split", False))
 
 
 @pytest.mark.parametrize("target", TARGETS)
