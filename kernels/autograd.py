@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
-from .contract import Inputs, Needs, Operation, Saved, gradients_of
+from .contract import Inputs, Needs, Operation, Saved, Seed, gradients_of
 from .norms import BatchNorm, Buffers
 from .torch_impl.differentiable import normalize, normalize_channels
 
 
-def apply(operation: Operation, inputs: Inputs, buffers: Buffers, seed: int, requires_grad: bool) -> Tensor:
+def apply(operation: Operation, inputs: Inputs, buffers: Buffers, seed: Seed, requires_grad: bool) -> Tensor:
     """Runs an operation, recorded by autograd if gradients are enabled and one of the inputs requires one."""
     if requires_grad and torch.is_grad_enabled() and not operation.is_recorded_by_torch(inputs):
         output: Tensor = _Fused.apply(*inputs, operation, buffers, seed)
@@ -61,7 +61,7 @@ def _in_strides(input: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def _differentiable_backward(
-    operation: Operation, needs: Needs, seed: int, grad_output: Tensor, saved: Saved
+    operation: Operation, needs: Needs, seed: Seed, grad_output: Tensor, saved: Saved
 ) -> tuple[Tensor | None, ...]:
     """The gradients again, by differentiable operations of torch: what create_graph=True asks for."""
     epilogue, activation = operation.epilogue, operation.epilogue.activation

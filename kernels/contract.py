@@ -20,6 +20,8 @@ Needs = tuple[bool, bool, bool, bool]
 """Whether the gradients of input, weight, bias and residual are asked for."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Those of input, weight, bias and residual; None for each that is not asked for."""
+Seed = int | Tensor
+"""Decides what dropout drops; a tensor, 0-dim int64 on the input's device, in a CUDA graph and where torch traces."""
 Saved = tuple[Tensor | None, ...]
 """What an operation keeps for its backward: input, weight, bias, then its statistics, then the kept tensor if any."""
 
@@ -81,11 +83,11 @@ class Operation(ABC):
         self.input_strides, self.dtype = input.stride(), statistics_dtype(input)
 
     @abstractmethod
-    def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the output and the statistics for backward; updates `buffers`. The seed decides what is dropped."""
 
     @abstractmethod
-    def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
+    def backward(self, needs: Needs, seed: Seed, grad_output: Tensor, saved: Saved) -> Gradients:
         """The gradients; that of a residual only where `epilogue.passes_gradient` is False."""
 
     @abstractmethod
@@ -93,7 +95,7 @@ class Operation(ABC):
         """The statistics among the saved tensors."""
 
     @abstractmethod
-    def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
+    def dropout_factor(self, input: Tensor, seed: Seed) -> Tensor:
         """0 where forward drops an element and 1 / (1 - dropout_p) elsewhere, of the input's shape and dtype."""
 
     def is_recorded_by_torch(self, inputs: Inputs) -> bool:

@@ -5,6 +5,8 @@ import threading
 import torch
 from torch import Tensor
 
+from .contract import Seed
+
 
 class _Drawn(threading.local):
     """A tensor for each thread to draw into: making one takes longer than the draw."""
@@ -17,16 +19,11 @@ class _Drawn(threading.local):
 _drawn = _Drawn()
 
 
-def draw_seed(input: Tensor) -> int:
-    """Draws a seed for a call that drops elements of `input`."""
-    refuse_capture(input)
-    return int(_drawn.value.random_())
+def draw_seed(input: Tensor) -> Seed:
+    """Draws a seed for a call that drops elements of `input`.
 
-
-def refuse_capture(input: Tensor) -> None:
-    """Raises while a CUDA graph is captured: it would keep the seed, a number on the host, for every replay."""
+    While a CUDA graph is captured the draw is part of the graph, which gives each replay another seed.
+    """
     if input.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "dropout_p must be 0 while a CUDA graph is captured, as each replay would drop the same elements: "
-            "capture without dropout or in eval mode"
-        )
+        return torch.empty((), dtype=torch.int64, device=input.device).random_()
+    return int(_drawn.value.random_())

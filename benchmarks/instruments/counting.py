@@ -145,7 +145,9 @@ class _Grid:
         self.channel_blocks = cdiv(self.channels, named["BLOCK_CHANNELS"])
         self.position_blocks = cdiv(self.positions, named["BLOCK_POSITIONS"])
         self.splits = named["splits"]
-        # Programs of the forward and the backward kernel that load the same channels' parameters.
+        # Programs of the forward and the backward kernel.
+        self.programs = named.get("row_programs", 0) * self.channel_blocks * self.position_blocks
+        # Those of them that load the same channels' parameters.
         self.sharers = named.get("row_programs", 0) * (1 if self.elementwise else self.position_blocks)
 
     @property
@@ -175,6 +177,7 @@ def _forward(named: dict[str, Any]) -> Count:
     reads: dict[str, Times] = {"x_ptr": 1, "residual_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
     writes: dict[str, Times] = {"y_ptr": 1, "mean_ptr": 1, "rstd_ptr": 1}
     running: dict[str, Times] = {"running_mean_ptr": 1, "running_var_ptr": 1}
+    reads["seed_ptr"] = grid.programs
     if grid.split:
         reads["partials_ptr"] = grid.slab_visits
     if grid.given:
@@ -192,6 +195,7 @@ def _gradient_sums(named: dict[str, Any]) -> Count:
     else:
         parameters = grid.row_blocks * grid.position_blocks * grid.groups_per_tile
     reads: dict[str, Times] = {"dy_ptr": 1, "x_ptr": 1, "kept_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
+    reads["seed_ptr"] = grid.splits * (grid.channel_blocks if grid.per_channel else grid.row_blocks)
     return reads | {"mean_ptr": grid.splits, "rstd_ptr": grid.splits}, {"partials_ptr": 1}
 
 
@@ -199,7 +203,7 @@ def _backward(named: dict[str, Any]) -> Count:
     grid = _Grid(named)
     parameters = grid.sharers * grid.groups_per_tile
     reads: dict[str, Times] = {"dy_ptr": 1, "x_ptr": 1, "kept_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
-    reads |= {"mean_ptr": grid.slab_visits, "rstd_ptr": grid.slab_visits}
+    reads |= {"mean_ptr": grid.slab_visits, "rstd_ptr": grid.slab_visits, "seed_ptr": grid.programs}
     if grid.split:
         reads["partials_ptr"] = grid.slab_visits
     return reads, {"dx_ptr": 1, "dresidual_ptr": 1, "dweight_ptr": 1, "dbias_ptr": 1}

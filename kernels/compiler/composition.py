@@ -43,8 +43,8 @@ def call_operator(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffe
     """The Triton implementation."""
     seed = None
     if epilogue.dropout_p > 0:
-        # Made from the input, so that it is fake where that is.
-        seed = torch.randint_like(inputs[0].new_zeros((), dtype=torch.int64, device="cpu"), 2**63 - 1)
+        # Made from the input, so that it is fake where that is, and on its device, so that a CUDA graph can hold it.
+        seed = torch.randint_like(inputs[0].new_zeros((), dtype=torch.int64), 2**63 - 1)
     output, mean, var = custom_ops.norm_act(norm, epilogue, inputs, seed, buffers)
     if isinstance(norm, BatchNorm) and norm.use_batch_stats:
         buffers.update_(mean, var)

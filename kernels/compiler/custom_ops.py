@@ -19,7 +19,6 @@ from ..activations import Activation
 from ..contract import Epilogue, Gradients, Inputs, Needs, gradients_of
 from ..implementations import prepare
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm, statistics_dtype
-from ..seeds import refuse_capture
 
 if TYPE_CHECKING:
     from ..triton_impl.launches import Pair
@@ -66,13 +65,6 @@ def _unflat(options: Sequence[Any]) -> tuple[Norm, Epilogue]:
     return norms[kind](), Epilogue(dropout_p, Activation(activation, parameter))
 
 
-def _seed(seed: Tensor | None, input: Tensor) -> int:
-    if seed is None:
-        return 0
-    refuse_capture(input)
-    return int(seed)
-
-
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, the statistics for backward, and the batch's mean and unbiased variance, empty if not used."""
     inputs, seed, running = arguments[:4], arguments[4], arguments[5:7]
@@ -84,7 +76,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var = (input.new_zeros(input.shape[1], dtype=mean.dtype) for _ in range(2))
         buffers = Buffers(mean, var, momentum=1.0)  # which makes the running statistics those of the batch
     operation = prepare("triton", norm, epilogue, inputs, buffers)
-    output, (statistics,) = operation.forward(inputs, buffers, _seed(seed, input))
+    output, (statistics,) = operation.forward(inputs, buffers, 0 if seed is None else seed)
     pair = _pair(norm, input)
     if pair.length != pair.second:  # torch may compare whole outputs, and there is nothing in the gaps
         statistics[pair.length : pair.second] = 0
@@ -143,7 +135,8 @@ def _backward(
     )
     operation = prepare("triton", norm, epilogue, (input, weight, bias, residual), NO_BUFFERS)
     saved = (input, weight, bias, statistics) if kept is None else (input, weight, bias, statistics, kept)
-    gradients = operation.backward((needs[0], needs[1], needs[2], needs[3]), _seed(seed, input), grad_output, saved)
+    wanted = needs[0], needs[1], needs[2], needs[3]
+    gradients = operation.backward(wanted, 0 if seed is None else seed, grad_output, saved)
     return [gradient for gradient in gradients if gradient is not None]
 
 

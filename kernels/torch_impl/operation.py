@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved
+from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved, Seed
 from ..norms import BatchNorm, Buffers, LayerNorm, Norm
 from . import native
 from .dropout import drop_
@@ -63,7 +63,7 @@ class TorchOperation(Operation):
     def is_recorded_by_torch(self, inputs: Inputs) -> bool:
         return self._may_be_recorded and native.autograd_is_faster(self.norm, *inputs[:3])
 
-    def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor, ...]]:
         input, weight, bias, residual = inputs
         if torch.is_autocast_enabled(input.device.type):
             # Statistics stay float32 and the output has the input's dtype, whatever autocast does to operations.
@@ -75,7 +75,7 @@ class TorchOperation(Operation):
         output = self.epilogue.activation.forward_(self._drop_and_add_(output, residual, seed))
         return output if wide is input else output.to(input.dtype), (mean, rstd)
 
-    def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
+    def backward(self, needs: Needs, seed: Seed, grad_output: Tensor, saved: Saved) -> Gradients:
         input, weight, bias, *_ = saved
         assert input is not None
         mean, rstd = self.mean_and_rstd(saved)
@@ -124,7 +124,7 @@ class TorchOperation(Operation):
         assert rstd is not None
         return mean, rstd
 
-    def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
+    def dropout_factor(self, input: Tensor, seed: Seed) -> Tensor:
         factor = torch.full_like(input, self.epilogue.scale, memory_format=self._memory_format)
         drop_(factor, self._memory_format, self.epilogue.dropout_p, seed)
         return factor
@@ -155,7 +155,7 @@ class TorchOperation(Operation):
         gradient = gradient.mul_(self.epilogue.scale) if self.epilogue.dropout_p > 0 else gradient
         return gradient.to(parameter.dtype)
 
-    def _drop_and_add_(self, output: Tensor, residual: Tensor | None, seed: int) -> Tensor:
+    def _drop_and_add_(self, output: Tensor, residual: Tensor | None, seed: Seed) -> Tensor:
         """Dropout, already scaled, and the sum on the normalized tensor; in place where it has the output's format."""
         if self.epilogue.dropout_p > 0:
             output = output.contiguous(memory_format=self._memory_format)

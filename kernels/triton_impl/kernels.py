@@ -19,8 +19,9 @@ from .plans import MAX_SPLITS
 
 SPLIT_BLOCK = tl.constexpr(MAX_SPLITS)
 
-# Integers that depend on the batch size: specialising on them would compile again for the last, short batch.
-VARYING = ("rows", "slab_size", "row_programs", "splits", "seed", "partials", "parameters")
+# Specialising on integers that depend on the batch size would compile again for the last, short batch; a seed may lie
+# anywhere.
+VARYING = ("rows", "slab_size", "row_programs", "splits", "seed", "seed_ptr", "partials", "parameters")
 
 
 @triton.jit
@@ -193,6 +194,7 @@ def forward_kernel(
     running_mean_ptr,
     running_var_ptr,
     partials_ptr,
+    seed_ptr,
     rows: tl.int64,
     channel_vectors,
     position_vectors,
@@ -221,6 +223,8 @@ def forward_kernel(
     """The output, from statistics of the tile ("resident"), of the partials ("split") or given ("none"): 1R + 1W."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
     first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
     parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
@@ -328,6 +332,7 @@ def gradient_sums_kernel(
     mean_ptr,
     rstd_ptr,
     partials_ptr,
+    seed_ptr,
     rows: tl.int64,
     channel_vectors,
     position_vectors,
@@ -352,6 +357,8 @@ def gradient_sums_kernel(
     """Split plan, backward, first launch (2R): the two sums that dx needs, over a part of each slab."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     slab_block = tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
     tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
@@ -394,6 +401,7 @@ def backward_kernel(
     dweight_ptr,
     dbias_ptr,
     partials_ptr,
+    seed_ptr,
     rows: tl.int64,
     channel_vectors,
     position_vectors,
@@ -425,6 +433,8 @@ def backward_kernel(
     """
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
     first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
     parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)

@@ -47,11 +47,14 @@ class Launch:
         self.kernel, self.grid, self.sizes, self.constants = kernel, (programs, 1, 1), tuple(sizes), constants
         self.device, self.pair = device, pair
         self.is_direct = launches_directly(device)
-        self._direct: tuple[Any, tuple[Any, ...]] | None = None
+        self._direct: dict[bool, tuple[Any, tuple[Any, ...]]] = {}
         self._constexprs = tuple(constants[name] for name in kernel.arg_names if name in constants)
 
     def run(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None:
-        """Launches on the current stream of the device, which must be the current one."""
+        """Launches on the current stream of the device, which must be the current one.
+
+        The last tensor may be None in one call and not in the next, the others may not.
+        """
         if not self.is_direct:
             self.kernel[self.grid](*self.arguments(tensors, varying), **self.constants)
             return
@@ -64,13 +67,15 @@ class Launch:
                 address = tensor.data_ptr()
                 bits |= address
                 addresses.append(address)
-        if self._direct is None or bits % ALIGNMENT or self._has_hooks():
+        direct = self._direct.get(tensors[-1] is None)
+        if direct is None or bits % ALIGNMENT or self._has_hooks():
             compiled = self.kernel[self.grid](*self.arguments(tensors, varying), **self.constants)
             if bits % ALIGNMENT == 0:
                 no_hooks = None, None, None  # the metadata for them, the one before and the one after
-                self._direct = compiled.run, (compiled.function, compiled.packed_metadata, *no_hooks)
+                fixed = compiled.function, compiled.packed_metadata, *no_hooks
+                self._direct[tensors[-1] is None] = compiled.run, fixed
             return
-        run, fixed = self._direct
+        run, fixed = direct
         if self.pair is not None:
             position, _, _, distance = self.pair
             addresses.insert(position + 1, tensors[position].data_ptr() + distance)  # type: ignore[union-attr]

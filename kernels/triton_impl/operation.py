@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import compat, sync
 from ..activations import Activation
-from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved
+from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved, Seed
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm
 from .kernels import backward_kernel, forward_kernel, gradient_sums_kernel, parameter_sums_kernel, statistics_kernel
 from .launches import Launch, Pair, current_target, is_current, made_current
@@ -73,7 +73,7 @@ class TritonOperation(Operation):
             kind=self._plan,
         )
 
-    def forward(self, inputs: Inputs, buffers: Buffers, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self._index is not None and not is_current(self.device):
             with made_current(self.device):
                 return self.forward(inputs, buffers, seed)
@@ -100,7 +100,7 @@ class TritonOperation(Operation):
                     buffer.copy_(updated)
         return results
 
-    def backward(self, needs: Needs, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
+    def backward(self, needs: Needs, seed: Seed, grad_output: Tensor, saved: Saved) -> Gradients:
         if self._index is not None and not is_current(self.device):
             with made_current(self.device):
                 return self.backward(needs, seed, grad_output, saved)
@@ -115,7 +115,7 @@ class TritonOperation(Operation):
         mean, rstd = self.statistics.unbind(statistics)
         return mean.view(self._statistics_shape), rstd.view(self._statistics_shape)
 
-    def dropout_factor(self, input: Tensor, seed: int) -> Tensor:
+    def dropout_factor(self, input: Tensor, seed: Seed) -> Tensor:
         # The operation itself, with given statistics, weight 0 and bias 1, over zeros in the input's own strides.
         last = sum((length - 1) * stride for length, stride in zip(input.shape, input.stride(), strict=True))
         zeros = input.new_zeros(last + 1).as_strided(input.shape, input.stride())
@@ -167,13 +167,14 @@ class _Forward:
         self._launch = Launch(forward_kernel, plan.programs, sizes, constants, operation.device, operation.statistics)
 
     def run(
-        self, inputs: Inputs, running: tuple[Any, ...], momentum: float | Tensor, seed: int
+        self, inputs: Inputs, running: tuple[Any, ...], momentum: float | Tensor, seed: Seed
     ) -> tuple[Tensor, tuple[Tensor]]:
         input = inputs[0]
         partials = None if self._statistics is None else self._statistics.run(input)
         output = torch.empty_like(input)
         statistics = input.new_empty(self._size, dtype=self._dtype)
-        self._launch.run((*inputs, output, statistics, *running, partials), (momentum, seed))
+        seed, seed_tensor = _by_place(seed)
+        self._launch.run((*inputs, output, statistics, *running, partials, seed_tensor), (momentum, seed))
         return output, (statistics,)
 
 
@@ -202,7 +203,7 @@ class _Backward:
             self._parameter_sums_size = prod(sums)
             self._parameter_sums = Launch(parameter_sums_kernel, programs, sums, blocks, device)
 
-    def run(self, seed: int, grad_output: Tensor, saved: Saved) -> Gradients:
+    def run(self, seed: Seed, grad_output: Tensor, saved: Saved) -> Gradients:
         operation = self._operation
         input, weight, bias, statistics, *_ = saved
         kept = saved[4] if operation.keeps else None
@@ -225,13 +226,15 @@ class _Backward:
             weight_sums = statistics.new_empty(self._parameter_sums_size) if needs_weight else None
             bias_sums = statistics.new_empty(self._parameter_sums_size) if needs_bias else None
         tensors = (grad_output, input, kept, weight, bias, statistics)
+        seed, seed_tensor = _by_place(seed)
         if self._sums is not None:
             partials = statistics.new_empty(2 * self._splits * self._slabs)
-            self._sums.run((*tensors, partials), (seed,))
+            self._sums.run((*tensors, partials, seed_tensor), (seed,))
             if self._group is not None:
                 partials = self._synchronise(partials, grad_weight, grad_bias)
                 weight_sums = bias_sums = None
-        self._launch.run((*tensors, grad_input, grad_residual, weight_sums, bias_sums, partials), (seed,))
+        results = grad_input, grad_residual, weight_sums, bias_sums
+        self._launch.run((*tensors, *results, partials, seed_tensor), (seed,))
         if self._parameter_sums is not None:
             self._parameter_sums.run((weight_sums, bias_sums, grad_weight, grad_bias))
         return grad_input, grad_weight, grad_bias, grad_residual
@@ -246,6 +249,11 @@ class _Backward:
         # The kernel divides by the elements of this process.
         count = self._operation.geometry.slab_size
         return sync.averages(sums, count, self._group) * count
+
+
+def _by_place(seed: Seed) -> tuple[int, Tensor | None]:
+    """A seed as the kernels take it: a number, which does not count where there is a tensor, and that tensor."""
+    return (seed, None) if isinstance(seed, int) else (0, seed)
 
 
 def _sizes(operation: TritonOperation, plan: Plan) -> tuple[int, int, int, int]:

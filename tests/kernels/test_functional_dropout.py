@@ -1,7 +1,5 @@
 """The dropout of the public functions: its mask, rate and seed."""
 
-from unittest import mock
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from mnistnorm import batch_norm_relu
-from mnistnorm.kernels import seeds
+from mnistnorm.kernels import functional, seeds
 
 pytestmark = pytest.mark.usefixtures("fast_paths")
 
@@ -74,20 +72,98 @@ def test_dropout_is_governed_by_manual_seed(norm):
     assert not torch.equal(first, draw(1))
 
 
-@norms
-def test_dropout_is_not_captured_in_a_cuda_graph(norm, monkeypatch):
+def test_a_cuda_graph_draws_its_seed_on_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode():
-        input = torch.empty(4, 6, 9, 8, device="cuda")
-    with pytest.raises(RuntimeError, match="dropout_p must be 0 while a CUDA graph is captured"):
-        seeds.refuse_capture(input)
-    x = make((4, 6, 9, 8))
-    seeds.refuse_capture(x)
-    monkeypatch.setattr(seeds, "refuse_capture", mock.Mock(side_effect=RuntimeError("captured")))
-    norm.fused(x, None, None)
+        seed = seeds.draw_seed(torch.empty(4, 6, 9, 8, device="cuda"))
+    assert (seed.device.type, seed.dtype, seed.shape) == ("cuda", torch.int64, ())
+    assert isinstance(seeds.draw_seed(torch.empty(4)), int)
+
+
+@norms
+@impls
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_a_seed_on_the_device_serves_forward_and_backward(norm, impl, activation, with_residual, monkeypatch, device):
+    monkeypatch.setattr(functional, "draw_seed", lambda input: torch.empty((), dtype=torch.int64).random_().to(device))
+    shape = (4, 6, 3, 8)
+    inputs = [make(shape, device=device), *affine(norm.affine_shape(shape), torch.float32, device)]
+    inputs += [make(shape, device=device, offset=0.0)] if with_residual else []
+
+    def fused(x, w, b, r=None, **changed):
+        torch.manual_seed(5)
+        options = {"residual": r, "dropout_p": 0.3, "activation": activation, "impl": impl}
+        return norm.fused(x, w, b, **(options | changed))
+
+    zero = torch.zeros_like(inputs[1])
     for _ in range(2):  # a second call is a ready one
-        with pytest.raises(RuntimeError, match="captured"):
-            norm.fused(x, None, None, dropout_p=0.5)
+        kept = fused(inputs[0].detach(), zero, zero + 1, activation="identity") != 0
+        assert 0.5 < kept.double().mean() < 0.9
+
+    def stock(x, w, b, r=None):
+        value = norm.stock(x, w, b) * kept / 0.7
+        return value if r is None else value + r
+
+    compare(fused, stock, inputs, torch.float32, activation=activation)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph takes a GPU")
+@norms
+@impls
+@pytest.mark.parametrize("compiles", [False, True], ids=["capture", "reduce-overhead"])
+def test_every_replay_of_a_cuda_graph_drops_other_elements(norm, impl, compiles):
+    p, shape = 0.3, (4, 6, 9, 8)
+    x, weight, bias = make(shape, device="cuda"), *affine(norm.affine_shape(shape), torch.float32, "cuda")
+    grad = torch.randn(shape, device="cuda")
+
+    def layer(x, weight, bias):
+        return norm.fused(x, weight, bias, dropout_p=p, activation="identity", impl=impl)
+
+    call = torch.compile(layer, mode="reduce-overhead", fullgraph=True) if compiles else layer
+
+    def step():
+        output = call(x, weight, bias)
+        return output, *torch.autograd.grad(output, (x, weight, bias), grad)
+
+    if compiles:
+        replay = step
+    else:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+
+        def replay():
+            graph.replay()
+            return results
+
+    def masks():
+        torch.manual_seed(1)
+        found = []
+        for _ in range(100):
+            with torch.no_grad():
+                x.normal_()
+            output, *gradients = (each.clone() for each in replay())
+            kept = output != 0
+            expected = norm.stock(x, weight, bias) * kept / (1 - p)
+            close(output, expected, TOLERANCE[torch.float32])
+            for one, other in zip(gradients, torch.autograd.grad(expected, (x, weight, bias), grad), strict=True):
+                close(one, other, TOLERANCE[torch.float32])
+            found.append(kept)
+        return torch.stack(found)
+
+    if compiles:
+        for _ in range(3):
+            replay()
+    first = masks()
+    n = first.numel()
+    assert abs(first.double().mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+    assert len({tuple(mask.flatten().tolist()) for mask in first}) == 100
+    assert torch.equal(first, masks())
 
 
 @norms

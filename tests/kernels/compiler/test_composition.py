@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import DTYPES, LAYOUTS, NORMS, affine, compare, fused_of, make, stock_of
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, batch_norm_relu
-from mnistnorm.kernels import compiler
+from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, batch_norm_relu, group_norm_relu
+from mnistnorm.kernels import compiler, implementations
 from mnistnorm.kernels.compiler import composition, custom_ops
 
 SHAPE = (5, 4, 3, 6)
@@ -321,6 +321,43 @@ def test_make_fx_does_not_freeze_the_mask(fused, stock, impl, device):
     assert not torch.equal(first, graph(x))
     torch.manual_seed(0)
     assert torch.equal(first, graph(x))
+
+
+@modules
+@impls
+def test_a_traced_training_step_draws_anew_and_shares_its_mask(fused, stock, impl, device):
+    module = randomized(fused(impl=impl, dropout_p=0.5, activation="identity", device=device))
+    x, grad = (torch.randn(SHAPE, device=device) for _ in range(2))
+
+    def train_step(x, grad):
+        x = x.detach().requires_grad_()
+        output = module(x)
+        return output, *torch.autograd.grad(output, x, grad)
+
+    graph = make_fx(train_step)(x, grad)
+    seeds = [node.meta["val"] for node in graph.graph.nodes if "val" in node.meta and node.meta["val"] is not None]
+    assert {each.device.type for each in seeds if isinstance(each, Tensor)} == {device}
+    oracle, masks = oracle_of(stock, device), []
+    for _ in range(2):
+        output, grad_input = graph(x, grad)
+        masks.append(output != 0)
+        same((output, grad_input), step(lambda x: oracle(x) * masks[-1] / 0.5, (x.double(),), grad.double()))
+    assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_no_tensor_of_a_compiled_graph_is_on_the_cpu(impl, monkeypatch):
+    # Such a tensor would keep mode="reduce-overhead" from capturing the graph.
+    monkeypatch.setattr(implementations, "missing_for_triton", lambda device: None)
+    with FakeTensorMode():
+        x, residual = (torch.empty(SHAPE, device="cuda") for _ in range(2))
+
+        def call(x, residual):
+            return group_norm_relu(x, 2, residual=residual, dropout_p=0.5, impl=impl)
+
+        graph = make_fx(call, tracing_mode="fake")(x, residual)
+    devices = {node.meta["val"].device.type for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    assert devices == {"cuda"}
 
 
 @modules

@@ -30,6 +30,28 @@ def test_dropout_zeroes_the_lowest_bytes_and_the_second_chances(monkeypatch, dty
         assert share + (1 - share) * sum(chances) == pytest.approx(dropout_p, abs=1e-15)
 
 
+def test_hashes_are_those_of_splitmix64():
+    seed, count = 2**62 + 12345, 1000
+    word = np.uint64(seed) + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    word ^= word >> np.uint64(31)
+    expected = (word & np.uint64(2**31 - 1)).astype(np.int64)
+    assert np.array_equal(dropout._hashes(torch.tensor(seed), count).numpy(), expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.002, 0.3, 0.999, 1.0])
+def test_a_seed_on_the_device_drops_at_the_right_rate(dropout_p):
+    n, seeds = 2**16, (torch.tensor(seed) for seed in (0, 1, 2**63 - 1))
+    rows = [torch.ones(n) for _ in range(3)]
+    for row, seed in zip(rows, seeds, strict=True):
+        dropout.drop_(row, torch.contiguous_format, dropout_p, seed)
+        # Five standard deviations of a binomial.
+        assert abs((row == 0).double().mean() - dropout_p) <= 5 * (dropout_p * (1 - dropout_p) / n) ** 0.5
+    together = (rows[0] == 0) & (rows[1] == 0)
+    assert abs(together.double().mean() - dropout_p**2) <= 5 * (dropout_p**2 * (1 - dropout_p**2) / n) ** 0.5
+
+
 def test_successes_are_independent_trials():
     random = np.random.default_rng(0)
     trials, rounds = 200, 20_000

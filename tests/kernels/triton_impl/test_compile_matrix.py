@@ -41,8 +41,8 @@ SHAPES = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # What else makes for other code, in float32, which takes the most registers: a residual alone and no ReLU are parts of
-# "dropout-residual"; "eval" is batch norm with given statistics.
-VARIANTS = ("dropout", "dropout-residual", "eval")
+# "dropout-residual"; "graph" has the seed in memory, as in a CUDA graph; "eval" is batch norm with given statistics.
+VARIANTS = ("dropout", "dropout-residual", "graph-dropout-residual", "eval")
 # The other activations, each with something else of what its pre-activation is made of.
 ACTIVATION_VARIANTS = (
     *("silu", "gelu-residual", "gelu_tanh-dropout-residual", "hardswish", "leaky_relu-residual", "relu6"),
@@ -136,12 +136,13 @@ def launch(case, samples=None, plan=None):
     weight, bias = torch.empty(2, *norm.parameter_shape(x), device="meta").unbind()
     epilogue = Epilogue(0.05 if "dropout" in case.variant else 0.0, case.activation)
     inputs = x, weight, bias, residual
+    seed = torch.empty((), dtype=torch.int64, device="meta") if "graph" in case.variant else 1
     with planned_for(machine_code.TARGETS[case.target].gpu):
         operation = TritonOperation(norm, epilogue, inputs, buffers, plan)
-        y, statistics = operation.forward(inputs, buffers, 1)
+        y, statistics = operation.forward(inputs, buffers, seed)
         kept = {None: (), "output": (y,), "residual": (residual,)}[operation.keeps]
         saved = (*inputs[:3], *statistics, *kept)
-        operation.backward((True, True, True, residual is not None), 1, torch.empty_like(x), saved)
+        operation.backward((True, True, True, residual is not None), seed, torch.empty_like(x), saved)
 
 
 def compile_cases(target, cases):
@@ -171,7 +172,9 @@ def marks_of(case):
         marks = [] if case.variant == SAMPLED_VARIANTS[case.norm] else [pytest.mark.slow]
     elif case.shape[0] == NETWORK[0]:
         dtypes = {NETWORK: (torch.float32, torch.bfloat16), (128, 14, 7, 7): (torch.float32,)}.get(case.shape, ())
-        sampled = case.target == "sm_90" and case.dtype in dtypes and case.variant in ("plain", "dropout-residual")
+        sampled = (
+            case.target == "sm_90" and case.dtype in dtypes and case.variant in ("plain", "graph-dropout-residual")
+        )
         sampled = sampled and not case.channels_last
         marks = []
     else:

@@ -400,6 +400,8 @@ def test_dropout(norm, plan, residual, activation, device):
     assert abs(kept.double().mean() - 0.7) < 5 * (0.3 * 0.7 / kept.numel()) ** 0.5
     problem = Problem(norm, device, residual=residual, activation=activation, **options)
     check(problem, factor=factor)
+    problem.seed = torch.tensor(problem.seed, device=device)
+    check(problem, factor=factor)
     assert torch.equal(problem.operation.dropout_factor(problem.x, problem.seed), factor)
 
 
@@ -411,7 +413,10 @@ def test_the_dropout_mask_follows_from_seed_and_place_alone(norm, device):
 
     for options in ({"plan": "split"}, {"layout": "channels_last"}, {"dtype": torch.float32}):
         assert torch.equal(mask(), mask(**options))
+    for plan in PLANS:
+        assert torch.equal(mask(), mask(plan=plan, seed=torch.tensor(7, device=device)))
     for seed in (8, 7 + 2**32, 2**63 - 1):
+        assert torch.equal(mask(seed=seed), mask(seed=torch.tensor(seed, device=device)))
         assert 0.3 < (mask() == mask(seed=seed)).double().mean() < 0.7
 
 

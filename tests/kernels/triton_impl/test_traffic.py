@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.instruments import counting, watch
+from benchmarks.instruments import chain, counting, watch
 from benchmarks.instruments.chain import EPS, Chain
 from benchmarks.instruments.counting import interpreted
 from benchmarks.instruments.interception import launches_caught, planned_for
@@ -192,6 +192,23 @@ def test_the_formula_of_parameter_sums(partials, parameters, which):
 def test_dropout_moves_nothing(norm):
     chain = Chain(norm, (2, 8, 2, 169), groups=4)
     assert interpreted(replace(chain, dropout=0.25), SM_90) == interpreted(chain, SM_90)
+
+
+@pytest.mark.parametrize("plan", ["resident", "split"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_seed_in_memory_is_eight_bytes_for_each_program(norm, plan, monkeypatch):
+    dropout = Chain(norm, (2, 8, 2, 169), groups=4, dropout=0.25)
+    by_value = interpreted(dropout, SM_90, plan)
+    monkeypatch.setattr(chain, "SEED", torch.tensor(chain.SEED))
+    phases = interpreted(dropout, SM_90, plan)
+    assert phases == counting.launches(counting.fused(dropout, SM_90, plan))
+    for phase, kernels in phases.items():
+        for before, kernel in zip(by_value[phase], kernels, strict=True):
+            reads = dict(kernel.reads)
+            seed = reads.pop("seed_ptr", 0)
+            assert kernel._replace(reads=reads) == before
+            assert seed % 8 == 0
+            assert (seed > 0) == (kernel.name not in ("statistics_kernel", "parameter_sums_kernel"))
 
 
 @pytest.mark.parametrize(
