@@ -28,10 +28,11 @@ from mnistnorm.cli import (
 )
 from mnistnorm.errors import UserError
 from mnistnorm.kernels.activations import ACTIVATIONS
-from mnistnorm.kernels.triton_impl.plans import Kind
+from mnistnorm.kernels.triton_impl.plans import Kind, Memory
 from mnistnorm.machine import describe_machine
 from mnistnorm.plots import COLORS, png
 
+from .instruments import l2
 from .instruments.cases import DTYPES, NORMS, shape
 from .instruments.chain import Chain, default_groups
 from .instruments.counting import Phases, eager, fused, interpreted, launches, once, total
@@ -53,6 +54,10 @@ CONTENDERS = {
 }
 
 COLUMNS = "{:<19} {:>9} {:>9} {:>9} {:>9} {:>9} {:>10} {:>12} {:>9}"
+DRAM_COLUMNS = "  {:<10} {:>9} {:>9} {:>9} {:>12} {:>9}"
+DRAM_HEADER = "fused, DRAM modelled, not measured: bandwidth and L2 by the datasheet, 1.5 us for each launch\n" + (
+    DRAM_COLUMNS.format("", "forward", "backward", "sum", "launches", "ms")
+)
 HEADER = COLUMNS.format("", "fwd read", "written", "bwd read", "written", "sum", "MB", "launches", "x fused")
 
 
@@ -118,14 +123,16 @@ def chains(args: argparse.Namespace) -> list[Chain]:
     return found
 
 
-def count_fused(wanted: Sequence[Chain], target: GPUTarget, plan: Kind | None) -> dict[Chain, Phases]:
+def count_fused(
+    wanted: Sequence[Chain], target: GPUTarget, plan: Kind | None, memory: Memory | None = None
+) -> dict[Chain, Phases]:
     """What the fused chains move.
 
     Raises:
         UserError: a chain is too large for the plan.
     """
     try:
-        return {chain: fused(chain, target, plan) for chain in wanted}
+        return {chain: fused(chain, target, plan, memory) for chain in wanted}
     except ValueError as error:
         raise UserError(f"--plan {plan}: {error}", exit_code=2) from error
 
@@ -147,6 +154,20 @@ def row(label: str, counts: Counts, chain: Chain, reference: Counts) -> str:
         " + ".join(map(str, counts.launches.values())),
         f"{counts.moved / reference.moved:.2f}",
     )
+
+
+def dram_table(chain: Chain, plan: Kind | None) -> str:
+    """What the fused launches move between each GPU's L2 and its memory, by the model of instruments/l2.py."""
+    lines = [DRAM_HEADER]
+    for gpu in GPUS:
+        counted = launches(fused(chain, TARGETS[gpu.target].gpu, plan, gpu.memory))
+        moved = l2.dram(chain, gpu, plan)
+        number = [len(kernels) for kernels in counted.values()]
+        units = [sum(both) / chain.activation_bytes for both in moved.values()]
+        time = 1e3 * l2.seconds(moved.values(), sum(number), gpu)
+        fields = *(f"{each:.2f}" for each in (*units, sum(units))), " + ".join(map(str, number)), f"{time:.3f}"
+        lines.append(DRAM_COLUMNS.format(gpu.name, *fields))
+    return "\n".join(lines)
 
 
 def tensors_table(phases: Phases) -> str:
@@ -208,7 +229,7 @@ def traffic(argv: Sequence[str] | None) -> int:
     gpu = next(gpu for gpu in GPUS if gpu.name == args.gpu)
     target = TARGETS[gpu.target].gpu
     wanted = chains(args)
-    fused_kernels = count_fused(wanted, target, args.plan)
+    fused_kernels = count_fused(wanted, target, args.plan, gpu.memory)
     machine = describe_machine(torch.device("cpu"))
     print(machine)
     print(f"Counted for {gpu.name} ({gpu.target}); nothing was run on a GPU. In units of one activation:")
@@ -218,13 +239,14 @@ def traffic(argv: Sequence[str] | None) -> int:
     with compiler_processes(1) as compilers, interpreter_process() as interpreters:
         generated = [compilers.submit(inductor, chain, gpu) for chain in wanted]
         small = [chain for chain in wanted if prod(chain.shape) <= INTERPRETED]
-        seen = {chain: interpreters.submit(interpreted, chain, target, args.plan) for chain in small}
+        seen = {chain: interpreters.submit(interpreted, chain, target, args.plan, gpu.memory) for chain in small}
         for chain, future in zip(wanted, generated, strict=True):
             kernels = fused_kernels[chain]
             contenders = compare(chain, kernels, future.result())
             print(f"\n{chain.title}; one activation is {chain.activation_bytes / 1e6:.1f} MB\n{HEADER}")
             for name, counts in contenders.items():
                 print(row(name, counts, chain, contenders["fused"]), flush=True)
+            print(dram_table(chain, args.plan))
             if args.tensors:
                 print(tensors_table(kernels))
             if chain in seen:

@@ -51,9 +51,9 @@ def batch_norm_relu(
         num_batches_tracked: 0-dim; counts the batch, in place, when `training`.
         residual: added before the activation; of the input's shape, dtype (nothing is promoted) and device.
         dropout_p: probability to zero an element of the normalized tensor, whatever `training` is (the modules pass 0
-            in eval mode). A zeroed element is 0 whatever it was, NaN included. Each replay of a CUDA graph draws another
-            mask. Under torch.compile, torch.export and torch.func the mask follows torch.manual_seed as well, but is
-            not that of an eager call.
+            in eval mode). A zeroed element is 0 whatever it was, NaN included. Each replay of a CUDA graph draws
+            another mask. Under torch.compile, torch.export and torch.func the mask follows torch.manual_seed as well,
+            but is not that of an eager call.
         activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu", "gelu_tanh", "hardswish", "identity", or
             a module of torch.nn that computes one of them, whose parameters count: nn.LeakyReLU(0.2).
         process_group: compute the batch statistics over the batches of all its processes, which must have the same

@@ -6,7 +6,7 @@ address count once. Caches are not modelled.
 
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from mnistnorm.kernels.triton_impl.plans import Kind, cdiv
+from mnistnorm.kernels.triton_impl.plans import Kind, Memory, cdiv
 
 from .chain import Chain
 from .interception import CaughtLaunch, launches_caught, planned_for
@@ -55,7 +55,7 @@ def total(kernels: Iterable[Kernel]) -> tuple[int, int]:
 # Our kernels.
 
 
-def fused(chain: Chain, target: GPUTarget, plan: Kind | None = None) -> Phases:
+def fused(chain: Chain, target: GPUTarget, plan: Kind | None = None, memory: Memory | None = None) -> Phases:
     """Forward and backward of the fused chain by the formulas: its launches, and the ATen operators around them."""
     with Operators() as operators:
 
@@ -63,10 +63,10 @@ def fused(chain: Chain, target: GPUTarget, plan: Kind | None = None) -> Phases:
             operators.kernels.append(launch_traffic(launch))
 
         with launches_caught(count):
-            return _phases(chain, "meta", target, plan, operators.take)
+            return by_phase(chain, "meta", target, plan, operators.take, memory)
 
 
-def interpreted(chain: Chain, target: GPUTarget, plan: Kind | None = None) -> Phases:
+def interpreted(chain: Chain, target: GPUTarget, plan: Kind | None = None, memory: Memory | None = None) -> Phases:
     """The launches of the fused chain, run in Triton's interpreter, and each of their accesses counted.
 
     Raises:
@@ -81,7 +81,7 @@ def interpreted(chain: Chain, target: GPUTarget, plan: Kind | None = None) -> Ph
             trace.launches.clear()
             return kernels
 
-        return _phases(chain, "cpu", target, plan, take)
+        return by_phase(chain, "cpu", target, plan, take, memory)
 
 
 def _traced(launch: "watch.Launch") -> Kernel:
@@ -90,10 +90,19 @@ def _traced(launch: "watch.Launch") -> Kernel:
     return Kernel(launch.kernel, loaded, stored)
 
 
-def _phases(
-    chain: Chain, device: str, target: GPUTarget, plan: Kind | None, take: Callable[[], list[Kernel]]
-) -> Phases:
-    with torch.no_grad(), planned_for(target):
+Taken = TypeVar("Taken")
+
+
+def by_phase(
+    chain: Chain,
+    device: str,
+    target: GPUTarget,
+    plan: Kind | None,
+    take: Callable[[], list[Taken]],
+    memory: Memory | None = None,
+) -> dict[str, list[Taken]]:
+    """What `take` gives after the forward and after the backward of the fused chain."""
+    with torch.no_grad(), planned_for(target, memory):
         tensors = chain.tensors(device)
         operation = chain.operation(tensors, plan)
         take()
@@ -112,6 +121,7 @@ def launch_traffic(launch: CaughtLaunch) -> Kernel:
     """What one launch reads and writes, exactly."""
     name = launch.kernel.__name__
     named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    named["programs"] = launch.grid[0]
     count = _COUNTS[name](named)
     reads, writes = (
         {
@@ -145,9 +155,15 @@ class _Grid:
         self.channel_blocks = cdiv(self.channels, named["BLOCK_CHANNELS"])
         self.position_blocks = cdiv(self.positions, named["BLOCK_POSITIONS"])
         self.splits = named["splits"]
-        # Programs of the forward and the backward kernel.
-        self.programs = named.get("row_programs", 0) * self.channel_blocks * self.position_blocks
-        # Those of them that load the same channels' parameters.
+        self.programs = named["programs"]
+        # What share of the slabs this launch takes: all, unless a split plan takes one block of them after the other.
+        block, slabs = (
+            (named["BLOCK_CHANNELS"], self.channels) if self.per_channel else (named["BLOCK_ROWS"], self.rows)
+        )
+        self.slab_blocks = named.get("slab_blocks", self.programs // self.splits)
+        first = named["first_slab_block"]
+        self.share = Fraction(min((first + self.slab_blocks) * block, slabs) - first * block, slabs)
+        # Programs of the forward and the backward kernel that load the same channels' parameters.
         self.sharers = named.get("row_programs", 0) * (1 if self.elementwise else self.position_blocks)
 
     @property
@@ -162,24 +178,30 @@ class _Grid:
         return Fraction(min(self.named["BLOCK_ROWS"], self.groups), self.groups)
 
     @property
+    def parameter_reads(self) -> Fraction:
+        """How often the forward and the backward kernel load each weight."""
+        return self.sharers * self.groups_per_tile * (self.share if self.per_channel else 1)
+
+    @property
     def slab_visits(self) -> int:
         """How often the forward and the backward kernel load something of each slab."""
         return self.sharers if self.per_channel else self.channel_blocks * self.position_blocks
 
 
-def _statistics(_: dict[str, Any]) -> Count:
-    return {"x_ptr": 1}, {"partials_ptr": 1}
+def _statistics(named: dict[str, Any]) -> Count:
+    share = _Grid(named).share
+    return {"x_ptr": share}, {"partials_ptr": share}
 
 
 def _forward(named: dict[str, Any]) -> Count:
     grid = _Grid(named)
-    parameters = grid.sharers * grid.groups_per_tile
-    reads: dict[str, Times] = {"x_ptr": 1, "residual_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
-    writes: dict[str, Times] = {"y_ptr": 1, "mean_ptr": 1, "rstd_ptr": 1}
-    running: dict[str, Times] = {"running_mean_ptr": 1, "running_var_ptr": 1}
+    share, parameters = grid.share, grid.parameter_reads
+    reads: dict[str, Times] = {"x_ptr": share, "residual_ptr": share, "weight_ptr": parameters, "bias_ptr": parameters}
+    writes: dict[str, Times] = {"y_ptr": share, "mean_ptr": share, "rstd_ptr": share}
+    running: dict[str, Times] = {"running_mean_ptr": share, "running_var_ptr": share}
     reads["seed_ptr"] = grid.programs
     if grid.split:
-        reads["partials_ptr"] = grid.slab_visits
+        reads["partials_ptr"] = grid.slab_visits * share
     if grid.given:
         reads |= dict.fromkeys(running, grid.sharers)
     else:
@@ -190,23 +212,30 @@ def _forward(named: dict[str, Any]) -> Count:
 
 def _gradient_sums(named: dict[str, Any]) -> Count:
     grid = _Grid(named)
+    share = grid.share
     if grid.elementwise:
-        parameters: Times = grid.row_blocks
+        parameters: Times = grid.slab_blocks
+    elif grid.per_channel:
+        parameters = grid.row_blocks * grid.position_blocks * share
     else:
-        parameters = grid.row_blocks * grid.position_blocks * grid.groups_per_tile
-    reads: dict[str, Times] = {"dy_ptr": 1, "x_ptr": 1, "kept_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
-    reads["seed_ptr"] = grid.splits * (grid.channel_blocks if grid.per_channel else grid.row_blocks)
-    return reads | {"mean_ptr": grid.splits, "rstd_ptr": grid.splits}, {"partials_ptr": 1}
+        parameters = grid.slab_blocks * grid.position_blocks * grid.groups_per_tile
+    reads: dict[str, Times] = dict.fromkeys(("dy_ptr", "x_ptr", "kept_ptr"), share)
+    reads |= {"weight_ptr": parameters, "bias_ptr": parameters, "seed_ptr": grid.programs}
+    return reads | dict.fromkeys(("mean_ptr", "rstd_ptr"), grid.splits * share), {"partials_ptr": share}
 
 
 def _backward(named: dict[str, Any]) -> Count:
     grid = _Grid(named)
-    parameters = grid.sharers * grid.groups_per_tile
-    reads: dict[str, Times] = {"dy_ptr": 1, "x_ptr": 1, "kept_ptr": 1, "weight_ptr": parameters, "bias_ptr": parameters}
-    reads |= {"mean_ptr": grid.slab_visits, "rstd_ptr": grid.slab_visits, "seed_ptr": grid.programs}
+    share, parameters = grid.share, grid.parameter_reads
+    reads: dict[str, Times] = dict.fromkeys(("dy_ptr", "x_ptr", "kept_ptr"), share)
+    reads |= {"weight_ptr": parameters, "bias_ptr": parameters, "seed_ptr": grid.programs}
+    reads |= dict.fromkeys(("mean_ptr", "rstd_ptr"), grid.slab_visits * share)
     if grid.split:
-        reads["partials_ptr"] = grid.slab_visits
-    return reads, {"dx_ptr": 1, "dresidual_ptr": 1, "dweight_ptr": 1, "dbias_ptr": 1}
+        reads["partials_ptr"] = grid.slab_visits * share
+    gradients: Times = share
+    if grid.split and not grid.per_channel:  # each launch has as many partial sums
+        gradients = Fraction(1, cdiv(grid.row_blocks, grid.slab_blocks))
+    return reads, {"dx_ptr": share, "dresidual_ptr": share, "dweight_ptr": gradients, "dbias_ptr": gradients}
 
 
 def _parameter_sums(_: dict[str, Any]) -> Count:

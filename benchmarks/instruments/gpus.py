@@ -1,6 +1,9 @@
-"""The GPUs that bounds are given for: memory bandwidth by the vendor's datasheet."""
+"""The GPUs that bounds are given for: memory bandwidth and L2 by the vendor's datasheet."""
 
 from dataclasses import dataclass
+
+from mnistnorm.kernels.triton_impl.launches import LAUNCH_GAP
+from mnistnorm.kernels.triton_impl.plans import Memory
 
 
 @dataclass(frozen=True)
@@ -12,26 +15,57 @@ class GPU:
         target: key of machine_code.TARGETS.
         multiprocessors: or compute units.
         bandwidth: of its memory, bytes per second.
-        source: where the bandwidth is from.
+        l2: bytes of its L2, as PyTorch gives them.
+        source: where bandwidth and L2 are from.
     """
 
     name: str
     target: str
     multiprocessors: int
     bandwidth: float
+    l2: int
     source: str
 
     def bound(self, moved: int) -> float:
         """Seconds that it takes at least to move so many bytes."""
         return moved / self.bandwidth
 
+    @property
+    def memory(self) -> Memory:
+        """What plans are made from."""
+        return Memory(self.l2, round(self.bandwidth * LAUNCH_GAP))
 
+
+_MB = 2**20
+_ADA = "NVIDIA Ada GPU architecture whitepaper"
 GPUS = (
-    GPU("T4", "sm_75", 40, 320e9, "NVIDIA T4 product brief, memory specifications (up to 320 GB/s)"),
-    GPU("A100", "sm_80", 108, 2039e9, "NVIDIA A100 datasheet, 80 GB SXM (2,039 GB/s; 80 GB PCIe 1,935, 40 GB 1,555)"),
-    GPU("L4", "sm_89", 58, 300e9, "NVIDIA L4 datasheet (300 GB/s)"),
-    GPU("H100", "sm_90", 132, 3.35e12, "NVIDIA H100 datasheet, SXM (3.35 TB/s; PCIe 2 TB/s)"),
-    GPU("H200", "sm_90", 132, 4.8e12, "NVIDIA H200 datasheet (4.8 TB/s)"),
-    GPU("B200", "sm_100", 148, 8e12, "NVIDIA DGX B200 datasheet, one of eight (64 TB/s)"),
-    GPU("MI300X", "gfx942", 304, 5.3e12, "AMD Instinct MI300X data sheet (5.3 TB/s peak)"),
+    GPU(
+        *("T4", "sm_75", 40, 320e9, 4 * _MB),
+        "NVIDIA T4 product brief, memory specifications (up to 320 GB/s); Turing architecture whitepaper (4 MB)",
+    ),
+    GPU(
+        *("A100", "sm_80", 108, 2039e9, 40 * _MB),
+        "NVIDIA A100 datasheet, 80 GB SXM (2,039 GB/s; 80 GB PCIe 1,935, 40 GB 1,555); Ampere architecture whitepaper "
+        "(40 MB)",
+    ),
+    GPU("L4", "sm_89", 58, 300e9, 48 * _MB, f"NVIDIA L4 datasheet (300 GB/s); {_ADA}, AD104 (48 MB)"),
+    GPU("L40S", "sm_89", 142, 864e9, 96 * _MB, f"NVIDIA L40S datasheet (864 GB/s); {_ADA}, AD102 (up to 96 MB)"),
+    GPU("RTX 4090", "sm_89", 128, 1008e9, 72 * _MB, f"{_ADA}, appendix on the RTX 4090 (1,008 GB/s; 72 MB)"),
+    GPU(
+        *("H100", "sm_90", 132, 3.35e12, 50 * _MB),
+        "NVIDIA H100 datasheet, SXM (3.35 TB/s; PCIe 2 TB/s); Hopper architecture whitepaper (50 MB)",
+    ),
+    GPU(
+        *("H200", "sm_90", 132, 4.8e12, 50 * _MB),
+        "NVIDIA H200 datasheet (4.8 TB/s); Hopper architecture whitepaper (50 MB)",
+    ),
+    GPU(
+        *("B200", "sm_100", 148, 8e12, 126 * _MB),
+        "NVIDIA DGX B200 datasheet, one of eight (64 TB/s); Blackwell tuning guide (126 MB)",
+    ),
+    GPU(
+        *("MI300X", "gfx942", 304, 5.3e12, 4 * _MB),
+        "AMD Instinct MI300X data sheet (5.3 TB/s peak); CDNA 3 white paper (4 MB for each of eight dies; the 256 MB "
+        "Infinity Cache behind them is left out)",
+    ),
 )

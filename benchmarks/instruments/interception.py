@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 
 from mnistnorm.kernels.triton_impl import operation
 from mnistnorm.kernels.triton_impl.launches import Launch
+from mnistnorm.kernels.triton_impl.plans import Memory
 
 
 class CaughtLaunch(NamedTuple):
@@ -36,7 +37,10 @@ def launches_caught(catch: Callable[[CaughtLaunch], object]) -> Iterator[None]:
 
 
 @contextmanager
-def planned_for(target: GPUTarget) -> Iterator[None]:
+def planned_for(target: GPUTarget, memory: Memory | None = None) -> Iterator[None]:
     """Makes the operations that are prepared inside choose their plans for a target, whatever the device."""
-    with mock.patch.object(operation, "current_target", return_value=target):
+    with (
+        mock.patch.object(operation, "current_target", return_value=target),
+        mock.patch.object(operation, "device_memory", return_value=memory),
+    ):
         yield

@@ -170,6 +170,8 @@ def _interpreter_as(
         stack.callback(interpreter._patch_lang(language).restore)
         _set(stack, tl.tensor, "__index__", compat.index)
         _set(stack, interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
+        # As in the compiler a block is true: the interpreter drops the `other=0` of a load of one element.
+        _set(stack, tl.tensor, "__bool__", lambda self: self.type.is_block() or bool(self.handle.data))
         yield
 
 

@@ -6,9 +6,10 @@
 
 The averages run over a slab (see device_functions.py). Plans are made in plans.py. In a resident plan a program, or a
 cluster of them, holds whole slabs on chip, and one launch does everything. In a split plan a first launch reduces each
-slab in `splits` parts, and the programs of the second launch merge them. Programs of the forward and the backward
-kernel step through the rows `row_programs` blocks at a time and keep to their channels and positions: they load
-parameters once, and sum the parameters' gradients on the way.
+slab in `splits` parts, and the programs of the second launch merge them. Both take `slab_blocks` blocks of slabs, from
+`first_slab_block` on, and the second takes them in the reverse order: it begins with what the first has left in the L2.
+Programs of the forward and the backward kernel step through the rows `row_programs` blocks at a time and keep to their
+channels and positions: they load parameters once, and sum the parameters' gradients on the way.
 """
 
 import triton
@@ -21,7 +22,10 @@ SPLIT_BLOCK = tl.constexpr(MAX_SPLITS)
 
 # Specialising on integers that depend on the batch size would compile again for the last, short batch; a seed may lie
 # anywhere.
-VARYING = ("rows", "slab_size", "row_programs", "splits", "seed", "seed_ptr", "partials", "parameters")
+VARYING = (
+    *("rows", "slab_size", "slab_blocks", "first_slab_block", "row_programs", "splits", "seed", "seed_ptr"),
+    *("partials", "parameters"),
+)
 
 
 @triton.jit
@@ -41,16 +45,47 @@ def tile_at(
 
 
 @triton.jit
-def program_blocks(sizes, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr):
-    """Row program, channel block and position block of a program of the forward and the backward kernel."""
-    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+def program_blocks(
+    sizes,
+    slab_blocks,
+    first_slab_block,
+    row_programs,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    REDUCTION: tl.constexpr,
+):
+    """Row program, channel block and position block of a program of the forward and the backward kernel.
+
+    It takes the row blocks row_program, row_program + row_programs and so on, below the number that is returned fourth;
+    in a split plan they are counted from the last one down, which is returned fifth.
+    """
+    row_blocks = tl.cdiv(sizes[0], BLOCK_ROWS)
     channel_blocks = tl.cdiv(sizes[1], BLOCK_CHANNELS)
-    program = tl.program_id(0)
-    return (
-        program // position_blocks // channel_blocks,
-        program // position_blocks % channel_blocks,
-        program % position_blocks,
-    )
+    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    column = tl.program_id(0) // position_blocks
+    position_block = tl.program_id(0) % position_blocks
+    last_row_block = row_blocks - 1
+    last_channel_block = channel_blocks - 1
+    if REDUCTION == "split":
+        if PER_CHANNEL:
+            channel_blocks = slab_blocks
+            last_channel_block = first_slab_block + slab_blocks - 1
+        else:
+            row_blocks = slab_blocks
+            last_row_block = first_slab_block + slab_blocks - 1
+    if REDUCTION == "split" and PER_CHANNEL and not CHANNELS_LAST:
+        row_program = column % row_programs
+        channel_block = column // row_programs
+    else:
+        row_program = column // channel_blocks
+        channel_block = column % channel_blocks
+    if REDUCTION == "split":
+        channel_block = last_channel_block - channel_block
+        position_block = position_blocks - 1 - position_block
+    return row_program, channel_block, position_block, row_blocks, last_row_block
 
 
 @triton.jit
@@ -144,6 +179,7 @@ def statistics_kernel(
     position_vectors,
     groups,
     splits,
+    first_slab_block,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
@@ -155,7 +191,7 @@ def statistics_kernel(
     """Split plan, forward, first launch (1R): count, mean and sum of squared deviations of a part of each slab."""
     dtype: tl.constexpr = partials_ptr.dtype.element_ty
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
-    slab_block = tl.program_id(0) // splits
+    slab_block = first_slab_block + tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
     tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
     slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
@@ -200,11 +236,13 @@ def forward_kernel(
     position_vectors,
     groups,
     slab_size: tl.int64,
+    slab_blocks,
     row_programs,
     splits,
     eps: tl.float64,
     dropout_threshold: tl.uint32,
     dropout_scale: tl.float64,
+    first_slab_block,
     momentum: tl.float64,
     seed: tl.int64,
     BLOCK_ROWS: tl.constexpr,
@@ -225,8 +263,12 @@ def forward_kernel(
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
-    first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    row_program, channel_block, position_block, row_blocks, last_row_block = program_blocks(
+        *(sizes, slab_blocks, first_slab_block, row_programs),
+        *(BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL, CHANNELS_LAST, REDUCTION),
+    )
+    first_row_block = last_row_block - row_program if REDUCTION == "split" else row_program
+    first_place = tile_at(first_row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
     parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
     weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
     bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
@@ -246,7 +288,8 @@ def forward_kernel(
             tl.store(mean_ptr + slab, mean, mask=is_first)
             tl.store(rstd_ptr + slab, rstd, mask=is_first)
 
-    for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
+    for step in range(row_program, row_blocks, row_programs):
+        row_block = last_row_block - step if REDUCTION == "split" else step
         place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
         mask = device.element_mask(place, sizes)
         offset = device.element_offset(place, sizes, CHANNELS_LAST)
@@ -340,6 +383,7 @@ def gradient_sums_kernel(
     splits,
     dropout_threshold: tl.uint32,
     dropout_scale: tl.float64,
+    first_slab_block,
     seed: tl.int64,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -359,7 +403,7 @@ def gradient_sums_kernel(
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    slab_block = tl.program_id(0) // splits
+    slab_block = first_slab_block + tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
     tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
     slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
@@ -407,10 +451,12 @@ def backward_kernel(
     position_vectors,
     groups,
     slab_size: tl.int64,
+    slab_blocks,
     row_programs,
     splits,
     dropout_threshold: tl.uint32,
     dropout_scale: tl.float64,
+    first_slab_block,
     seed: tl.int64,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -435,8 +481,12 @@ def backward_kernel(
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    row_program, channel_block, position_block = program_blocks(sizes, BLOCK_CHANNELS, BLOCK_POSITIONS)
-    first_place = tile_at(row_program, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    row_program, channel_block, position_block, row_blocks, last_row_block = program_blocks(
+        *(sizes, slab_blocks, first_slab_block, row_programs),
+        *(BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL, CHANNELS_LAST, REDUCTION),
+    )
+    first_row_block = last_row_block - row_program if REDUCTION == "split" else row_program
+    first_place = tile_at(first_row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
     parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
     weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
     bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
@@ -451,7 +501,8 @@ def backward_kernel(
         if REDUCTION == "split":
             gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, True)
 
-    for row_block in range(row_program, tl.cdiv(rows, BLOCK_ROWS), row_programs):
+    for step in range(row_program, row_blocks, row_programs):
+        row_block = last_row_block - step if REDUCTION == "split" else step
         place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
         mask = device.element_mask(place, sizes)
         offset = device.element_offset(place, sizes, CHANNELS_LAST)
@@ -493,16 +544,20 @@ def backward_kernel(
 
     position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
     parameters = sizes[1] * groups
+    is_first = (row_program == 0) & (position_block == 0)
+    if REDUCTION == "split":  # the launches before this one have left their sums
+        row_program += first_slab_block // slab_blocks * row_programs
     if PER_CHANNEL and REDUCTION != "none":
         partial = 0
-        parameter_mask &= (row_program == 0) & (position_block == 0)
+        parameter_mask &= is_first
     elif PER_CHANNEL:
         partial = row_program * position_blocks + position_block
     elif ELEMENTWISE_AFFINE:
         partial = row_program
         parameters = tl.cast(sizes[1], tl.int64) * sizes[2]
     else:
-        partial = first_place[0] // groups * position_blocks + position_block
+        first_row = tile_at(row_program, 0, 0, BLOCK_ROWS, 1, 1)[0]
+        partial = first_row // groups * position_blocks + position_block
     parameter += tl.cast(partial, tl.int64) * parameters
     if dweight_ptr is not None:
         tl.store(dweight_ptr + parameter, weight_gradient.to(dweight_ptr.dtype.element_ty), mask=parameter_mask)

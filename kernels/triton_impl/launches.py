@@ -14,11 +14,17 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from .plans import Memory
+
 # The interpreter runs on a CPU; plans are made for this target there.
 INTERPRETED_TARGET = GPUTarget("cuda", 90, 32)
 
 # Triton compiles a kernel for pointers that are multiples of this, and another one for pointers that are not.
 ALIGNMENT = 16
+
+# Seconds between two launches, and bytes per second of a fast memory.
+LAUNCH_GAP = 1.5e-6
+DEFAULT_BANDWIDTH = 4e12
 
 
 class Launch:
@@ -142,6 +148,17 @@ def current_target(device: torch.device) -> GPUTarget:
 def _device_target(device: torch.device) -> GPUTarget:
     with made_current(device):
         return triton.runtime.driver.active.get_current_target()
+
+
+@lru_cache
+def device_memory(device: torch.device) -> Memory | None:
+    """The L2 and memory of a GPU as plans take them; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    # kHz and bits, two transfers in each cycle; older versions of torch do not say.
+    bandwidth = 2 * 1000 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8
+    return Memory(properties.L2_cache_size, round((bandwidth or DEFAULT_BANDWIDTH) * LAUNCH_GAP))
 
 
 def is_current(device: torch.device) -> bool:

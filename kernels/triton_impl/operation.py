@@ -15,7 +15,7 @@ from ..activations import Activation
 from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved, Seed
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm
 from .kernels import backward_kernel, forward_kernel, gradient_sums_kernel, parameter_sums_kernel, statistics_kernel
-from .launches import Launch, Pair, current_target, is_current, made_current
+from .launches import Launch, Pair, current_target, device_memory, is_current, made_current
 from .plans import Kind, Plan, make_plan, parameter_sums_plan
 
 
@@ -52,6 +52,8 @@ class TritonOperation(Operation):
             "PARAMETER": activation.parameter,
         }
         self._itemsize, self._target = input.element_size(), current_target(input.device)
+        # Sums over a process group need all slabs at once.
+        self._memory = device_memory(input.device) if self.group is None else None
         self._plan: Kind | None = plan if self.group is None else "split"
         self._statistics_shape = norm.statistics_shape(input)
         self.statistics = Pair.of(5, self.geometry.slabs, self.dtype)  # mean and rstd of each slab
@@ -71,6 +73,7 @@ class TritonOperation(Operation):
             reduces=reduces,
             clusters=compat.compiles_clusters(),
             kind=self._plan,
+            memory=self._memory,
         )
 
     def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -142,26 +145,36 @@ class _Statistics:
             statistics_kernel, plan.slab_blocks * plan.splits, sizes, plan.constants, operation.device
         )
 
-    def run(self, input: Tensor) -> Tensor:
-        """What it stores, flat: moment, split, slab."""
-        partials = input.new_empty(3 * self._splits * self._slabs, dtype=self._dtype)
-        self._launch.run((input, partials))
-        return partials
+    def partials(self, input: Tensor) -> Tensor:
+        """For what it stores, flat: moment, split, slab."""
+        return input.new_empty(3 * self._splits * self._slabs, dtype=self._dtype)
+
+    def run(self, input: Tensor, partials: Tensor, first_slab_block: int) -> None:
+        self._launch.run((input, partials), (first_slab_block,))
 
     def moments(self, input: Tensor) -> Tensor:
         """The moments of the slabs as in sync.py."""
-        return torch.stack(sync.merge_moments(self.run(input).view(3, self._splits, self._slabs)))
+        partials = self.partials(input)
+        self.run(input, partials, 0)
+        return torch.stack(sync.merge_moments(partials.view(3, self._splits, self._slabs)))
 
 
 class _Forward:
     """The launches of a forward."""
 
     def __init__(self, operation: TritonOperation, *, reduces: bool) -> None:
-        geometry = operation.geometry
         plan = operation.make_plan(backward=False, reduces=reduces)
         self._size, self._dtype = operation.statistics.size, operation.dtype
         self._statistics = _Statistics(operation, plan) if plan.reduction == "split" else None
-        fixed = geometry.slab_size, plan.row_programs, plan.splits, operation.norm.eps, *operation.dropout
+        self._first_slab_blocks = plan.first_slab_blocks
+        fixed = (
+            operation.geometry.slab_size,
+            plan.slab_blocks,
+            plan.row_programs,
+            plan.splits,
+            operation.norm.eps,
+            *operation.dropout,
+        )
         constants = {**plan.constants, **operation.constants, "REDUCTION": plan.reduction}
         sizes = (*_sizes(operation, plan), *fixed)
         self._launch = Launch(forward_kernel, plan.programs, sizes, constants, operation.device, operation.statistics)
@@ -170,11 +183,15 @@ class _Forward:
         self, inputs: Inputs, running: tuple[Any, ...], momentum: float | Tensor, seed: Seed
     ) -> tuple[Tensor, tuple[Tensor]]:
         input = inputs[0]
-        partials = None if self._statistics is None else self._statistics.run(input)
+        partials = None if self._statistics is None else self._statistics.partials(input)
         output = torch.empty_like(input)
         statistics = input.new_empty(self._size, dtype=self._dtype)
         seed, seed_tensor = _by_place(seed)
-        self._launch.run((*inputs, output, statistics, *running, partials, seed_tensor), (momentum, seed))
+        tensors = (*inputs, output, statistics, *running, partials, seed_tensor)
+        for first in self._first_slab_blocks:
+            if self._statistics is not None and partials is not None:
+                self._statistics.run(input, partials, first)
+            self._launch.run(tensors, (first, momentum, seed))
         return output, (statistics,)
 
 
@@ -187,6 +204,7 @@ class _Backward:
         plan = operation.make_plan(backward=True, reduces=operation.reduces and needs[0])
         sizes, constants = _sizes(operation, plan), {**plan.constants, **operation.constants, "KEPT": operation.keeps}
         self._splits, self._slabs = plan.splits, geometry.slabs
+        self._first_slab_blocks = plan.first_slab_blocks
         self._sums: Launch | None = None
         splits = plan.splits
         if plan.reduction == "split":
@@ -194,7 +212,7 @@ class _Backward:
             self._sums = Launch(gradient_sums_kernel, plan.slab_blocks * splits, fixed, constants, device, statistics)
             splits = splits if self._group is None else 1  # the sums over all processes
         constants = {**constants, "REDUCTION": plan.reduction}
-        more = geometry.slab_size, plan.row_programs, splits, *operation.dropout
+        more = operation.geometry.slab_size, plan.slab_blocks, plan.row_programs, splits, *operation.dropout
         self._launch = Launch(backward_kernel, plan.programs, (*sizes, *more), constants, device, statistics)
         self._parameter_sums: Launch | None = None
         if plan.parameter_partials > 1 and (needs[1] or needs[2]):
@@ -229,12 +247,14 @@ class _Backward:
         seed, seed_tensor = _by_place(seed)
         if self._sums is not None:
             partials = statistics.new_empty(2 * self._splits * self._slabs)
-            self._sums.run((*tensors, partials, seed_tensor), (seed,))
-            if self._group is not None:
-                partials = self._synchronise(partials, grad_weight, grad_bias)
-                weight_sums = bias_sums = None
-        results = grad_input, grad_residual, weight_sums, bias_sums
-        self._launch.run((*tensors, *results, partials, seed_tensor), (seed,))
+        for first in self._first_slab_blocks:
+            if self._sums is not None and partials is not None:
+                self._sums.run((*tensors, partials, seed_tensor), (first, seed))
+                if self._group is not None:
+                    partials = self._synchronise(partials, grad_weight, grad_bias)
+                    weight_sums = bias_sums = None
+            results = grad_input, grad_residual, weight_sums, bias_sums
+            self._launch.run((*tensors, *results, partials, seed_tensor), (first, seed))
         if self._parameter_sums is not None:
             self._parameter_sums.run((weight_sums, bias_sums, grad_weight, grad_bias))
         return grad_input, grad_weight, grad_bias, grad_residual

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import gcd, isqrt, prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
@@ -37,12 +37,27 @@ PARAMETER_SUMS_WIDTH = 64
 PORTABLE_CLUSTER = 8
 MAX_CLUSTER = 16
 
+# Blocks of slabs are worth their launches where the loads that they spare take at least so many times as long.
+WORTH_A_LAUNCH = 1.2
+
 # Elements of a tensor in a Triton program at most.
 MAX_TILE = 2**20
 
 Kind = Literal["resident", "split"]
 Reduction = Literal["resident", "split", "none"]
 Tile = tuple[int, int, int]
+
+
+class Memory(NamedTuple):
+    """What decides how a device takes tensors that its L2 does not hold.
+
+    Attributes:
+        l2: bytes of the L2.
+        launch_gap: bytes that the memory moves in the time that another launch takes.
+    """
+
+    l2: int
+    launch_gap: int
 
 
 @dataclass(frozen=True)
@@ -52,10 +67,11 @@ class Plan:
     Attributes:
         reduction: "resident": one launch, the slab's sums taken over the tile; "split": two launches, the first leaving
             `splits` partial sums of each slab; "none": one launch, no sums over a slab.
-        programs: of the launch that writes the output or the gradients.
+        programs: of each launch that writes the output or the gradients.
         row_programs: programs that share the rows among them; each steps through its own.
         splits: programs for each block of slabs in the first launch of a split plan.
-        slab_blocks: blocks of slabs in that launch.
+        slab_blocks: blocks of slabs of a launch.
+        first_slab_blocks: the first one of each: a split plan goes through its two launches for one after the other.
         parameter_partials: partial sums that are left for each parameter's gradient.
         constants: constexprs and compiler options of every kernel of the plan.
     """
@@ -65,6 +81,7 @@ class Plan:
     row_programs: int
     splits: int
     slab_blocks: int
+    first_slab_blocks: range
     parameter_partials: int
     constants: dict[str, Any]
 
@@ -80,6 +97,7 @@ def make_plan(
     reduces: bool = True,
     clusters: bool = True,
     kind: Kind | None = None,
+    memory: Memory | None = None,
 ) -> Plan:
     """Chooses the plan of one forward or backward.
 
@@ -93,6 +111,7 @@ def make_plan(
         reduces: whether sums over the slabs are needed; False where the statistics are given.
         clusters: whether the compiler takes clusters of programs, where the target has them.
         kind: how to compute those sums; None chooses.
+        memory: of the device; None for a split plan in two launches.
 
     Raises:
         ValueError: the slab is too large for the resident plan requested.
@@ -117,8 +136,16 @@ def make_plan(
     row_blocks, channel_blocks, position_blocks = (
         cdiv(size, block) for size, block in zip(geometry[:3], tile, strict=True)
     )
-    slab_blocks = channel_blocks if geometry.per_channel else row_blocks
-    splits, row_programs, parameter_partials = 1, row_blocks, 1
+    all_slab_blocks = slab_blocks = channel_blocks if geometry.per_channel else row_blocks
+    splits, parameter_partials = 1, 1
+    if reduction == "split":
+        if memory is not None:
+            slab_blocks = _slab_blocks(geometry, itemsize, tile, memory, backward, residual)
+        if geometry.per_channel:
+            channel_blocks = slab_blocks
+        else:
+            row_blocks = slab_blocks
+    row_programs = row_blocks
     if reduction == "split":
         tiles = position_blocks * (row_blocks if geometry.per_channel else channel_blocks)
         readers = max(1, position_blocks if geometry.per_channel else tiles)
@@ -128,7 +155,8 @@ def make_plan(
             row_programs = min(row_blocks, max(1, reads // splits // readers))
     if backward and not (geometry.per_channel and reduces):
         row_programs = _row_programs(geometry, tile, row_blocks, channel_blocks * position_blocks)
-        parameter_partials = _parameter_partials(geometry, tile, row_programs, position_blocks)
+        launches = cdiv(all_slab_blocks, max(1, slab_blocks))
+        parameter_partials = _parameter_partials(geometry, tile, row_programs * launches, position_blocks)
 
     num_warps = _num_warps(prod(tile) // cluster * registers, reduction, target)
     return Plan(
@@ -137,6 +165,7 @@ def make_plan(
         row_programs=row_programs,
         splits=splits,
         slab_blocks=slab_blocks,
+        first_slab_blocks=range(0, all_slab_blocks, max(1, slab_blocks)),
         parameter_partials=parameter_partials,
         constants={
             "BLOCK_ROWS": block_rows,
@@ -252,6 +281,27 @@ def _cluster(geometry: Geometry, tile: Tile, capacity: int, max_cluster: int) ->
     while tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE and cluster < max_cluster:
         cluster *= 2
     return cluster
+
+
+def _slab_blocks(geometry: Geometry, itemsize: int, tile: Tile, memory: Memory, backward: bool, residual: bool) -> int:
+    """Blocks of slabs that both launches of a split plan take before the next ones: as many as the L2 holds, or all.
+
+    Half of the L2 is counted on. The second launch loads again what the first one loaded, and what it moves besides
+    takes as much room.
+    """
+    # Samples stay whole: see `_row_programs`.
+    unit = _slab_block(geometry, tile) if geometry.per_channel else geometry.groups
+    units = cdiv(geometry.slabs, unit)
+    loaded_again, moved = (2 + residual, 3 + 2 * residual) if backward else (1, 2 + residual)
+    room = memory.l2 // 2 // moved
+    size = max(1, unit * geometry.slab_size * itemsize)
+    at_once = max(1, room // size)
+    spared = loaded_again * min(at_once * size, room)
+    launches = cdiv(units, at_once)
+    if spared < WORTH_A_LAUNCH * 2 * memory.launch_gap:
+        launches = 1
+    at_once = cdiv(units, max(1, launches))
+    return at_once if geometry.per_channel else at_once * unit
 
 
 def _splits(slab_blocks: int, tiles: int, limit: int) -> int:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from benchmarks.instruments.interception import planned_for
 from mnistnorm.kernels import batch_norm_relu, group_norm_relu, layer_norm_relu, norms
 from mnistnorm.kernels.activations import ACTIVATIONS, Activation
 from mnistnorm.kernels.contract import Epilogue, gradients_of
 from mnistnorm.kernels.triton_impl import device_functions, kernels
-from mnistnorm.kernels.triton_impl.launches import Launch, made_current
+from mnistnorm.kernels.triton_impl.launches import INTERPRETED_TARGET, Launch, made_current
 from mnistnorm.kernels.triton_impl.operation import TritonOperation
-from mnistnorm.kernels.triton_impl.plans import PARAMETER_SUMS_TILE, PARAMETER_SUMS_WIDTH, parameter_sums_plan
+from mnistnorm.kernels.triton_impl.plans import PARAMETER_SUMS_TILE, PARAMETER_SUMS_WIDTH, Memory, parameter_sums_plan
 
 PLANS = ["resident", "split"]
 
@@ -385,6 +386,28 @@ def kept_by_output(problem):
     problem.weight.zero_()
     problem.bias.fill_(1)
     return problem.forward()
+
+
+@pytest.mark.parametrize("share", [0, 2, 5, 11])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("norm", MEDIUM, ids=str)
+def test_blocks_of_slabs_one_after_the_other(norm, layout, share, device):
+    problem = Problem(norm, device, plan="split", layout=layout)
+    names = []
+    run = Launch.run
+
+    def noting_run(self, *arguments):
+        names.append(self.kernel.fn.__name__)
+        run(self, *arguments)
+
+    with (
+        planned_for(INTERPRETED_TARGET, Memory(1 + share * problem.x.nbytes, 0)),
+        mock.patch.object(Launch, "run", noting_run),
+    ):
+        check(problem)
+    first = [name for name in names if name in ("statistics_kernel", "gradient_sums_kernel")]
+    assert len(first) == sum(name in ("forward_kernel", "backward_kernel") for name in names)
+    assert (len(first) > 2) == (share < 10 and not (norm.name == "batch" and layout == "channels_last"))
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])

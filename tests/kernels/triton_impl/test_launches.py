@@ -229,17 +229,14 @@ def test_seed_and_momentum_are_those_of_each_call(process):
 def move_the_seed():
     with counted() as count:
         x, w, b = tensors()
-        seeds = iter((1, torch.tensor(2), 3, torch.tensor(4), torch.tensor([0, 5])[1], 6))
-        with mock.patch.object(functional, "draw_seed", lambda input: next(seeds)):
-            ways = []
-            for norm in ("group", "group"), ("group", "group"), ("group", "group"):
-                ways += [count.of(lambda norm=each: NORMS[norm](x, w, b, dropout_p=0.1)) for each in norm]
-        return ways
+        seeds = 1, torch.tensor(2), 3, torch.tensor(4), torch.tensor([0, 5])[1], 6
+        with mock.patch.object(functional, "draw_seed", side_effect=seeds):
+            return [count.of(lambda: NORMS["group"](x, w, b, dropout_p=0.1)) for _ in seeds]
 
 
 def test_a_seed_in_memory_has_a_kernel_of_its_own(process):
     in_triton, direct = (1, 1), (1, 0)
-    # The last tensor is not aligned as the compiled kernel expects of the others.
+    # The last tensor is not aligned as a direct launch requires.
     expected = [in_triton, in_triton, direct, direct, in_triton, direct]
     assert process.submit(move_the_seed).result() == expected
 

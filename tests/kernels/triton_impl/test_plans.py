@@ -16,6 +16,7 @@ from mnistnorm.kernels.triton_impl.plans import (
     CAPACITY,
     MAX_SPLITS,
     PARAMETER_SUMS_TILE,
+    Memory,
     make_plan,
     parameter_sums_plan,
 )
@@ -90,6 +91,53 @@ def test_every_plan_covers_the_tensor(geometry, itemsize, backward):
         # Every lane of a program must stay at its channel while the program steps through the rows.
         if plan.row_programs < row_blocks and not geometry.per_channel:
             assert plan.row_programs * plan.constants["BLOCK_ROWS"] % geometry.groups == 0
+
+
+H100 = Memory(50 * 2**20, 5 * 10**6)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("memory", [Memory(1, 0), Memory(2**20, 0), H100, Memory(72 * 2**20, 1_500_000)])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_blocks_of_slabs_cover_the_tensor(geometry, memory, backward):
+    for target, residual in product(TARGETS, (False, True)):
+        options = {"backward": backward, "residual": residual}
+        plan = make_plan(geometry, 4, target, **options, memory=memory)
+        at_once = make_plan(geometry, 4, target, **options)
+        assert plan.reduction == at_once.reduction
+        assert plan.constants == at_once.constants
+        row_blocks, channel_blocks, _ = blocks(geometry, plan)
+        slab_blocks = channel_blocks if geometry.per_channel else row_blocks
+        first, last = plan.first_slab_blocks[0], plan.first_slab_blocks[-1]
+        assert (first, plan.first_slab_blocks.step) == (0, plan.slab_blocks)
+        assert last < slab_blocks <= last + plan.slab_blocks
+        if plan.reduction != "split":
+            assert plan == at_once
+        elif not geometry.per_channel:  # samples stay whole
+            assert plan.slab_blocks % geometry.groups == 0
+        launches = len(plan.first_slab_blocks)
+        if backward and not geometry.per_channel:  # whose slabs have parameters of their own
+            assert plan.parameter_partials % launches == 0
+        if launches > 1:
+            slab = geometry.slab_size * 4 * (plan.constants["BLOCK_CHANNELS"] if geometry.per_channel else 1)
+            moved = (3 + 2 * residual) if backward else (2 + residual)
+            unit = 1 if geometry.per_channel else geometry.groups
+            assert plan.slab_blocks in (unit, *range(memory.l2 // 2 // moved // slab + 1))
+
+
+def test_blocks_of_slabs_are_worth_their_launches():
+    geometry = batch(64, 256, 3136)
+
+    def launches(l2, gap, backward=True):
+        plan = make_plan(geometry, 4, SM_80, backward=backward, memory=Memory(l2, gap))
+        return len(plan.first_slab_blocks)
+
+    assert launches(50 * 2**20, 5_025_000) == 26  # an H100
+    assert launches(50 * 2**20, 5_025_000, backward=False) == 16
+    assert launches(50 * 2**20, 7_200_000) == 1  # an H200, whose memory is as fast as its launches
+    assert launches(4 * 2**20, 7_950_000) == 1
+    assert launches(2**30, 1_500_000, backward=False) == 1  # all of it fits
+    assert launches(2**30, 1_500_000) == 2
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -21,7 +21,7 @@ from mnistnorm.kernels import norms
 from mnistnorm.kernels.activations import ACTIVATIONS
 from mnistnorm.kernels.triton_impl.kernels import parameter_sums_kernel
 from mnistnorm.kernels.triton_impl.launches import Launch
-from mnistnorm.kernels.triton_impl.plans import parameter_sums_plan
+from mnistnorm.kernels.triton_impl.plans import Memory, parameter_sums_plan
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 
@@ -54,8 +54,9 @@ def scaled(counts, factor):
     return {name: count * factor for name, count in counts.items()}
 
 
-def assert_formulas_hold(chain, target=SM_90, plan=None):
-    assert interpreted(chain, target, plan) == counting.launches(counting.fused(chain, target, plan))
+def assert_formulas_hold(chain, target=SM_90, plan=None, memory=None):
+    expected = counting.launches(counting.fused(chain, target, plan, memory))
+    assert interpreted(chain, target, plan, memory) == expected
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -76,6 +77,15 @@ def test_formulas_are_what_the_interpreter_counts(norm, shape, plan, channels_la
 def test_formulas_of_other_types_and_targets(norm, dtype):
     for target, groups in product((SM_80, GFX942), (2, 4)):
         assert_formulas_hold(Chain(norm, (2, 8, 2, 169), dtype, groups=groups), target)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("share", [0, 2, 5])
+@pytest.mark.parametrize("norm", NORMS)
+def test_formulas_of_blocks_of_slabs(norm, share, channels_last):
+    chain = Chain(norm, (5, 10, 3, 13), groups=2, channels_last=channels_last, residual=share == 2, dropout=0.25)
+    memory = Memory(1 + share * chain.activation_bytes, 0)
+    assert_formulas_hold(chain, plan="split", memory=memory)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

@@ -1,0 +1,180 @@
+"""A model of a GPU's L2: which of the bytes that our launches load and store reach the memory behind it.
+
+It is a model, compared with no GPU. The L2 has half of the datasheet's size and evicts what was least recently used, in
+units of a kernel's tiles, each of which comes and goes as a whole. Programs start in the order of the grid, two on each
+multiprocessor at a time, and take turns tile by tile. Stores fetch nothing and reach the memory when they are evicted,
+or in the end. A forward and a backward each begin with an empty L2. Only tensors of the input's size are modelled.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from mnistnorm.kernels.triton_impl.launches import LAUNCH_GAP
+from mnistnorm.kernels.triton_impl.plans import Kind, cdiv
+
+from .chain import Chain
+from .counting import by_phase
+from .gpus import GPU
+from .interception import CaughtLaunch, launches_caught
+from .machine_code import TARGETS
+
+# Programs that a multiprocessor runs at a time, with what registers 8 warps take.
+PROGRAMS_AT_A_TIME = 2
+
+LOADED = ("dy_ptr", "x_ptr", "kept_ptr", "residual_ptr")
+STORED = ("dresidual_ptr", "dx_ptr", "y_ptr")
+
+Place = tuple[int, int, int]
+
+
+class Access(NamedTuple):
+    """A tile of a tensor that a program loads or stores.
+
+    Attributes:
+        name: the kernel's parameter.
+        place: row, channel and position block.
+        size: bytes.
+    """
+
+    name: str
+    place: Place
+    size: int
+
+
+class LeastRecentlyUsed:
+    """A cache that writes back.
+
+    Attributes:
+        read, written: bytes that it has taken from and given to the memory.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.held = capacity, 0
+        self.read = self.written = 0
+        self._lines: OrderedDict[Hashable, tuple[int, bool]] = OrderedDict()
+
+    def access(self, line: Hashable, size: int, stored: bool) -> None:
+        before, dirty = self._lines.pop(line, (0, False))
+        if not (before or stored):
+            self.read += size
+        self.held += size - before
+        self._lines[line] = size, dirty or stored
+        while self.held > self.capacity:
+            self._evict()
+
+    def flush(self) -> None:
+        """Writes what was stored and is still held."""
+        while self._lines:
+            self._evict()
+
+    def _evict(self) -> None:
+        _, (size, dirty) = self._lines.popitem(last=False)
+        self.held -= size
+        self.written += size * dirty
+
+
+def dram(chain: Chain, gpu: GPU, plan: Kind | None = None) -> dict[str, tuple[int, int]]:
+    """Bytes of the fused chain that are read from and written to a GPU's memory, by phase."""
+    caught: list[CaughtLaunch] = []
+
+    def take() -> list[CaughtLaunch]:
+        taken = list(caught)
+        caught.clear()
+        return taken
+
+    with launches_caught(caught.append):
+        phases = by_phase(chain, "meta", TARGETS[gpu.target].gpu, plan, take, gpu.memory)
+    return {phase: _moved(launches, gpu) for phase, launches in phases.items()}
+
+
+def seconds(moved: Iterable[tuple[int, int]], launches: int, gpu: GPU) -> float:
+    """How long the memory takes for bytes read and written, and what lies between the launches."""
+    return gpu.bound(sum(map(sum, moved))) + launches * LAUNCH_GAP
+
+
+def _moved(launches: Iterable[CaughtLaunch], gpu: GPU) -> tuple[int, int]:
+    cache = LeastRecentlyUsed(gpu.l2 // 2)
+    for launch in launches:
+        if launch.kernel.__name__ == "parameter_sums_kernel":
+            continue
+        tensors = named(launch)
+        for access in in_turn(programs(launch), PROGRAMS_AT_A_TIME * gpu.multiprocessors):
+            cache.access((id(tensors[access.name]), access.place), access.size, access.name in STORED)
+    cache.flush()
+    return cache.read, cache.written
+
+
+def in_turn(programs: Iterable[Iterator[list[Access]]], at_a_time: int) -> Iterator[Access]:
+    """The accesses of programs of which so many run at a time, one tile each in turn."""
+    waiting = iter(programs)
+    running = deque(islice(waiting, at_a_time))
+    while running:
+        program = running.popleft()
+        tile = next(program, None)
+        if tile is None:
+            running.extend(islice(waiting, 1))
+        else:
+            yield from tile
+            running.append(program)
+
+
+def named(launch: CaughtLaunch) -> dict[str, Any]:
+    """Arguments and constexprs by name."""
+    return dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+
+
+def programs(launch: CaughtLaunch) -> Iterator[Iterator[list[Access]]]:
+    """Of each program of a launch, the accesses to large tensors, tile by tile, as in triton_impl/kernels.py."""
+    values = named(launch)
+    sizes = (
+        values["rows"],
+        values["channel_vectors"] * values["CHANNEL_VECTOR"],
+        values["position_vectors"] * values["POSITION_VECTOR"],
+    )
+    tile = values["BLOCK_ROWS"], values["BLOCK_CHANNELS"], values["BLOCK_POSITIONS"]
+    blocks = cdiv(sizes[0], tile[0]), cdiv(sizes[1], tile[1]), cdiv(sizes[2], tile[2])
+    is_second = launch.kernel.__name__ in ("forward_kernel", "backward_kernel")
+    places = _second_places if is_second else _first_places
+    tensors = [name for name in (*LOADED, *STORED) if values.get(name) is not None]
+
+    def accesses(place: Place) -> list[Access]:
+        elements = 1
+        for size, block, at in zip(sizes, tile, place, strict=True):
+            elements *= max(0, min(size - at * block, block))
+        return [Access(name, place, elements * values[name].element_size()) for name in tensors if elements]
+
+    for program in range(launch.grid[0]):
+        yield map(accesses, places(program, values, blocks))
+
+
+def _first_places(program: int, values: dict[str, Any], blocks: Place) -> Iterator[Place]:
+    rows, channels, positions = blocks
+    slab_block, first = values["first_slab_block"] + program // values["splits"], program % values["splits"]
+    per_channel = values["PER_CHANNEL"]
+    for tile in range(first, (rows if per_channel else channels) * positions, values["splits"]):
+        outer, position = divmod(tile, positions)
+        yield (outer, slab_block, position) if per_channel else (slab_block, outer, position)
+
+
+def _second_places(program: int, values: dict[str, Any], blocks: Place) -> Iterator[Place]:
+    rows, channels, positions = blocks
+    first, count, row_programs = values["first_slab_block"], values["slab_blocks"], values["row_programs"]
+    column, position = divmod(program, positions)
+    if values["REDUCTION"] != "split":
+        row_program, channel = divmod(column, channels)
+        for row in range(row_program, rows, row_programs):
+            yield row, channel, position
+        return
+    last_row, last_channel = rows - 1, channels - 1
+    if values["PER_CHANNEL"]:
+        channels, last_channel = count, first + count - 1
+    else:
+        rows, last_row = count, first + count - 1
+    if values["PER_CHANNEL"] and not values["CHANNELS_LAST"]:
+        channel, row_program = divmod(column, row_programs)
+    else:
+        row_program, channel = divmod(column, channels)
+    for row in range(row_program, rows, row_programs):
+        yield last_row - row, last_channel - channel, positions - 1 - position

@@ -1,0 +1,202 @@
+"""The model of the L2: sequences whose misses are known, what the watch sees as well, and what plans gain by it."""
+
+from unittest import mock
+
+import pytest
+import torch
+import triton
+
+from benchmarks.instruments import counting, l2, watch
+from benchmarks.instruments.chain import Chain
+from benchmarks.instruments.gpus import GPUS
+from benchmarks.instruments.interception import launches_caught
+from benchmarks.instruments.machine_code import TARGETS
+from mnistnorm.kernels.triton_impl.launches import INTERPRETED_TARGET
+from mnistnorm.kernels.triton_impl.plans import Memory
+
+BY_NAME = {gpu.name: gpu for gpu in GPUS}
+
+
+def moved(capacity, accesses):
+    """Bytes read and written by accesses: the name of a line of 10 bytes, in capitals where it is stored."""
+    cache = l2.LeastRecentlyUsed(capacity)
+    for name in accesses:
+        cache.access(name.lower(), 10, name.isupper())
+        assert cache.held <= capacity
+    cache.flush()
+    return cache.read, cache.written
+
+
+@pytest.mark.parametrize(
+    ("accesses", "read", "written"),
+    [
+        ("abcabc", 3, 0),
+        ("abcdabcd", 8, 0),  # each line is evicted just before it comes again
+        ("abcddcba", 5, 0),  # backwards, all that are held are found
+        ("abcadabca", 6, 0),
+        ("AABB", 0, 2),
+        ("AbcdA", 3, 2),
+        ("aAbcda", 5, 1),
+        ("ABCABC", 0, 3),
+    ],
+)
+def test_least_recently_used(accesses, read, written):
+    assert moved(30, accesses) == (10 * read, 10 * written)
+
+
+def test_lines_of_several_sizes():
+    cache = l2.LeastRecentlyUsed(100)
+    for line, size in (("a", 60), ("b", 40), ("a", 60), ("c", 30)):
+        cache.access(line, size, False)
+    assert (cache.read, cache.held) == (130, 90)  # b made room
+    cache.access("d", 200, True)  # more than fits
+    assert (cache.held, cache.written) == (0, 200)
+
+
+def test_programs_take_turns():
+    programs = (
+        iter([[name + str(step)] for step in range(count)]) for name, count in zip("abc", (3, 1, 2), strict=True)
+    )
+    assert list(l2.in_turn(programs, 2)) == ["a0", "b0", "a1", "a2", "c0", "c1"]
+
+
+def offsets(place, values):
+    """Elements of a tile, by the definition of the layouts."""
+    rows, channels, positions = (
+        range(at * values[block], min((at + 1) * values[block], size))
+        for at, block, size in zip(
+            place,
+            ("BLOCK_ROWS", "BLOCK_CHANNELS", "BLOCK_POSITIONS"),
+            (
+                values["rows"],
+                values["channel_vectors"] * values["CHANNEL_VECTOR"],
+                values["position_vectors"] * values["POSITION_VECTOR"],
+            ),
+            strict=True,
+        )
+    )
+    all_channels = values["channel_vectors"] * values["CHANNEL_VECTOR"]
+    all_positions = values["position_vectors"] * values["POSITION_VECTOR"]
+    groups = values["groups"]
+    if values["CHANNELS_LAST"]:
+        return {
+            (row // groups * all_positions + p) * groups * all_channels + row % groups * all_channels + c
+            for row in rows
+            for c in channels
+            for p in positions
+        }
+    return {(row * all_channels + c) * all_positions + p for row in rows for c in channels for p in positions}
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["at once", "in blocks"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("norm", "shape", "plan"),
+    [
+        ("batch", (9, 3, 14, 14), "split"),
+        ("group", (3, 6, 9, 20), "split"),
+        ("layer", (5, 3, 9, 20), "split"),
+        *(
+            pytest.param(norm, (5, 6, 9, 20), "resident", marks=pytest.mark.slow)
+            for norm in ("batch", "group", "layer")
+        ),
+    ],
+)
+def test_accesses_are_those_that_the_watch_sees(norm, shape, plan, channels_last, in_blocks):
+    chain = Chain(norm, shape, residual=True, channels_last=channels_last, groups=3)
+    memory = Memory(1, 0) if in_blocks else None
+    caught, seen = [], []
+    with launches_caught(caught.append):
+        counting.by_phase(chain, "meta", INTERPRETED_TARGET, plan, list, memory)
+    resolve = watch._LaunchWatch._resolve
+
+    def noting_resolve(self, pointers, mask):
+        addresses, accesses = resolve(self, pointers, mask)
+        for access in accesses:
+            name, itemsize = access.argument.name, access.argument.itemsize
+            if name in (*l2.LOADED, *l2.STORED):
+                seen[-1].setdefault(self.program, []).append((name, set((access.offsets // itemsize).tolist())))
+        return addresses, accesses
+
+    start = watch._LaunchWatch.__init__
+
+    def noting_start(self, kernel):
+        seen.append({})
+        start(self, kernel)
+
+    with (
+        mock.patch.object(watch._LaunchWatch, "_resolve", noting_resolve),
+        mock.patch.object(watch._LaunchWatch, "__init__", noting_start),
+    ):
+        counting.interpreted(chain, INTERPRETED_TARGET, plan, memory)
+    assert len(caught) == len(seen)
+    for launch, by_program in zip(caught, seen, strict=True):
+        if launch.kernel.__name__ == "parameter_sums_kernel":
+            continue
+        values = l2.named(launch)
+        tiles = [[each for tile in program for each in tile] for program in l2.programs(launch)]
+        busy = [program for program in tiles if program]
+        # A program that has nothing to load appears in neither.
+        assert len(busy) == len(by_program)
+        for program, accesses in zip(busy, by_program.values(), strict=True):
+            order = sorted((name, sorted(elements)) for name, elements in accesses)
+            assert order == sorted((each.name, sorted(offsets(each.place, values))) for each in program)
+            assert [name for name, _ in accesses if name == "x_ptr"] == [a.name for a in program if a.name == "x_ptr"]
+            xs = [elements for name, elements in accesses if name == "x_ptr"]
+            assert xs == [offsets(each.place, values) for each in program if each.name == "x_ptr"]
+            assert all(each.size == 4 * len(offsets(each.place, values)) for each in program)
+
+
+def times(chain, gpu):
+    """Seconds by the model: of each load and store reaching the memory, as in two launches; and as planned."""
+    target = TARGETS[gpu.target].gpu
+    phases = counting.launches(counting.fused(chain, target))
+    large = sum(
+        size
+        for kernels in phases.values()
+        for kernel in kernels
+        for name, size in (*kernel.reads.items(), *kernel.writes.items())
+        if name in (*l2.LOADED, *l2.STORED)
+    )
+    planned = counting.launches(counting.fused(chain, target, memory=gpu.memory))
+    before, after = (sum(map(len, launches.values())) for launches in (phases, planned))
+    return l2.seconds([(large, 0)], before, gpu), l2.seconds(l2.dram(chain, gpu).values(), after, gpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "gain"), [("RTX 4090", 1.3), ("L40S", 1.3), ("L4", 1.3), ("A100", 1.2), ("H100", 1.1)]
+)
+def test_blocks_of_slabs_gain(name, gain):
+    before, after = times(Chain("batch", (64, 256, 56, 56)), BY_NAME[name])
+    assert before > gain * after
+
+
+@pytest.mark.parametrize(
+    "gpu",
+    [pytest.param(gpu, marks=[] if gpu.name in ("RTX 4090", "H100") else pytest.mark.slow) for gpu in GPUS],
+    ids=lambda gpu: gpu.name,
+)
+@pytest.mark.parametrize(
+    "chain",
+    [
+        Chain("batch", (32, 64, 112, 112)),
+        Chain("batch", (64, 512, 28, 28), residual=True, dtype=torch.bfloat16),
+        Chain("batch", (64, 256, 28, 28), channels_last=True),
+        Chain("group", (64, 128, 28, 28), groups=32),
+        Chain("layer", (64, 64, 28, 28), channels_last=True),
+    ],
+    ids=lambda chain: chain.title,
+)
+def test_nothing_gets_slower(chain, gpu):
+    before, after = times(chain, gpu)
+    assert after <= before
+
+
+@pytest.mark.parametrize("name", ["A100", "L4", "L40S", "RTX 4090", "H100", "B200"])
+@pytest.mark.parametrize("share", [1, 1.5, 2])
+def test_tensors_of_once_to_twice_the_l2_gain(name, share):
+    gpu = BY_NAME[name]
+    samples = round(share * gpu.l2 / (256 * 56 * 56 * 4))
+    before, after = times(Chain("batch", (samples, 256, 56, 56)), gpu)
+    assert before > 1.15 * after
