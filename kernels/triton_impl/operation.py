@@ -186,12 +186,12 @@ class _Forward:
         partials = None if self._statistics is None else self._statistics.partials(input)
         output = torch.empty_like(input)
         statistics = input.new_empty(self._size, dtype=self._dtype)
-        seed, seed_tensor = _by_place(seed)
+        number, seed_tensor = (seed, None) if isinstance(seed, int) else (0, seed)  # the kernels prefer a tensor
         tensors = (*inputs, output, statistics, *running, partials, seed_tensor)
         for first in self._first_slab_blocks:
             if self._statistics is not None and partials is not None:
                 self._statistics.run(input, partials, first)
-            self._launch.run(tensors, (first, momentum, seed))
+            self._launch.run(tensors, (first, momentum, number))
         return output, (statistics,)
 
 
@@ -244,17 +244,17 @@ class _Backward:
             weight_sums = statistics.new_empty(self._parameter_sums_size) if needs_weight else None
             bias_sums = statistics.new_empty(self._parameter_sums_size) if needs_bias else None
         tensors = (grad_output, input, kept, weight, bias, statistics)
-        seed, seed_tensor = _by_place(seed)
+        number, seed_tensor = (seed, None) if isinstance(seed, int) else (0, seed)  # the kernels prefer a tensor
         if self._sums is not None:
             partials = statistics.new_empty(2 * self._splits * self._slabs)
         for first in self._first_slab_blocks:
             if self._sums is not None and partials is not None:
-                self._sums.run((*tensors, partials, seed_tensor), (first, seed))
+                self._sums.run((*tensors, partials, seed_tensor), (first, number))
                 if self._group is not None:
                     partials = self._synchronise(partials, grad_weight, grad_bias)
                     weight_sums = bias_sums = None
             results = grad_input, grad_residual, weight_sums, bias_sums
-            self._launch.run((*tensors, *results, partials, seed_tensor), (first, seed))
+            self._launch.run((*tensors, *results, partials, seed_tensor), (first, number))
         if self._parameter_sums is not None:
             self._parameter_sums.run((weight_sums, bias_sums, grad_weight, grad_bias))
         return grad_input, grad_weight, grad_bias, grad_residual
@@ -269,11 +269,6 @@ class _Backward:
         # The kernel divides by the elements of this process.
         count = self._operation.geometry.slab_size
         return sync.averages(sums, count, self._group) * count
-
-
-def _by_place(seed: Seed) -> tuple[int, Tensor | None]:
-    """A seed as the kernels take it: a number, which does not count where there is a tensor, and that tensor."""
-    return (seed, None) if isinstance(seed, int) else (0, seed)
 
 
 def _sizes(operation: TritonOperation, plan: Plan) -> tuple[int, int, int, int]:
