@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from .engine import Settings
-from .run import build_trainer, check_processes, describe_implementation
+from .run import build_trainer, check_cuda_graph, check_processes, describe_implementation
 
 # After a first one.
 MEASURED_STEPS = 5
@@ -25,6 +25,7 @@ def choose_threads(settings: Settings) -> int:
         return threads
     describe_implementation(settings)
     check_processes(settings)
+    check_cuda_graph(settings)
     seconds = {}
     for count in (1, threads):
         trainer = build_trainer(replace(settings, threads=count, compile=False))
