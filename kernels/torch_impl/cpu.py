@@ -146,6 +146,8 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         var = columns.mean(centred.square_())
         mean, var = mean + remainder, var.sub_(remainder.square()).clamp_(min=0)
         scratch = centred.as_strided(input.shape, input.stride())
+    if not mean.isfinite().all():  # sums overflow before values do
+        mean = input.transpose(0, 1).flatten(1).mean(1, dtype=torch.float64).to(mean.dtype)
     # The square of a finite deviation may overflow: then rstd is 0, as in torch.
     var.masked_fill_(var.isnan() & mean.isfinite(), math.inf)
     return mean, var, var * (count / (count - 1)), scratch

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import compat, sync
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm, statistics_dtype
 from . import cpu
+from .differentiable import normalize
 from .layouts import as_rows, from_rows, memory_format_of, with_standard_strides
 
 _aten = torch.ops.aten
@@ -208,9 +209,8 @@ def _group_norm(norm: GroupNorm, input: Tensor, weight: Parameter, bias: Paramet
     dense = _dense(input, memory_format)
     output, mean, rstd = torch.native_group_norm(dense, weight, bias, *sizes, norm.num_groups, norm.eps)
     if memory_format != torch.contiguous_format and cpu.cancels(mean, rstd):
-        output, mean, rstd = torch.native_group_norm(
-            input.contiguous(), weight, bias, *sizes, norm.num_groups, norm.eps
-        )
+        output, mean, var = normalize(norm, input, weight, bias)
+        rstd = (var + norm.eps).rsqrt()
     # On other devices than a CPU, torch's result is always contiguous.
     return output.contiguous(memory_format=memory_format), mean, rstd
 

@@ -233,6 +233,23 @@ def test_a_variance_beyond_float32_gives_zero(impl, layout, shape, device):
         assert running[1].isposinf().all()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (16, 8, 32, 32), (64, 4, 16, 16)])
+@pytest.mark.parametrize("size", [1e20, 1e38])
+def test_what_is_finite_in_torch_is_finite(size, shape, layout):
+    x = make(shape, layout=layout).detach().clamp(-1.5, 1.5).mul(size).requires_grad_()
+    normalized = [
+        (F.batch_norm(x, None, None, training=True), batch_norm_relu(x, None, None, training=True)),
+        (F.group_norm(x, 2), group_norm_relu(x, 2)),
+        (F.layer_norm(x, shape[1:]), layer_norm_relu(x, shape[1:])),
+    ]
+    for stock, ours in normalized:
+        finite = stock.isfinite()
+        assert ours[finite].isfinite().all()
+        gradients = [torch.autograd.grad(each, x, finite.float())[0] for each in (stock.relu(), ours)]
+        assert gradients[1][gradients[0].isfinite()].isfinite().all()
+
+
 @impls
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("what", ["group", "layer"])
