@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contract import Epilogue, Inputs
 from ..norms import BatchNorm, Buffers, GroupNorm, Norm, statistics_dtype
-from ..torch_impl.differentiable import normalize, normalize_channels
+from ..torch_impl.differentiable import has_single_values, normalize, normalize_channels
 from . import custom_ops, is_transformed
 
 
@@ -21,6 +21,8 @@ def compose(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) ->
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # without a weight, torch's second derivatives leave out the bias's
     wide = input.to(dtype)
+    if has_single_values(norm, input):
+        wide = wide - wide
     weight, bias = (None if parameter is None else parameter.to(dtype).contiguous() for parameter in (weight, bias))
     if isinstance(norm, BatchNorm):  # not a match statement, which torch.compile does not trace
         value = _batch_norm(norm, wide, weight, bias, buffers)

@@ -6,6 +6,11 @@ from torch import Tensor
 from ..norms import BatchNorm, GroupNorm, LayerNorm, Norm, statistics_dtype
 
 
+def has_single_values(norm: Norm, input: Tensor) -> bool:
+    """Whether each slab is one value, which is to normalize to 0: torch's kernels round x * rstd - mean * rstd."""
+    return not isinstance(norm, BatchNorm) and norm.geometry(input.shape, False).slab_size == 1
+
+
 def normalize(norm: Norm, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and affine with the statistics of the input; mean and biased variance of each slab come with them.
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .. import compat
 from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved, Seed
-from ..norms import BatchNorm, Buffers, LayerNorm, Norm
+from ..norms import Buffers, LayerNorm, Norm
 from . import native
+from .differentiable import has_single_values
 from .dropout import drop_
 from .layouts import memory_format_of
 
@@ -35,8 +36,7 @@ class TorchOperation(Operation):
         self._makes_weight = weight is None and (
             epilogue.dropout_p > 0 or is_half or (bias is not None and compat.GROUP_NORM_IS_PARTICULAR)
         )
-        # torch's kernels compute x * rstd - mean * rstd, which rounds: of one value that is not 0.
-        self._is_one_value = not isinstance(norm, BatchNorm) and norm.geometry(input.shape, False).slab_size == 1
+        self._has_single_values = has_single_values(norm, input)
         self._parameter_shape = norm.parameter_shape(input)
         self._memory_format = torch.contiguous_format if isinstance(norm, LayerNorm) else memory_format_of(input)
         self._may_be_recorded = self._is_recordable(inputs, buffers)
@@ -134,7 +134,7 @@ class TorchOperation(Operation):
 
     def _centred(self, input: Tensor) -> Tensor:
         """Slabs of one value without their mean, so 0 or NaN; others as they are."""
-        return input - input if self._is_one_value else input
+        return input - input if self._has_single_values else input
 
     def _scaled(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the dtype of the statistics, times 1 / (1 - p)."""

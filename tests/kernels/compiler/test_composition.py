@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, batch_norm_relu, group_norm_relu
+from mnistnorm import BatchNormReLU2d, GroupNormReLU, LayerNormReLU, batch_norm_relu, group_norm_relu, layer_norm_relu
 from mnistnorm.kernels import compiler, implementations
 from mnistnorm.kernels.compiler import composition, custom_ops
 
@@ -72,6 +72,19 @@ def check_steps(module, oracle, call, batch_sizes, device):
         same(actual, expected)
         same([p.grad for p in module.parameters()], [p.grad for p in oracle.parameters()])
         same(module.state_dict().values(), oracle.state_dict().values())
+
+
+@impls
+def test_one_value_normalizes_to_zero(impl, device):
+    weight, bias = torch.full((2,), 2.0, device=device, requires_grad=True), torch.full((2,), 3.0, device=device)
+    calls = [
+        (torch.tensor([[1e6], [3.7e5]]), lambda x: layer_norm_relu(x, (1,), weight[:1], bias[:1], impl=impl)),
+        (torch.tensor([[301.7, 299.3], [4e5, 3.9]]), lambda x: group_norm_relu(x, 2, weight, bias, impl=impl)),
+    ]
+    for x, call in calls:
+        output = compiled(call)(x.to(device))
+        assert torch.equal(output, torch.full_like(output, 3.0))
+        assert (torch.autograd.grad(output.sum(), weight)[0] == 0).all()
 
 
 @modules
