@@ -209,7 +209,7 @@ def _group_norm(norm: GroupNorm, input: Tensor, weight: Parameter, bias: Paramet
     dense = _dense(input, memory_format)
     output, mean, rstd = torch.native_group_norm(dense, weight, bias, *sizes, norm.num_groups, norm.eps)
     if memory_format != torch.contiguous_format and cpu.cancels(mean, rstd):
-        output, mean, var = normalize(norm, input, weight, bias)
+        output, mean, var = normalize(norm, input.contiguous(), weight, bias)
         rstd = (var + norm.eps).rsqrt()
     # On other devices than a CPU, torch's result is always contiguous.
     return output.contiguous(memory_format=memory_format), mean, rstd

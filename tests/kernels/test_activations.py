@@ -134,9 +134,11 @@ def test_values_and_gradients_in_triton(norm, activation, device):
 
 @pytest.mark.slow
 @activations
-@norms
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_values_and_gradients_with_all_options_in_triton(norm, activation, options, device):
+def test_values_and_gradients_with_all_options_in_triton(activation, options, device):
+    # Each pair with one of the norms.
+    index = CASES.index(activation) + OPTIONS.index(options)
+    norm = NORMS[("batch", "group", "layer3")[index % 3]]
     check_values(norm, activation, "triton", device, options)
 
 
@@ -248,7 +250,7 @@ def test_second_derivatives_are_those_of_torch(norm, activation, impl, with_resi
 
 
 def check_derivatives(norm, activation, impl, device, with_residual, dropout_p):
-    shape = (2, 4, 1, 3)
+    shape = (2, 2, 1, 3) if impl == "triton" else (2, 4, 1, 3)
     inputs = [make(shape, torch.float64, device=device), *affine(norm.affine_shape(shape), torch.float64, device)]
     inputs += [make(shape, torch.float64, offset=0.0, device=device)] if with_residual else []
 

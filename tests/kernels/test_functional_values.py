@@ -227,7 +227,7 @@ def test_any_shape_dtype_and_option(data):
     check_drawn(data, "torch", "cpu")
 
 
-@pytest.mark.parametrize("max_examples", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("max_examples", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_any_shape_dtype_and_option_in_triton(max_examples, device):
     @settings(max_examples=max_examples, deadline=None)
     @given(data=st.data())

@@ -86,8 +86,9 @@ def test_opcheck(norm, activation, device):
 @pytest.mark.parametrize(
     ("layout", "dtype"), [*((layout, torch.float32) for layout in LAYOUTS), ("contiguous", torch.bfloat16)], ids=str
 )
-@pytest.mark.parametrize("extras", [True, False], ids=["all", "bare"])
-def test_opcheck_of_layouts_and_dtypes(norm, layout, dtype, extras, device):
+def test_opcheck_of_layouts_and_dtypes(norm, layout, dtype, device):
+    # With everything else or nothing, in turn.
+    extras = ([*NORMS.values()].index(norm) + list(LAYOUTS).index(layout) + dtype.itemsize // 4) % 2 == 0
     extra = {"affine": extras, "residual": extras, "dropout_p": 0.3 if extras else 0.0}
     tensors, options = sample(norm, device, layout, dtype, **extra)
     check("norm_act", [*tensors, *options])

@@ -81,7 +81,7 @@ NORMS = BATCH_NORMS + GROUP_NORMS + LAYER_NORMS
 # So many rows that programs step through them.
 MANY_ROWS = [Norm("group", (1300, 6, 1, 2), 3), Norm("layer", (9000, 2), (2,)), Norm("layer", (300, 3, 2), (3, 2))]
 SMALL = [Norm("batch", (4, 3, 3, 5)), Norm("group", (3, 4, 3, 5), 2), Norm("layer", (3, 3, 2, 5), (3, 2, 5))]
-MEDIUM = [Norm("batch", (5, 3, 7, 9)), Norm("group", (4, 4, 7, 9), 2), Norm("layer", (5, 3, 7, 9), (3, 7, 9))]
+MEDIUM = [Norm("batch", (5, 3, 7, 9)), Norm("group", (3, 4, 7, 9), 2), Norm("layer", (3, 3, 7, 9), (3, 7, 9))]
 
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
@@ -552,9 +552,9 @@ def test_a_device_that_is_not_the_current_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 1_000_003), (torch.bfloat16, 70_001)])
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 140_003), (torch.bfloat16, 70_001)])
 def test_long_rows(dtype, length, device):
-    check(Problem(Norm("layer", (2, length), (length,)), device, dtype, residual=False), dtype)
+    check(Problem(Norm("layer", (1, length), (length,)), device, dtype, residual=False), dtype)
 
 
 class TestParameterSums:
