@@ -65,6 +65,16 @@ class FusedLayer(compat.NormBase):
         self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
     ) -> Any:
         """Calls `_function`, or what stands for it, with all that the layer holds."""
+        return function(
+            *(input, self._normalized_together(input), self.weight, self.bias, self.eps),
+            residual=residual,
+            dropout_p=dropout_p if self.training else 0.0,
+            activation=activation,
+            impl=self.impl,
+        )
+
+    def _normalized_together(self, input: Any) -> Any:
+        """The second argument of `_function`: the number of groups, or the normalized shape."""
         raise NotImplementedError
 
     def _record(self, input: fx.Proxy, residual: Any, in_place: bool | None) -> Any:
@@ -269,16 +279,8 @@ class GroupNormAct(FusedLayer, nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _call(
-        self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
-    ) -> Any:
-        return function(
-            *(input, self.num_groups, self.weight, self.bias, self.eps),
-            residual=residual,
-            dropout_p=dropout_p if self.training else 0.0,
-            activation=activation,
-            impl=self.impl,
-        )
+    def _normalized_together(self, input: Any) -> int:
+        return self.num_groups
 
 
 class _InstanceNormAct(FusedLayer, _NormBase):
@@ -330,17 +332,8 @@ class _InstanceNormAct(FusedLayer, _NormBase):
         if input.shape[2:].numel() == 1:
             raise ValueError(f"expected more than 1 spatial element, got input of shape {shape}")
 
-    def _call(
-        self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
-    ) -> Any:
-        groups = max(1, input.shape[1]) if isinstance(input, Tensor) else self.num_features
-        return function(
-            *(input, groups, self.weight, self.bias, self.eps),
-            residual=residual,
-            dropout_p=dropout_p if self.training else 0.0,
-            activation=activation,
-            impl=self.impl,
-        )
+    def _normalized_together(self, input: Any) -> int:
+        return max(1, input.shape[1]) if isinstance(input, Tensor) else self.num_features
 
 
 class InstanceNormAct1d(_InstanceNormAct):
@@ -412,16 +405,8 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _call(
-        self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
-    ) -> Any:
-        return function(
-            *(input, self.normalized_shape, self.weight, self.bias, self.eps),
-            residual=residual,
-            dropout_p=dropout_p if self.training else 0.0,
-            activation=activation,
-            impl=self.impl,
-        )
+    def _normalized_together(self, input: Any) -> tuple[int, ...]:
+        return self.normalized_shape
 
 
 # Aliases: ReLU is the default activation.
