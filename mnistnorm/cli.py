@@ -122,6 +122,13 @@ def fraction(text: str) -> float:
 thread_count = at_least(1, high=BOUNDS["threads"][1] - 1)
 
 
+def folder_flag(text: str) -> Path:
+    """A flag's type: a folder, which need not exist."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
+
+
 def output_file(text: str) -> Path:
     """A flag's type: a regular file that can be written; where it is a link, what that leads to."""
     path = Path(text).resolve()

@@ -19,7 +19,7 @@ import torch
 
 from . import distributed, plots
 from .checkpoint import write_atomically
-from .cli import Parser, add_training_flags, at_least, run_program, set_saved_defaults, settings_of
+from .cli import Parser, add_training_flags, at_least, folder_flag, run_program, set_saved_defaults, settings_of
 from .cnn import NORMS
 from .engine import Settings
 from .errors import UserError
@@ -50,7 +50,13 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--norms", choices=NORMS, nargs="+", default=["batch", "group", "layer"], help="to compare (batch group layer)")
     add("--seeds", type=at_least(0), nargs="+", default=[0], metavar="N", help="each norm is trained with each (0)")
-    add("--out", type=Path, default=Path("runs", "compare"), metavar="DIR", help="folder of the files (%(default)s)")
+    add(
+        "--out",
+        type=folder_flag,
+        default=Path("runs", "compare"),
+        metavar="DIR",
+        help="folder of the files (%(default)s)",
+    )
     add_training_flags(parser)
     return parser
 

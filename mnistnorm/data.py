@@ -124,13 +124,15 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     Args:
         name: a key of DATASETS.
         data_dir: a folder with the data set's four IDX files, gzipped or not, or with torchvision's subfolder of them,
-            such as MNIST/raw; None: the package's for MNIST, else ./data. It is where downloads go.
+            such as MNIST/raw, or an empty one, to download into; None: the package's for MNIST, else ./data.
 
     Raises:
-        UserError: a file is missing, damaged or cannot be downloaded.
+        UserError: there is no such folder; a file is missing, damaged or cannot be downloaded.
     """
     root = data_dir or (PACKAGED_MNIST if name == "mnist" else Path("data"))
     advice = "name a folder with all four by --data-dir" if root is not PACKAGED_MNIST else "install mnistnorm again"
+    if data_dir and not data_dir.is_dir():
+        raise UserError(f"there is no folder {data_dir}: name one with the files of {name}, or one to download into")
     names = QMNIST_FILES if name == "qmnist" else (*MNIST_MD5,)
     files = {file: _find(root, DATASETS[name], file) for file in names}
     if root is not PACKAGED_MNIST and not (any(files.values()) if data_dir else all(files.values())):

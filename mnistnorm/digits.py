@@ -4,8 +4,10 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import center_of_mass, distance_transform_edt, uniform_filter
 from skimage.filters import gaussian, threshold_otsu
+from skimage.filters.rank import median
 from skimage.measure import label, regionprops
 from skimage.segmentation import clear_border
+from skimage.transform import resize
 
 from .cnn import IMAGE_SIZE
 
@@ -24,6 +26,12 @@ MIN_SEPARATION = 3
 
 # Ink paler than this share of the darkest stroke does not count as part of the digit's outline.
 OUTLINE = 0.4
+
+# The share of a picture's sides around a pixel that is mostly paper. On one side of a shadow's edge it is in one light.
+SHADOW_WINDOW = 0.4
+
+# The least share of paper along the border of a sheet with a digit.
+PAPER_BORDER = 0.9
 
 # A piece of less than this share of the largest one's area is a speck.
 SPECK = 0.02
@@ -71,6 +79,22 @@ def _separate_ink(luminance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     paper = _trend(luminance)
     if np.ptp(luminance - paper) < 1:  # of 255 levels
         raise ValueError("it shows nothing but paper")
+    border, ink, is_paper = _on_paper(luminance, paper)
+    if border < PAPER_BORDER:  # of a digit that is cut out, or the half in a shadow was taken for ink
+        without_shadow = _on_paper(luminance, paper + _shadow(luminance - paper))
+        if without_shadow[0] >= PAPER_BORDER and _stands_out(*without_shadow[1:]):
+            _, ink, is_paper = without_shadow
+    if not _stands_out(ink, is_paper):
+        raise ValueError("nothing stands out from its paper")
+    return ink, _above_threshold(ink)
+
+
+def _stands_out(ink: np.ndarray, is_paper: np.ndarray) -> bool:
+    return bool(ink[~is_paper].mean() - ink[is_paper].mean() >= MIN_SEPARATION * ink[is_paper].std())
+
+
+def _on_paper(luminance: np.ndarray, paper: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """The share of paper on the border, the ink relative to the paper, and which pixels are paper."""
     is_light = _above_threshold(luminance - paper)
     rows, columns = (is_light.mean(axis) for axis in (1, 0))
     inside = tuple(slice(_edge(share), len(share) - _edge(share[::-1])) for share in (rows, columns))
@@ -86,9 +110,7 @@ def _separate_ink(luminance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     nearby = total / (uniform_filter(is_paper.astype(float), window) + far)
     # Dark ink takes its share of whatever light there is.
     ink = (nearby - difference) / (paper + nearby).clip(1) if dark_ink else difference - nearby
-    if ink[~is_paper].mean() - ink[is_paper].mean() < MIN_SEPARATION * ink[is_paper].std():
-        raise ValueError("nothing stands out from its paper")
-    return ink, _above_threshold(ink)
+    return max(border.mean(), 1 - border.mean()), ink, is_paper
 
 
 def _trend(luminance: np.ndarray) -> np.ndarray:
@@ -103,6 +125,16 @@ def _trend(luminance: np.ndarray) -> np.ndarray:
         coefficients = np.linalg.lstsq(terms[near], values[near], rcond=None)[0]
         distance = np.abs(values - terms @ coefficients)
     return surface @ coefficients
+
+
+def _shadow(difference: np.ndarray) -> np.ndarray:
+    """What the edge of a shadow leaves of the paper's luminance minus its trend: the median around each pixel."""
+    some = tuple(slice(None, None, -(-side // 100)) for side in difference.shape)
+    levels = (difference[some] + 128).clip(0, 255).round().astype(np.uint8)
+    window = [max(1, round(SHADOW_WINDOW * side)) for side in levels.shape]
+    medians = median(np.pad(levels, [(side, side) for side in window], "symmetric"), np.ones(window, np.uint8))
+    inner = tuple(slice(side, side + length) for side, length in zip(window, levels.shape, strict=True))
+    return resize(medians[inner] - 128.0, difference.shape)
 
 
 def _above_threshold(values: np.ndarray) -> np.ndarray:

@@ -106,7 +106,8 @@ def classify(path: Path, checkpoint: Checkpoint, network: CNN, device: torch.dev
         if dataset in DIGITS and not is_stroke(image):
             raise ValueError("it shows a blot")
     except ValueError as error:
-        raise UserError(f"there is no digit in {path}: {error}; show one, darker or lighter than its ground") from error
+        advice = "show one digit, darker or lighter than its paper"
+        raise UserError(f"no single digit was found in {path}: {error}; {advice}") from error
     log_probs = log_probabilities(network, torch.from_numpy(image[None, None]).to(device), checkpoint.normalization)[0]
     if not log_probs.isfinite().all():
         raise UserError(f"the network computes no numbers, its training diverged; {INSTEAD}")

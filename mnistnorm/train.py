@@ -4,13 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from . import extras  # noqa: F401
 
 # isort: split
 from . import distributed
-from .cli import Parser, add_setting, add_training_flags, run_program, set_saved_defaults, settings_of
+from .cli import Parser, add_setting, add_training_flags, folder_flag, run_program, set_saved_defaults, settings_of
 from .engine import Settings
 from .run import default_out, load_run, prepare_run_folder, run_training
 from .threads import choose_threads
@@ -23,7 +22,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser("mnistnorm.train", description)
     add_setting(parser, "norm", "normalization (%(default)s)")
     add_setting(parser, "seed", "random seed (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/DATASET-NORM-LAYERS-seedN)")
+    parser.add_argument(
+        "--out", type=folder_flag, metavar="DIR", help="folder of the run (runs/DATASET-NORM-LAYERS-seedN)"
+    )
     group = parser.add_argument_group("several processes")
     add_setting(group, "sync_batch_norm", "take batch norm's statistics over all processes' parts of a batch")
     add_training_flags(parser)

@@ -25,7 +25,7 @@ from .parts import (
     stock_norm,
 )
 from .report import class_name
-from .tracing import Trace, Traces
+from .tracing import Trace, Traces, first_line
 
 _IDENTITY = Activation("identity")
 _OTHER_SIDE = "the sum behind it is fused with the norm on the other side"
@@ -81,6 +81,7 @@ class Chains:
         self.branches = set(trace.branches)
         self.modules = dict(trace.module.named_modules(remove_duplicate=False))
         self.found: dict[fx.Node, Match | NoChain] = {}
+        self.fused: set[str] = set()
         pending = list(self.graph.nodes)
         while pending:
             node = pending.pop()
@@ -273,6 +274,7 @@ class Chains:
             if isinstance(match, NoChain):
                 continue
             norm, residuals = match.nodes[0], match.residuals
+            self.fused.update(match.members)
             with self.graph.inserting_before(match.sums[-1] if match.sums else norm):
                 while len(residuals) > 1:
                     residuals[:2] = [self.graph.call_function(operator.add, tuple(residuals[:2]))]
@@ -296,7 +298,7 @@ def note_shapes(model: nn.Module, traces: Traces, example_inputs: tuple[Any, ...
         with torch.no_grad():
             scratch(*example_inputs)
     except Exception as error:
-        raise ValueError(f"the model does not run on example_inputs: {error}") from error
+        raise ValueError(f"the model does not run on example_inputs: {first_line(error.__cause__ or error)}") from error
 
 
 @dataclass

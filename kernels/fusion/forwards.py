@@ -31,13 +31,17 @@ class _Computation(NamedTuple):
 class TracedForward:
     """A forward in the place of another, for calls that are like the traced one, as long as the module's children stay.
 
+    `parts` are the paths of the modules that were fused, and their classes, which are known once these are converted.
+
     Made of the nodes of graphs, with numbers for those that they refer to: pickle would recurse through the nodes.
     Where the forward branches on training flags there are two graphs, for when all of these are off and on; without one
     of them that mode has the original forward.
     """
 
-    def __init__(self, call: Call, children: list[str], branches: list[str], graphs: list[Any]) -> None:
-        self.call, self.children, self.branches, self.graphs = call, children, branches, graphs
+    def __init__(
+        self, call: Call, children: list[str], parts: dict[str, type], branches: list[str], graphs: list[Any]
+    ) -> None:
+        self.call, self.children, self.parts, self.branches, self.graphs = call, children, parts, branches, graphs
         self.compute = [graph and _Computation(_generate(graph[0]), *graph[1:]) for graph in graphs]
 
     @classmethod
@@ -48,12 +52,13 @@ class TracedForward:
             each and (_steps(each.graph), each.trace.structure, each.trace.changed, each.trace.is_single)
             for each in (chains if branches else made[:1])
         ]
-        return cls(made[0].trace.call, list(module._modules), branches, graphs)
+        parts: dict[str, type] = dict.fromkeys(sorted(set().union(*(each.fused for each in made))), nn.Module)
+        return cls(made[0].trace.call, list(module._modules), parts, branches, graphs)
 
     def __call__(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
         compute = self.compute[0] if not self.branches else self._of_mode(module)
         tensors = self.call.tensors(args, kwargs)
-        if compute is None or tensors is None or list(module._modules) != self.children:
+        if compute is None or tensors is None or not self._fits(module):
             return original(module, *args, **kwargs)
         leaves = compute.function(module, *tensors)
         if compute.is_single:
@@ -64,6 +69,14 @@ class TracedForward:
             argument[:] = value
         return pytree.tree_unflatten(leaves[:count], compute.structure)
 
+    def _fits(self, module: nn.Module) -> bool:
+        """Whether the module has the children that it had when it was fused."""
+        try:
+            parts = [(operator.attrgetter(path)(module), kind) for path, kind in self.parts.items()]
+        except AttributeError:
+            return False
+        return list(module._modules) == self.children and all(isinstance(part, kind) for part, kind in parts)
+
     def _of_mode(self, module: nn.Module) -> "_Computation | None":
         modes = {operator.attrgetter(flag)(module) for flag in self.branches}
         return self.compute[int(True in modes)] if len(modes) == 1 else None
@@ -72,7 +85,7 @@ class TracedForward:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TracedForward, (self.call, self.children, self.branches, self.graphs)
+        return TracedForward, (self.call, self.children, self.parts, self.branches, self.graphs)
 
 
 def _steps(graph: fx.Graph) -> list[tuple[str, Any, Any, Any]]:
@@ -93,6 +106,7 @@ def _generate(steps: list[tuple[str, Any, Any, Any]]) -> Any:
 
 def put_forward(module: nn.Module, forward: TracedForward) -> None:
     """Makes the module compute `forward`. Its class becomes one that is derived from its own."""
+    forward.parts.update((path, type(module.get_submodule(path))) for path in forward.parts)
     if "traced_forward" not in vars(module):
         module.__class__ = _with_traced_forward(type(module))
     vars(module)["traced_forward"] = forward

@@ -49,7 +49,11 @@ class FusionReport:
     def __str__(self) -> str:
         summed = sum(chain.residual for chain in self.fused)
         first = [f"fused {len(self.fused)} of {self.chains} norm-activation chains, {summed} with a sum"]
-        texts = {"no activation": "without an activation", "already fused": "already fused", "unknown": "not traced"}
+        texts = {
+            "no activation": "without a known activation",
+            "already fused": "already fused",
+            "unknown": "not traced",
+        }
         for status, text in texts.items():
             count = sum(norm.status == status for norm in self.left)
             first += [f"{count} norm{'s' * (count != 1)} {text}"] if count else []

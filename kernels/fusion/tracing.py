@@ -23,7 +23,7 @@ from .report import class_name
 
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_ASKS = "it asks for the type of a value"
+_ASKS = "it, or a function that it calls, asks for the type of a value"
 CALLS_DIFFER = "it is called with different arguments"
 _TENSOR_LAYERS = (*NORMS, nn.modules.conv._ConvNd, nn.Linear, nn.modules.dropout._DropoutNd)
 _CHANGED = object()  # replaces what a call put into an argument of its caller: a trace that uses it fails
@@ -173,6 +173,9 @@ class _Proxy(fx.Proxy):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
+    def __repr__(self) -> str:
+        raise Untraceable("it makes text of a value, which a trace would do once")
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):  # such as data: no trace would show it
             raise Untraceable("it changes an attribute of a value")
@@ -269,7 +272,11 @@ class _Tracer(fx.Tracer):
             raise Untraceable("it has a generator of random numbers")
         self.note(call.problem)
         if type(module).__reduce__ is not object.__reduce__:  # such as a GraphModule
-            self.note(f"{class_name(module)} copies itself in its own way")
+            self.note(
+                "it is a GraphModule: fuse the model that it was made of"
+                if isinstance(module, fx.GraphModule)
+                else f"{class_name(module)} copies itself in its own way"
+            )
         code = getattr(type(module).forward, "__code__", None)
         if code is not None and "type" in code.co_names:
             self.note(_ASKS)
@@ -287,6 +294,8 @@ class _Tracer(fx.Tracer):
             gc.collect()  # of proxies that only refer to each other
         for node in stored:
             node.meta["stored"] = True
+        if any(node.op.startswith("call") for node in stored):
+            self.note("it keeps a value")
         for node in reversed(graph.nodes):
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
@@ -342,7 +351,7 @@ class _Tracer(fx.Tracer):
         if obj.node.op == "get_attr" and str(obj.node.target).rpartition(".")[2] == "training":
             self.branches.add(str(obj.node.target))
             return self.traces.mode
-        return super().to_bool(obj)
+        raise Untraceable("it branches on a value or a shape")
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is not _Proxy:
@@ -449,6 +458,6 @@ def _context() -> tuple[Any, ...]:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What to say of an error in a report."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

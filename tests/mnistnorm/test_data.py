@@ -144,15 +144,20 @@ def test_another_mnist_in_a_data_folder_is_refused(few_digits: list[str], tmp_pa
 
 def test_a_failing_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.datasets.KMNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
-    with pytest.raises(UserError, match="data has no files of kmnist, and they cannot be downloaded") as failure:
-        load_dataset("kmnist", tmp_path / "data")
+    with pytest.raises(
+        UserError, match=r"has no files of kmnist, and they cannot be downloaded.*--data-dir"
+    ) as failure:
+        load_dataset("kmnist", tmp_path)
     assert "\n" not in str(failure.value)
 
 
-def test_a_data_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mnist", "kmnist"])
+def test_a_data_folder_that_is_none_is_said_to_be_none(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"no files of kmnist, and they cannot be downloaded.*--data-dir"):
-        load_dataset("kmnist", tmp_path / "file")
+    for folder in (tmp_path / "file", tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"there is no folder {folder}: name one with the files of {name}, or one"):
+            load_dataset(name, folder)
+    assert not (tmp_path / "missing").exists()
 
 
 def test_qmnist_labels_are_the_first_of_its_columns(mnist: Dataset, tmp_path: Path) -> None:

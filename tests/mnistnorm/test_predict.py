@@ -94,6 +94,20 @@ def in_a_shadow(digit: np.ndarray) -> np.ndarray:
     return sheet(digit) * (1 - 0.2 / (1 + np.exp(-12 * (X + Y - 0.3))))
 
 
+def in_a_deep_shadow(digit: np.ndarray) -> np.ndarray:
+    return sheet(digit) * (1 - 0.4 / (1 + np.exp(-12 * (X + Y - 0.3))))
+
+
+def in_a_hard_shadow(digit: np.ndarray) -> np.ndarray:
+    return sheet(digit) * (1 - 0.3 * (0.5 + 30 * (X + Y - 0.1)).clip(0, 1))
+
+
+def in_a_shadow_with_specks_and_noise(digit: np.ndarray) -> np.ndarray:
+    paper = in_a_shadow(digit)
+    paper[3, 5] = paper[190, 20] = 40
+    return paper + np.random.default_rng(0).normal(0, 4, paper.shape)
+
+
 def with_a_vignette(digit: np.ndarray) -> np.ndarray:
     return sheet(digit) * (1 - 0.5 * (X**2 + Y**2) / 2)
 
@@ -126,8 +140,8 @@ def light_on_dark(digit: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "drawn",
     [
-        *(in_a_shadow, with_a_vignette, with_two_dark_edges, with_dark_edges_all_around),
-        *(with_a_speck, with_many_specks, light_on_dark),
+        *(in_a_shadow, in_a_deep_shadow, in_a_hard_shadow, with_a_vignette, with_two_dark_edges),
+        *(with_dark_edges_all_around, with_a_speck, with_many_specks, in_a_shadow_with_specks_and_noise, light_on_dark),
     ],
 )
 def test_what_else_a_sheet_shows_does_not_change_the_digit(
@@ -154,8 +168,8 @@ def pair(axis: int) -> Callable[[np.ndarray], np.ndarray]:
 @pytest.mark.parametrize(
     ("drawn", "message"),
     [
-        (pair(0), "it shows 2 separate shapes; show one"),
-        (pair(1), "it shows 2 separate shapes; show one"),
+        (pair(0), "it shows 2 separate shapes; show one digit"),
+        (pair(1), "it shows 2 separate shapes; show one digit"),
         (lambda digit: random(30, 0.1), "nothing stands out from its paper"),
         (lambda digit: random(300, 8), "nothing stands out from its paper"),
         (lambda digit: np.where(X**2 + Y**2 < 0.2, 20, 230), "it shows a blot"),
@@ -177,7 +191,7 @@ def test_other_pictures_are_not_guessed(
     assert predict.main([str(checkpoint), str(path)]) == 1
     printed, error = capsys.readouterr()
     assert printed == ""
-    assert error.startswith(f"error: there is no digit in {path}: ")
+    assert error.startswith(f"error: no single digit was found in {path}: ")
     assert message in error
     assert error.count("\n") == 1
 
@@ -330,11 +344,11 @@ def test_the_program_prints_digit_and_probability(
         (b"", "cannot read the image .*: it is not an image, or is truncated"),
         (b"just text", "cannot read the image .*: it is not an image, or is truncated"),
         ("truncated", "cannot read the image .*: it is not an image, or is truncated"),
-        ("blank", "there is no digit in .*: it shows nothing but paper"),
+        ("blank", "no single digit was found in .*: it shows nothing but paper"),
         ("infinite", "cannot read the image .*: some of its values are infinite or not numbers; save it"),
         ("not numbers", "cannot read the image .*: some of its values are infinite or not numbers; save it"),
         ("too large", "cannot read the image .*: it is too large; reduce it"),
-        ("slanting light", "there is no digit in .*: it shows nothing but paper"),
+        ("slanting light", "no single digit was found in .*: it shows nothing but paper"),
     ],
 )
 def test_an_image_that_is_none_is_one_line(

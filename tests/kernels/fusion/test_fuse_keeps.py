@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import random
 import weakref
 from functools import partial
@@ -282,7 +283,7 @@ def test_a_feature_extractor_keeps_its_mode_and_its_class(training):
     x = image()
     expected = copy.deepcopy(inner[:3].train(training))(x)
     model = fuse(stock)
-    assert "copies itself in its own way" in model.fusion_report.left[0].reason
+    assert "it is a GraphModule: fuse the model that it was made of" in model.fusion_report.left[0].reason
     assert (model.training, model.note) == (training, "kept")
     torch.testing.assert_close(model(x)["2"], expected)
     model.train(not training)
@@ -324,6 +325,18 @@ def test_a_sequence_that_changes_afterwards(kind):
     model.append(nn.Tanh())
     torch.testing.assert_close(model(x), unfuse(model)(x))
     assert not torch.equal(model(x), whole)
+
+
+@pytest.mark.parametrize(("index", "other"), [(2, nn.Tanh()), (2, nn.Identity()), (1, nn.GroupNorm(2, 4).double())])
+def test_a_part_that_is_replaced_afterwards(index, other):
+    torch.manual_seed(0)
+    stock = (
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()).double().eval()
+    )
+    model, x = fuse(stock), image()
+    model[index] = stock[index] = other
+    for each in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(each(x), stock(x))
 
 
 def test_fuse_keeps_no_model_alive():

@@ -1,6 +1,7 @@
 """fuse leaves alone what is not certain, and says why."""
 
 import copy
+import logging
 import random
 import re
 from types import SimpleNamespace
@@ -380,6 +381,22 @@ def replaced_forward():
     return model
 
 
+KEPT: list[torch.Tensor] = []
+
+
+class LooksAt(Chains):
+    """Hands its value to a function that computes nothing of it."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x)))
+        self.function(x)
+        return x
+
+
 LEFT = [
     (UsedTwice, "used 2 times"),
     (UsedTwiceInTraining, "used 2 times"),
@@ -400,7 +417,7 @@ LEFT = [
     (NoGrad, "another grad mode"),
     (
         Checkpointed,
-        "cannot be (rewritten: it (runs a part under|asks for the type)|traced: it applies an autograd Function)",
+        "cannot be (rewritten: it.* (runs a part under|asks for the type)|traced: it applies an autograd Function)",
     ),
     (SavedElsewhere, "saved-tensor hook"),
     (Autocast, "autocast"),
@@ -439,7 +456,11 @@ LEFT = [
     (replaced_relu, "followed by 2 .torch.nn.ReLU."),
     (Counter, "changes attributes"),
     (OwnTensor, "makes a tensor"),
-    (DataDependent, "cannot be traced: symbolically traced variables"),
+    (lambda: LooksAt(lambda x: KEPT.append(x)), "keeps a value"),
+    (lambda: LooksAt(print), "makes text of a value"),
+    (lambda: LooksAt(lambda x: logging.getLogger().warning("shape %s", x.shape)), "makes text of a value"),
+    (lambda: LooksAt(lambda x: f"{x.shape}"), "makes text of a value"),
+    (DataDependent, "cannot be traced: it branches on a value or a shape"),
     (replaced_forward, "replaced on the instance"),
     (lambda: sequence(nn.BatchNorm2d(4), nn.ELU()), "followed by 2 .torch.nn.ELU."),
     (lambda: sequence(nn.BatchNorm2d(4), nn.Dropout2d(0.0), nn.ReLU()), "followed by 2 .torch.nn.Dropout2d."),
@@ -558,7 +579,7 @@ class Calls(nn.Module):
 @pytest.mark.parametrize(
     ("network", "expected_counts", "reason"),
     [
-        (lambda: Recursive(2), (2, 0, 1), "symbolically traced variables cannot be used"),
+        (lambda: Recursive(2), (2, 0, 1), "it branches on a value or a shape"),
         (Calls, (0, 0, 3), "argument of type"),
     ],
     ids=["recursive", "called with an object"],
