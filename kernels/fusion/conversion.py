@@ -49,9 +49,9 @@ def fuse(
     the rest was not. Python values that forwards read, other than `training` and tensors, must stay as they are.
 
     A forward that has a chain is replaced by a traced one, for calls like the traced one: other values of arguments
-    with a default take the original forward, and so does a module that children were added to or removed from. Sums are
-    fused where both sides have the same shape and dtype, which each call checks. A dropout in a chain keeps its p and
-    follows the norm's mode. Under CUDA's autocast stock layer and group norms return float32, fused ones the input's
+    with a default take the original forward, and so does a module that children were added to or removed from, or whose
+    fused parts were replaced. Sums are fused where both sides have the same shape and dtype, which each call checks. A
+    dropout in a chain keeps its p and follows the norm's mode. Under CUDA's autocast stock layer and group norms return float32, fused ones the input's
     dtype. No other thread may run a model meanwhile: torch.fx patches nn.Module. See docs/fuse.md.
 
     Args:
