@@ -51,8 +51,9 @@ def fuse(
     A forward that has a chain is replaced by a traced one, for calls like the traced one: other values of arguments
     with a default take the original forward, and so does a module that children were added to or removed from, or whose
     fused parts were replaced. Sums are fused where both sides have the same shape and dtype, which each call checks. A
-    dropout in a chain keeps its p and follows the norm's mode. Under CUDA's autocast stock layer and group norms return float32, fused ones the input's
-    dtype. No other thread may run a model meanwhile: torch.fx patches nn.Module. See docs/fuse.md.
+    dropout in a chain keeps its p and follows the norm's mode. Under CUDA's autocast stock layer and group norms return
+    float32, fused ones the input's dtype. No other thread may run a model meanwhile: torch.fx patches nn.Module. See
+    docs/fuse.md.
 
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.
