@@ -292,13 +292,15 @@ class Chains:
 def note_shapes(model: nn.Module, traces: Traces, example_inputs: tuple[Any, ...]) -> None:
     """Runs the model, and writes the shapes of its values into the traces of its forwards."""
     scratch = scratch_copy(model)
-    for traced, module in zip(traces.paths, scratch.modules(), strict=True):
-        module.register_forward_pre_hook(_Shapes(traces.get(traced)), with_kwargs=True)
     try:
         with torch.no_grad():
-            scratch(*example_inputs)
+            scratch(*example_inputs)  # without ShapeProp, which prints a traceback where this fails
     except Exception as error:
-        raise ValueError(f"the model does not run on example_inputs: {first_line(error.__cause__ or error)}") from error
+        raise ValueError(f"the model does not run on example_inputs: {first_line(error)}") from error
+    for traced, module in zip(traces.paths, scratch.modules(), strict=True):
+        module.register_forward_pre_hook(_Shapes(traces.get(traced)), with_kwargs=True)
+    with torch.no_grad():
+        scratch(*example_inputs)
 
 
 @dataclass

@@ -458,6 +458,6 @@ def _context() -> tuple[Any, ...]:
     )
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: Exception) -> str:
     """What to say of an error in a report."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -230,13 +230,12 @@ def test_formulas_at_the_size_of_the_network(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_resident_plan_is_chosen_and_moves_little_else(norm, shape):
     chain = Chain(norm, shape, groups=4)
-    phases = counting.launches(counting.fused(chain, SM_90))
-    forward, backward = phases.values()
+    phases = counting.fused(chain, SM_90)
+    forward, backward = counting.launches(phases).values()
     assert (launched(forward), launched(backward)) == launches_of(norm, "resident")
     assert passes(forward, chain) == (FORWARD, {"y_ptr": 1})
     assert passes(backward, chain) == (BACKWARD, {"dx_ptr": 1})
     activations = others = 0
-    phases = counting.fused(chain, SM_90)
     for kernel in (*phases["forward"], *phases["backward"]):
         for name, moved in (*kernel.reads.items(), *kernel.writes.items()):
             if name in LARGE_TENSORS:
