@@ -504,9 +504,7 @@ def test_a_sum_that_broadcasts_on_the_example_is_left_alone(capsys):
     assert [chain.norm for chain in report.fused] == ["norm1"]
     assert "broadcasts (3, 4, 5, 7) and (3, 4, 1, 1)" in report.left[0].reason
     assert len(fuse(Sum(), example_inputs=(torch.randn(IMAGE),)).fusion_report.fused) == 2
-    with pytest.raises(
-        ValueError, match="does not run on example_inputs: Given groups=1.* but got 1 channels"
-    ) as failure:
+    with pytest.raises(ValueError, match=r"on example_inputs: Given groups=1.* but got 1 channels") as failure:
         fuse(Sum(), example_inputs=(torch.randn(1, 1, 1, 1),))
     assert "\n" not in str(failure.value)
     assert capsys.readouterr() == ("", "")
