@@ -55,8 +55,10 @@ def merge_moments(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three moments of the whole from those of its parts, [3, parts, channels] (Chan, Golub & LeVeque 1979)."""
     counts, means, m2s = parts
     total = counts.sum(0)
-    mean = (counts * means).sum(0) / total.clamp(min=1)
-    return total, mean, (m2s + counts * (means - mean).square()).sum(0)
+    first = means[0]  # relative to which no sum of large means overflows or loses digits
+    mean = first + (counts / total.clamp(min=1) * (means - first)).sum(0)
+    delta = means - mean
+    return total, mean, (m2s + counts * delta * delta).sum(0)  # 0 * delta first: an infinite square would give NaN
 
 
 def batch_statistics(moments: Tensor, count: int, process_group: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="checks the code that Triton 3.8 generates"))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in each test, whichever ran before it in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> Iterator[str]:
     """Where kernels run: a GPU, or a CPU with the interpreter, which then also raises what a GPU would not forgive."""

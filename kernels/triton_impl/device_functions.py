@@ -88,9 +88,16 @@ def divide(dividend, divisor):
 
 
 @triton.jit
+def slab_mean(values, weights, count, PER_CHANNEL: tl.constexpr):
+    """The sum of values * weights over a slab, divided by count. A sum of large values stays finite in larger units."""
+    unit: tl.constexpr = 2.0**40  # a power of two rounds nothing
+    return divide(slab_sum(values * (1.0 / unit) * weights, PER_CHANNEL), count * (1.0 / unit))
+
+
+@triton.jit
 def tile_statistics(x, mask, count, PER_CHANNEL: tl.constexpr):
     """Mean and sum of squared deviations of the `count` elements that a tile holds of each slab, in two passes."""
-    mean = divide(slab_sum(x, PER_CHANNEL), count)
+    mean = slab_mean(x, 1.0, count, PER_CHANNEL)
     deviation = tl.where(mask, x - mean, 0.0)
     return mean, slab_sum(deviation * deviation, PER_CHANNEL)
 
@@ -101,16 +108,17 @@ def merge_statistics(count, mean, m2, other_count, other_mean, other_m2):
     total = count + other_count
     delta = other_mean - mean
     mean += delta * (other_count / total)
-    m2 += other_m2 + delta * delta * (count * other_count / total)
+    # In this order: a count of 0 adds nothing, even where the square of delta is infinite.
+    m2 += other_m2 + delta * (count * other_count / total) * delta
     return total, mean, m2
 
 
 @triton.jit
 def merge_partials(count, mean, m2, total, PER_CHANNEL: tl.constexpr):
     """`merge_statistics` of the tile of all partials of each slab at once; a count of 0 adds nothing."""
-    merged_mean = divide(slab_sum(count * mean, PER_CHANNEL), total)
+    merged_mean = slab_mean(mean, count, total, PER_CHANNEL)
     delta = mean - merged_mean
-    return merged_mean, slab_sum(m2 + count * (delta * delta), PER_CHANNEL)
+    return merged_mean, slab_sum(m2 + count * delta * delta, PER_CHANNEL)
 
 
 @triton.jit

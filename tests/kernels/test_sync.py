@@ -213,6 +213,16 @@ def test_merged_moments_survive_a_large_mean():
     torch.testing.assert_close(m2.double() / 150, whole.var(0, correction=0), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_merged_moments_of_huge_means_are_finite(size):
+    means = torch.tensor([[size, size / 2], [size / 2, size], [0.0, 0.0]])
+    counts = torch.tensor([[100.0, 50.0], [100.0, 100.0], [0.0, 0.0]])  # of the last part, which is empty
+    count, mean, m2 = sync.merge_moments(torch.stack([counts, means, torch.zeros(3, 2)]))
+    torch.testing.assert_close(count, torch.tensor([200.0, 150.0]))
+    torch.testing.assert_close(mean, torch.tensor([0.75 * size, size * 5 / 6]))
+    assert m2.isposinf().all()
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_whole_and_once_more_for_other_batch_sizes(impl, group, device):
     counter = CompileCounterWithBackend("aot_eager")

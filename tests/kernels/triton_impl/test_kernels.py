@@ -325,6 +325,20 @@ def test_statistics_survive_a_large_mean(norm, plan, device):
     torch.testing.assert_close(problem.backward()[0].double(), gradients[0], rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("size", [1e20, 1e38])  # whose squares overflow, and whose sums
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("norm", SMALL, ids=str)
+def test_a_variance_beyond_float32_gives_zero(norm, plan, size, device):
+    problem = Problem(norm, device, torch.float32, plan=plan, activation="identity", residual=False)
+    problem.x.copy_(problem.x.clamp(-1.5, 1.5) + 1.8).mul_(size)
+    problem.bias.fill_(0.25)
+    assert (problem.forward() == 0.25).all()
+    assert not problem.backward()[0].any()
+    if norm.name == "batch":
+        assert problem.running[0].isfinite().all()
+        assert problem.running[1].isposinf().all()
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("norm", SMALL, ids=str)
 def test_no_gradient_at_exactly_zero(norm, plan, device):
