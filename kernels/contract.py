@@ -83,8 +83,11 @@ class Operation(ABC):
         self.input_strides, self.dtype = input.stride(), statistics_dtype(input)
 
     @abstractmethod
-    def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns the output and the statistics for backward; updates `buffers`. The seed decides what is dropped."""
+    def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Returns the output and the statistics for backward, None where it takes none; updates `buffers`.
+
+        The seed decides what is dropped.
+        """
 
     @abstractmethod
     def backward(self, needs: Needs, seed: Seed, grad_output: Tensor, saved: Saved) -> Gradients:

@@ -78,7 +78,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     operation = prepare("triton", norm, epilogue, inputs, buffers)
     output, (statistics,) = operation.forward(inputs, buffers, 0 if seed is None else seed)
     pair = _pair(norm, input)
-    if pair.length != pair.second:  # torch may compare whole outputs, and there is nothing in the gaps
+    if pair is None or statistics is None:
+        statistics = mean.new_empty(0)
+    elif pair.length != pair.second:  # torch may compare whole outputs, and there is nothing in the gaps
         statistics[pair.length : pair.second] = 0
         statistics[pair.second + pair.length :] = 0
     return output, statistics, mean.clone(), var.clone()
@@ -86,7 +88,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _fake_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     norm, _ = _unflat(arguments[6:])
-    statistics = input.new_empty(_pair(norm, input).size, dtype=statistics_dtype(input))
+    pair = _pair(norm, input)
+    statistics = input.new_empty(0 if pair is None else pair.size, dtype=statistics_dtype(input))
     channels = input.shape[1] if isinstance(norm, BatchNorm) and norm.use_batch_stats else 0
     return torch.empty_like(_dense(norm, input)), statistics, *(statistics.new_empty(channels) for _ in range(2))
 
@@ -151,10 +154,13 @@ def _fake_backward(grad_output: Tensor, input: Tensor, weight: Any, bias: Any, *
     ]
 
 
-def _pair(norm: Norm, input: Tensor) -> "Pair":
-    """Where the mean and rstd of each slab lie in the statistics."""
+def _pair(norm: Norm, input: Tensor) -> "Pair | None":
+    """Where the mean and rstd of each slab lie in the statistics; None where none are saved."""
     from ..triton_impl.launches import Pair  # not at the top: importing it imports Triton
+    from ..triton_impl.plans import saves_statistics
 
+    if not saves_statistics(norm, input.element_size()):
+        return None
     return Pair.of(0, prod(norm.statistics_shape(input)), statistics_dtype(input))
 
 

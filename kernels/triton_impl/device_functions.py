@@ -122,6 +122,11 @@ def merge_partials(count, mean, m2, total, PER_CHANNEL: tl.constexpr):
 
 
 @triton.jit
+def rstd_of(variance, eps):
+    return tl.rsqrt(variance + tl.cast(eps, variance.dtype))
+
+
+@triton.jit
 def normalize(x, mean, rstd):
     return (x - mean) * rstd
 

@@ -159,10 +159,11 @@ def update_running(running_ptr, value, momentum, mask):
 
 @triton.jit
 def store_statistics(mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, mask, mean, m2, count, eps, momentum):
-    """Stores mean and rstd for backward and updates the running statistics; returns rstd."""
-    rstd = tl.rsqrt(m2 / count + tl.cast(eps, mean.dtype))
-    tl.store(mean_ptr + slab, mean, mask=mask)
-    tl.store(rstd_ptr + slab, rstd, mask=mask)
+    """Stores mean and rstd, unless backward computes them again; updates the running statistics; returns rstd."""
+    rstd = device.rstd_of(m2 / count, eps)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + slab, mean, mask=mask)
+        tl.store(rstd_ptr + slab, rstd, mask=mask)
     if running_mean_ptr is not None:
         update_running(running_mean_ptr + slab, mean, momentum, mask)
     if running_var_ptr is not None:
@@ -259,7 +260,7 @@ def forward_kernel(
     PARAMETER: tl.constexpr,
 ):
     """The output, from statistics of the tile ("resident"), of the partials ("split") or given ("none"): 1R + 1W."""
-    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -284,7 +285,7 @@ def forward_kernel(
             )
         if REDUCTION == "none":
             mean = device.load(running_mean_ptr, slab, slab_mask, dtype)
-            rstd = tl.rsqrt(device.load(running_var_ptr, slab, slab_mask, dtype) + tl.cast(eps, dtype))
+            rstd = device.rstd_of(device.load(running_var_ptr, slab, slab_mask, dtype), eps)
             tl.store(mean_ptr + slab, mean, mask=is_first)
             tl.store(rstd_ptr + slab, rstd, mask=is_first)
 
@@ -320,7 +321,7 @@ def forward_kernel(
 @triton.jit
 def load_gradient(
     dy_ptr,
-    x_ptr,
+    x,
     kept_ptr,
     place,
     sizes,
@@ -346,7 +347,7 @@ def load_gradient(
     mask = device.element_mask(place, sizes)
     offset = device.element_offset(place, sizes, CHANNELS_LAST)
     gradient = device.load(dy_ptr, offset, mask, dtype)
-    xhat = device.normalize(device.load(x_ptr, offset, mask, dtype), mean, rstd)
+    xhat = device.normalize(x, mean, rstd)
     if DROPOUT:
         keep = device.dropout_keep(seed, dropout_threshold, place, sizes, ELEMENTWISE_AFFINE)
     if ACTIVATION != "identity":
@@ -414,11 +415,13 @@ def gradient_sums_kernel(
     for tile in range(first_tile, tiles, splits):
         row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS, PER_CHANNEL)
         place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        mask = device.element_mask(place, sizes)
+        x = device.load(x_ptr, device.element_offset(place, sizes, CHANNELS_LAST), mask, dtype)
         parameter, parameter_mask = device.parameter_index(place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
         weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
         bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
         _, gradient, xhat = load_gradient(
-            *(dy_ptr, x_ptr, kept_ptr, place, sizes, mean, rstd, weight, bias),
+            *(dy_ptr, x, kept_ptr, place, sizes, mean, rstd, weight, bias),
             *(dropout_threshold, dropout_scale, seed),
             *(CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, ACTIVATION, PARAMETER, KEPT),
         )
@@ -454,6 +457,7 @@ def backward_kernel(
     slab_blocks,
     row_programs,
     splits,
+    eps: tl.float64,
     dropout_threshold: tl.uint32,
     dropout_scale: tl.float64,
     first_slab_block,
@@ -474,10 +478,11 @@ def backward_kernel(
 ):
     """The gradients, with sums over the tile ("resident"), over the partials ("split") or left out ("none"): 2R + 1W.
 
+    Without saved statistics, which only a resident plan allows, they are those of the tile, as in the forward.
     dweight and dbias are [partial, parameter]: one row for each program that sums other elements of the same parameter;
     `parameter_sums_kernel` adds the rows up.
     """
-    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -506,14 +511,18 @@ def backward_kernel(
         place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
         mask = device.element_mask(place, sizes)
         offset = device.element_offset(place, sizes, CHANNELS_LAST)
-        if not PER_CHANNEL:
+        x = device.load(x_ptr, offset, mask, dtype)
+        if mean_ptr is None:
+            mean, m2 = device.tile_statistics(x, mask, count, PER_CHANNEL)
+            rstd = device.rstd_of(m2 / count, eps)
+        elif not PER_CHANNEL:
             slab, slab_mask, slabs = slabs_at(row_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, False)
             mean = device.load(mean_ptr, slab, slab_mask, dtype)
             rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
             if REDUCTION == "split":
                 gradient_sum, product_sum = load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype, False)
         residual_gradient, gradient, xhat = load_gradient(
-            *(dy_ptr, x_ptr, kept_ptr, place, sizes, mean, rstd, weight, bias),
+            *(dy_ptr, x, kept_ptr, place, sizes, mean, rstd, weight, bias),
             *(dropout_threshold, dropout_scale, seed),
             *(CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, ACTIVATION, PARAMETER, KEPT),
         )

@@ -84,7 +84,8 @@ class Launch:
         run, fixed = direct
         if self.pair is not None:
             position, _, _, distance = self.pair
-            addresses.insert(position + 1, tensors[position].data_ptr() + distance)  # type: ignore[union-attr]
+            first = addresses[position]
+            addresses.insert(position + 1, None if first is None else first + distance)
         stream = triton.runtime.driver.active.get_current_stream(self.device.index)
         run(*self.grid, stream, *fixed, *addresses, *self.sizes, *varying, *self._constexprs)
 
@@ -97,8 +98,8 @@ class Launch:
         """The kernel's positional arguments: `kernel.warmup(*arguments, grid=grid, **constants)` only compiles it."""
         if self.pair is not None:
             position, both = self.pair.position, tensors[self.pair.position]
-            assert both is not None
-            tensors = (*tensors[:position], *self.pair.unbind(both), *tensors[position + 1 :])
+            two = (None, None) if both is None else self.pair.unbind(both)
+            tensors = (*tensors[:position], *two, *tensors[position + 1 :])
         return (*tensors, *self.sizes, *varying)
 
 

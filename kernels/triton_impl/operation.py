@@ -16,7 +16,7 @@ from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved, See
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm
 from .kernels import backward_kernel, forward_kernel, gradient_sums_kernel, parameter_sums_kernel, statistics_kernel
 from .launches import Launch, Pair, current_target, device_memory, is_current, made_current
-from .plans import Kind, Plan, make_plan, parameter_sums_plan
+from .plans import Kind, Plan, make_plan, parameter_sums_plan, saves_statistics
 
 
 class TritonOperation(Operation):
@@ -57,6 +57,7 @@ class TritonOperation(Operation):
         self._plan: Kind | None = plan if self.group is None else "split"
         self._statistics_shape = norm.statistics_shape(input)
         self.statistics = Pair.of(5, self.geometry.slabs, self.dtype)  # mean and rstd of each slab
+        self.saves_statistics = plan == "split" or saves_statistics(norm, self._itemsize)
         self._forward = _Forward(self, reduces=self.reduces and self.group is None)
         self._moments = None
         if self.group is not None:
@@ -76,7 +77,7 @@ class TritonOperation(Operation):
             memory=self._memory,
         )
 
-    def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         if self._index is not None and not is_current(self.device):
             with made_current(self.device):
                 return self.forward(inputs, buffers, seed)
@@ -164,7 +165,7 @@ class _Forward:
 
     def __init__(self, operation: TritonOperation, *, reduces: bool) -> None:
         plan = operation.make_plan(backward=False, reduces=reduces)
-        self._size, self._dtype = operation.statistics.size, operation.dtype
+        self._size, self._dtype = operation.statistics.size if operation.saves_statistics else None, operation.dtype
         self._statistics = _Statistics(operation, plan) if plan.reduction == "split" else None
         self._first_slab_blocks = plan.first_slab_blocks
         fixed = (
@@ -181,11 +182,11 @@ class _Forward:
 
     def run(
         self, inputs: Inputs, running: tuple[Any, ...], momentum: float | Tensor, seed: Seed
-    ) -> tuple[Tensor, tuple[Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor | None]]:
         input = inputs[0]
         partials = None if self._statistics is None else self._statistics.partials(input)
         output = torch.empty_like(input)
-        statistics = input.new_empty(self._size, dtype=self._dtype)
+        statistics = None if self._size is None else input.new_empty(self._size, dtype=self._dtype)
         number, seed_tensor = (seed, None) if isinstance(seed, int) else (0, seed)  # the kernels prefer a tensor
         tensors = (*inputs, output, statistics, *running, partials, seed_tensor)
         for first in self._first_slab_blocks:
@@ -201,9 +202,10 @@ class _Backward:
     def __init__(self, operation: TritonOperation, needs: Needs) -> None:
         geometry, device, statistics = operation.geometry, operation.device, operation.statistics
         self._operation, self._needs, self._group = operation, needs, operation.group
-        plan = operation.make_plan(backward=True, reduces=operation.reduces and needs[0])
+        reduces = operation.reduces and (needs[0] or not operation.saves_statistics)
+        plan = operation.make_plan(backward=True, reduces=reduces)
         sizes, constants = _sizes(operation, plan), {**plan.constants, **operation.constants, "KEPT": operation.keeps}
-        self._splits, self._slabs = plan.splits, geometry.slabs
+        self._splits, self._slabs, self._dtype = plan.splits, geometry.slabs, operation.dtype
         self._first_slab_blocks = plan.first_slab_blocks
         self._sums: Launch | None = None
         splits = plan.splits
@@ -212,7 +214,7 @@ class _Backward:
             self._sums = Launch(gradient_sums_kernel, plan.slab_blocks * splits, fixed, constants, device, statistics)
             splits = splits if self._group is None else 1  # the sums over all processes
         constants = {**constants, "REDUCTION": plan.reduction}
-        more = operation.geometry.slab_size, plan.slab_blocks, plan.row_programs, splits, *operation.dropout
+        more = geometry.slab_size, plan.slab_blocks, plan.row_programs, splits, operation.norm.eps, *operation.dropout
         self._launch = Launch(backward_kernel, plan.programs, (*sizes, *more), constants, device, statistics)
         self._parameter_sums: Launch | None = None
         if plan.parameter_partials > 1 and (needs[1] or needs[2]):
@@ -224,9 +226,9 @@ class _Backward:
     def run(self, seed: Seed, grad_output: Tensor, saved: Saved) -> Gradients:
         operation = self._operation
         input, weight, bias, statistics, *_ = saved
+        statistics = statistics if operation.saves_statistics else None  # for an operator, a tensor of no elements
         kept = saved[4] if operation.keeps else None
         assert input is not None
-        assert statistics is not None
         if operation.copies:
             input, _ = as_dense(input, operation.norm.leading(input))
             weight, bias = _contiguous(weight), _contiguous(bias)
@@ -241,12 +243,13 @@ class _Backward:
         grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
         weight_sums, bias_sums, partials = grad_weight, grad_bias, None
         if self._parameter_sums is not None:
-            weight_sums = statistics.new_empty(self._parameter_sums_size) if needs_weight else None
-            bias_sums = statistics.new_empty(self._parameter_sums_size) if needs_bias else None
+            size, dtype = self._parameter_sums_size, self._dtype
+            weight_sums = input.new_empty(size, dtype=dtype) if needs_weight else None
+            bias_sums = input.new_empty(size, dtype=dtype) if needs_bias else None
         tensors = (grad_output, input, kept, weight, bias, statistics)
         number, seed_tensor = (seed, None) if isinstance(seed, int) else (0, seed)  # the kernels prefer a tensor
         if self._sums is not None:
-            partials = statistics.new_empty(2 * self._splits * self._slabs)
+            partials = input.new_empty(2 * self._splits * self._slabs, dtype=self._dtype)
         for first in self._first_slab_blocks:
             if self._sums is not None and partials is not None:
                 self._sums.run((*tensors, partials, seed_tensor), (first, number))

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
-from ..norms import Geometry
+from ..norms import Geometry, LayerNorm, Norm
 
 # Partials of a slab that each program of the second launch reads; the kernels load this many at once.
 MAX_SPLITS = 64
@@ -28,6 +28,10 @@ BYTES_PER_PARTIAL = 256
 
 # Elements that a partial parameter gradient sums at least, so that it costs little traffic next to them.
 SUMMED_PER_PARTIAL = 192
+
+# Bytes of a row up to which layer norm's backward computes mean and rstd again, which it has on chip: saving them takes
+# 16 bytes of traffic in float32, 1 % and more of the five times that such a row is read or written.
+SHORT_ROW = 320
 
 # The tile in which partial parameter gradients are added up.
 PARAMETER_SUMS_TILE = 2048
@@ -180,6 +184,11 @@ def make_plan(
             **_register_limit(num_warps, target),
         },
     )
+
+
+def saves_statistics(norm: Norm, itemsize: int) -> bool:
+    """Whether the forward saves mean and rstd of each slab. Any plan of a norm without them is resident."""
+    return not (isinstance(norm, LayerNorm) and prod(norm.normalized_shape) * itemsize <= SHORT_ROW)
 
 
 def parameter_sums_plan(parameters: int) -> tuple[int, dict[str, int]]:

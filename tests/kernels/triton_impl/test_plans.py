@@ -10,15 +10,17 @@ from triton.backends.compiler import GPUTarget
 from mnistnorm.kernels import compat
 from mnistnorm.kernels.activations import Activation
 from mnistnorm.kernels.contract import Epilogue
-from mnistnorm.kernels.norms import BatchNorm, Geometry
+from mnistnorm.kernels.norms import BatchNorm, Geometry, GroupNorm, LayerNorm
 from mnistnorm.kernels.triton_impl.operation import TritonOperation
 from mnistnorm.kernels.triton_impl.plans import (
     CAPACITY,
     MAX_SPLITS,
     PARAMETER_SUMS_TILE,
+    SHORT_ROW,
     Memory,
     make_plan,
     parameter_sums_plan,
+    saves_statistics,
 )
 
 SM_80, SM_90, SM_120 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 120))
@@ -94,6 +96,30 @@ def test_every_plan_covers_the_tensor(geometry, itemsize, backward):
 
 
 H100 = Memory(50 * 2**20, 5 * 10**6)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(), (1,), (26,), (40,), (13, 3), (5, 7, 1), (1, 40), (33, 1), (3, 3, 3)], ids=str)
+def test_rows_without_saved_statistics_are_resident(shape, itemsize):
+    norm = LayerNorm((*shape, SHORT_ROW // itemsize // max(1, prod(shape))), 1e-5)
+    assert not saves_statistics(norm, itemsize)
+    for channels_last, rows in product((False, True), (1, 7, 10**6)):
+        geometry = norm.geometry((rows, *norm.normalized_shape), channels_last and len(norm.normalized_shape) > 1)
+        for target, residual, dropout in product(TARGETS, (False, True), (False, True)):
+            forward, backward = (
+                make_plan(geometry, itemsize, target, backward=backward, residual=residual, dropout=dropout)
+                for backward in (False, True)
+            )
+            assert forward.reduction == backward.reduction == "resident"
+            # The same sums in the same order: backward has to find the signs that forward had.
+            assert forward.constants == backward.constants
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_statistics_of_all_other_slabs_are_saved(itemsize):
+    assert saves_statistics(LayerNorm((SHORT_ROW // itemsize + 1,), 1e-5), itemsize)
+    assert saves_statistics(GroupNorm(2, 1e-5), itemsize)
+    assert saves_statistics(BatchNorm(1e-5), itemsize)
 
 
 @pytest.mark.parametrize("backward", [False, True])
