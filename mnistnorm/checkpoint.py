@@ -19,7 +19,7 @@ from .errors import UserError, one_line
 FORMAT = "mnistnorm checkpoint 1"
 
 # What to do about a checkpoint that cannot be used.
-INSTEAD = "name another last.pt or best.pt, or train again"
+CHECKPOINT_HINT = "name another last.pt or best.pt, or train again"
 
 # Ends the name of a file that is being written.
 UNFINISHED = ".mnistnorm.tmp"
@@ -89,16 +89,16 @@ class Checkpoint:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}; {INSTEAD}") from error
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}; {CHECKPOINT_HINT}") from error
         try:
             # torch.load does not compare the checksums.
             if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load's errors are as many as the ways to damage a file
-            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged; {INSTEAD}") from error
+            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged; {CHECKPOINT_HINT}") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}; {INSTEAD}")
+            raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}; {CHECKPOINT_HINT}")
         try:
             content["settings"] = Settings(**content["settings"])
             content["normalization"] = Normalization(**content["normalization"])
@@ -107,7 +107,7 @@ class Checkpoint:
             if [type(name) for name in checkpoint.classes] != [str] * NUM_CLASSES:
                 raise ValueError(f"its classes are {checkpoint.classes}")
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{one_line(error)}; {INSTEAD}"
+            reason = f"{one_line(error)}; {CHECKPOINT_HINT}"
             raise UserError(f"{path} is a checkpoint of another network or version: {reason}") from error
         return checkpoint
 

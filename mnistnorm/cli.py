@@ -32,12 +32,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """Runs `program`, turning what the user can mend into one line on stderr.
+    """Runs `program`, turning what the user can fix into one line on stderr.
 
     Returns:
         the exit code: the program's own, 2 for wrong usage, 1 for failure; 141 where nobody reads stdout any more.
     """
-    _make_streams_bear_everything()
+    _make_streams_tolerant()
     try:
         exit_code = program(argv)
         sys.stdout.flush()
@@ -65,7 +65,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def _make_streams_bear_everything() -> None:
+def _make_streams_tolerant() -> None:
     """Drops what is printed to a closed stream, and escapes what the terminal's encoding has no characters for."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -4,7 +4,7 @@ import textwrap
 
 
 class UserError(Exception):
-    """Something the user can mend: ends a program with one line that says what is wrong and what to do.
+    """Something the user can fix: ends a program with one line that says what is wrong and what to do.
 
     Args:
         message: the line.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .checkpoint import INSTEAD, Checkpoint
+from .checkpoint import CHECKPOINT_HINT, Checkpoint
 from .cli import Parser, choose_device, print_error, run_program
 from .cnn import CNN
 from .digits import DIGITS, is_stroke, to_mnist
@@ -110,7 +110,7 @@ def classify(path: Path, checkpoint: Checkpoint, network: CNN, device: torch.dev
         raise UserError(f"no single digit was found in {path}: {error}; {advice}") from error
     log_probs = log_probabilities(network, torch.from_numpy(image[None, None]).to(device), checkpoint.normalization)[0]
     if not log_probs.isfinite().all():
-        raise UserError(f"the network computes no numbers, its training diverged; {INSTEAD}")
+        raise UserError(f"the network computes no numbers, its training diverged; {CHECKPOINT_HINT}")
     by_class = dict(zip(checkpoint.classes, log_probs.exp().tolist(), strict=True))
     best = max(by_class, key=lambda name: by_class[name])
     if by_class[best] < MIN_PROBABILITY:
