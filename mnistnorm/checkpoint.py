@@ -1,4 +1,4 @@
-"""Checkpoints, and the atomic writing of every file of a run."""
+"""Checkpoints and atomic file writes."""
 
 import io
 import os
@@ -18,21 +18,21 @@ from .errors import UserError, one_line
 
 FORMAT = "mnistnorm checkpoint 1"
 
-# What to do about a checkpoint that cannot be used.
+# Advice in errors about an unusable checkpoint.
 CHECKPOINT_HINT = "name another last.pt or best.pt, or train again"
 
-# Ends the name of a file that is being written.
-UNFINISHED = ".mnistnorm.tmp"
+# Suffix of the temporary files that are being written.
+TEMP_SUFFIX = ".mnistnorm.tmp"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file so that at every moment it holds the old content or the new, whole.
+    """Writes a file atomically: at any time it has either its old or its new content.
 
     Raises:
-        UserError: it cannot be written; what was there before still is.
+        UserError: the file cannot be written; any existing file is unchanged.
     """
-    # A name of its own, so that two writers of a file do not mix; tempfile's files would be for their owner only.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
+    # A unique name, so that concurrent writers do not collide; tempfile's files would be private to their owner.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMP_SUFFIX}")
     try:
         with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -44,20 +44,20 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        reason = f"{error.strerror}; what was there is unchanged: free some space or write to another folder"
+        reason = f"{error.strerror}; any existing file is unchanged: free some space or write to another folder"
         raise UserError(f"cannot write {path}: {reason}") from error
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network with what is needed to use it and, where `training` is not None, to train it further.
+    """A network with all that is needed to use it and, if `training` is not None, to resume its training.
 
     Attributes:
-        settings: of the run.
+        settings: settings of the run.
         model: state_dict of the network.
         classes: names of the ten classes.
-        normalization: of the images the network takes.
-        metrics: of the last completed epoch.
+        normalization: normalization of the network's input.
+        metrics: metrics of the last completed epoch.
         training: state_dict of the Trainer.
     """
 
@@ -81,21 +81,21 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
-        """Reads a checkpoint to the CPU, executing nothing of it.
+        """Loads a checkpoint to the CPU, without executing code from it.
 
         Raises:
-            UserError: `path` cannot be read or is no checkpoint of this network.
+            UserError: `path` cannot be read or is not a checkpoint of this network.
         """
         try:
             data = path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read the checkpoint {path}: {error.strerror}; {CHECKPOINT_HINT}") from error
         try:
-            # torch.load does not compare the checksums.
+            # torch.load does not verify the checksums.
             if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load's errors are as many as the ways to damage a file
+        except Exception as error:  # torch.load raises all kinds of errors for damaged files
             raise UserError(f"{path} is not a checkpoint, or is truncated or damaged; {CHECKPOINT_HINT}") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}; {CHECKPOINT_HINT}")
@@ -112,7 +112,7 @@ class Checkpoint:
         return checkpoint
 
     def network(self) -> CNN:
-        """The network with its weights, on the CPU, with the implementation that suits the device it is moved to."""
+        """Builds the network with its weights on the CPU; it can be moved to any device, since `impl` is "auto"."""
         model = CNN(self.settings.norm, fused=self.settings.fused, dropout=self.settings.dropout)
         model.load_state_dict(self.model)
         return model

@@ -1,4 +1,4 @@
-"""What the programs' command lines share: one-line errors, checked values, the flags of a training run."""
+"""Command-line helpers of the programs: one-line errors, argument types, the flags of a training run."""
 
 import argparse
 import io
@@ -19,7 +19,7 @@ from .errors import UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, of a module that is run by `python -m` or by its script."""
+    """An argument parser with one-line errors, for a module that is run by `python -m` or by its console script."""
 
     def __init__(self, module: str, description: str) -> None:
         description = description[:1].upper() + description[1:]
@@ -32,10 +32,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """Runs `program`, turning what the user can fix into one line on stderr.
+    """Runs `program` and prints errors that the user can fix as one line on stderr.
 
     Returns:
-        the exit code: the program's own, 2 for wrong usage, 1 for failure; 141 where nobody reads stdout any more.
+        the exit code: the program's own, 2 for wrong usage, 1 for failure, 141 if the reader of stdout has exited.
     """
     _make_streams_tolerant()
     try:
@@ -43,30 +43,30 @@ def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[s
         sys.stdout.flush()
         return exit_code
     except BrokenPipeError:
-        # Nothing more is printed, not even by the flush at exit.
+        # Discard any further output, including the flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # as if SIGPIPE had ended it
+        return 128 + 13  # as if killed by SIGPIPE
     except UserError as user_error:
         message, exit_code = str(user_error), user_error.exit_code
     except OSError as error:
         message, exit_code = str(error), 1
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
-        message, exit_code = f"there is not enough memory, take smaller batches or shapes: {one_line(error)}", 1
+        message, exit_code = f"out of memory, use smaller batches or shapes: {one_line(error)}", 1
     except KeyboardInterrupt:
         message, exit_code = "interrupted", 130
     print_error(message)
     return exit_code
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     # On a CPU torch raises a plain RuntimeError.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _make_streams_tolerant() -> None:
-    """Drops what is printed to a closed stream, and escapes what the terminal's encoding has no characters for."""
+    """Discards output to a closed stream, and escapes characters that the stream's encoding does not have."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -76,26 +76,26 @@ def _make_streams_tolerant() -> None:
 
 
 def command_of(module: str, argv: Sequence[str] | None) -> str:
-    """What was typed to run a program, without the files that --json and --plot write to."""
+    """The command that runs a program with `argv`, without its --json and --plot flags."""
     words: list[str] = []
-    given = iter(sys.argv[1:] if argv is None else argv)
-    for word in given:
+    remaining = iter(sys.argv[1:] if argv is None else argv)
+    for word in remaining:
         if word in ("--json", "--plot"):
-            next(given)
+            next(remaining)
         elif not word.startswith(("--json=", "--plot=")):
             words.append(word)
     return shlex.join(["python", "-m", module, *words])
 
 
 def print_error(message: object) -> None:
-    """One line on stderr."""
+    """Prints an error as one line on stderr."""
     print(f"error: {message}", file=sys.stderr)
 
 
 def at_least(
     low: int, kind: type[int] | type[float] = int, *, high: float | None = None
 ) -> Callable[[str], int | float]:
-    """A flag's type: a finite number of `kind` from `low` to `high`; an integer also fits into 32 bits."""
+    """Argument type: a finite number of type `kind` from `low` to `high`; by default integers fit into 32 bits."""
     if high is None:
         high = 2**31 - 1 if kind is int else sys.float_info.max
 
@@ -104,14 +104,14 @@ def at_least(
             value = kind(text)
             if low <= value <= high:
                 return value
-        what = f"an integer from {low} to {high}" if kind is int else f"a finite number of at least {low}"
-        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        expected = f"an integer from {low} to {high}" if kind is int else f"a finite number of at least {low}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
     return parse
 
 
 def fraction(text: str) -> float:
-    """A flag's type: a number from 0 to below 1."""
+    """Argument type: a number from 0 to below 1."""
     with suppress(ValueError):
         value = float(text)
         if 0 <= value < 1:
@@ -123,14 +123,14 @@ thread_count = at_least(1, high=BOUNDS["threads"][1] - 1)
 
 
 def folder_flag(text: str) -> Path:
-    """A flag's type: a folder, which need not exist."""
+    """Argument type: a folder, which need not exist."""
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, got ''")
     return Path(text)
 
 
 def output_file(text: str) -> Path:
-    """A flag's type: a regular file that can be written; where it is a link, what that leads to."""
+    """Argument type: a regular file that can be written; links are resolved."""
     path = Path(text).resolve()
     if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(
@@ -140,14 +140,14 @@ def output_file(text: str) -> Path:
 
 
 def refuse_same_file(*files: Path | None) -> None:
-    """Raises UserError where two files to be written are one."""
+    """Raises UserError if two output files are the same file."""
     named = [file for file in files if file is not None]
     if len(set(named)) < len(named):
         raise UserError(f"{named[0]} is to be written twice: name two files", exit_code=2)
 
 
 def add_setting(group: argparse._ActionsContainer, name: str, help: str) -> None:
-    """Adds the flag of one of the Settings, which takes the values that Settings allows."""
+    """Adds the flag of one of the Settings, with the values that Settings allows."""
     (kind,) = (field.type for field in fields(Settings) if field.name == name)
     options: dict[str, Any] = {}
     if name in CHOICES:
@@ -165,59 +165,57 @@ def add_setting(group: argparse._ActionsContainer, name: str, help: str) -> None
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --resume, --overwrite and a flag for each of the Settings but the norm and the seed."""
+    """Adds --resume, --overwrite and the flags of the Settings that train and compare have in common."""
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue what --out holds, with the same settings")
-    existing.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    existing.add_argument("--resume", action="store_true", help="continue from --out, with the same settings")
+    existing.add_argument("--overwrite", action="store_true", help="replace the files in --out")
 
     group = parser.add_argument_group("network")
-    add_setting(group, "fused", "take the fused layers instead of torch.nn's")
+    add_setting(group, "fused", "use the fused layers instead of torch.nn's")
     add_setting(group, "impl", "implementation of the fused layers (%(default)s)")
-    add_setting(group, "dropout", "probability, between norm and ReLU (%(default)s)")
+    add_setting(group, "dropout", "dropout probability, between norm and ReLU (%(default)s)")
 
     group = parser.add_argument_group("recipe")
-    add_setting(group, "epochs", "length of the schedule (%(default)s)")
-    add_setting(group, "batch_size", "images per step, of all processes together (%(default)s)")
-    add_setting(group, "optimizer", "muon leaves to AdamW what it does not take (%(default)s)")
-    add_setting(group, "lr", "peak learning rate (chosen by optimizer and norm)")
-    add_setting(group, "weight_decay", "of the convolutions (%(default)s)")
-    add_setting(group, "l1", "loss per absolute weight of the convolutions (%(default)s)")
-    add_setting(group, "label_smoothing", "share of the loss over all classes (%(default)s)")
-    add_setting(group, "augment", "map the training images by random maps, affine and, see --elastic, elastic (on)")
-    add_setting(group, "elastic", "pixels that elastic maps bend by (chosen by norm)")
+    add_setting(group, "epochs", "number of epochs (%(default)s)")
+    add_setting(group, "batch_size", "images per step, over all processes (%(default)s)")
+    add_setting(group, "optimizer", "muon trains the hidden convolutions, AdamW the rest (%(default)s)")
+    add_setting(group, "lr", "peak learning rate (depends on optimizer and norm)")
+    add_setting(group, "weight_decay", "weight decay of the convolutions (%(default)s)")
+    add_setting(group, "l1", "factor of the convolutions' L1 penalty (%(default)s)")
+    add_setting(group, "label_smoothing", "label smoothing, as in nn.CrossEntropyLoss (%(default)s)")
+    add_setting(group, "augment", "augment the training images by random affine and, with --elastic, elastic maps (on)")
+    add_setting(group, "elastic", "largest displacement of the elastic maps, in pixels (depends on norm)")
 
     group = parser.add_argument_group("data")
-    add_setting(group, "dataset", "all but mnist, which is part of the package, are downloaded (%(default)s)")
-    data_dir = "folder of the data set's four files, gzipped or not (the package's for mnist, else ./data)"
+    add_setting(group, "dataset", "mnist is part of the package, the others are downloaded (%(default)s)")
+    data_dir = "folder with the data set's four files, gzipped or not (for mnist the package's, else ./data)"
     add_setting(group, "data_dir", data_dir)
     val_split = (
         "share of the training images to validate on (%(default)s); best.pt is the epoch of the highest validation"
-        " accuracy, without validation of the lowest training loss: chosen by the test images, it would flatter itself"
+        " accuracy, or without validation of the lowest training loss; test images never choose it"
     )
     add_setting(group, "val_split", val_split)
 
     group = parser.add_argument_group("machine")
     add_setting(group, "device", "auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
-    add_setting(
-        group, "threads", "of the CPU (OMP_NUM_THREADS, else one or all, whichever a few steps are faster with)"
-    )
+    add_setting(group, "threads", "CPU threads (OMP_NUM_THREADS, else one or all, whichever runs a few steps faster)")
     add_setting(group, "amp", "run the network in bfloat16 where autocast allows it")
     add_setting(group, "compile", "run the network under torch.compile")
-    add_setting(group, "cuda_graph", "replay the training step as a CUDA graph (on a GPU, where it can be)")
+    add_setting(group, "cuda_graph", "replay the training step as a CUDA graph (on a GPU, where possible)")
 
     defaults = {field.name: field.default for field in fields(Settings) if field.name not in ("norm", "seed")}
     parser.set_defaults(**defaults | {"lr": None, "elastic": None, "device": "auto", "threads": None})
 
 
 def settings_of(args: argparse.Namespace, **chosen: Any) -> Settings:
-    """The settings that the parsed flags ask for, where `chosen` does not name them, with the open ones decided."""
+    """Builds the Settings from the parsed flags, overridden by `chosen`; flags without a value get their defaults."""
     values = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in chosen} | chosen
     if values["lr"] is None:
         values["lr"] = LEARNING_RATES[values["optimizer"]][values["norm"]]
     if values["elastic"] is None:
         values["elastic"] = ELASTIC[values["norm"]] if values["augment"] else 0.0
     elif values["elastic"] and not values["augment"]:
-        message = f"--no-augment leaves nothing for --elastic {values['elastic']:g}, given or of the run to resume"
+        message = f"--elastic {values['elastic']:g}, given or from the resumed run, has no effect with --no-augment"
         raise UserError(f"{message}: leave out one of them", exit_code=2)
     values["device"] = str(choose_device(values["device"]))
     values["threads"] = values["threads"] or torch.get_num_threads()
@@ -226,7 +224,7 @@ def settings_of(args: argparse.Namespace, **chosen: Any) -> Settings:
 
 
 def set_saved_defaults(parser: argparse.ArgumentParser, saved: Mapping[str, Any]) -> None:
-    """Makes the flags of a saved run the defaults; a device that is not here gives way to "auto"."""
+    """Makes the flags of a saved run the defaults; an unavailable device becomes "auto"."""
     parser.set_defaults(**saved)
     try:
         choose_device(saved["device"])
@@ -235,10 +233,10 @@ def set_saved_defaults(parser: argparse.ArgumentParser, saved: Mapping[str, Any]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the accelerator where there is one, else the CPU.
+    """The device called `name`; "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: the device is not available.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
@@ -250,5 +248,5 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         usable = False
     if not usable:
-        raise UserError(f"--device {name} cannot be used: take {' or '.join(available)}, or leave it out", exit_code=2)
+        raise UserError(f"--device {name} cannot be used: use {' or '.join(available)}, or leave it out", exit_code=2)
     return device

@@ -1,4 +1,4 @@
-"""The MNIST CNN: eight blocks of convolution, normalization, dropout and ReLU, in stock or in fused layers."""
+"""The MNIST CNN: eight blocks of convolution, normalization, dropout and ReLU, as stock or as fused layers."""
 
 from collections import OrderedDict
 
@@ -40,16 +40,16 @@ _FUSED: dict[str, type[nn.Module]] = {
 
 
 class CNN(nn.Module):
-    """The network, of 7,652 parameters (7,594 with layer norm); stock and fused have the same state_dict.
+    """The network, with 7,652 parameters (7,594 with layer norm); stock and fused have the same state_dict.
 
     forward takes normalized images, float of shape (N, 1, 28, 28), and returns log-probabilities of shape (N, 10).
 
     Args:
-        norm: "batch"; "group" (2 groups); "layer" (each row over its width); or "sample" (one mean and deviation per
-            sample, per-channel weights).
-        fused: norm, dropout and ReLU of each block as one module of mnistnorm.kernels instead of three of torch.nn.
+        norm: "batch"; "group" (2 groups); "layer" (each row over its width); or "sample" (one mean and standard
+            deviation per sample, weights per channel).
+        fused: whether each block has one module of mnistnorm.kernels for norm, dropout and ReLU, not three of torch.nn.
         dropout: probability of zeroing an element between norm and ReLU.
-        impl: "auto", "triton" or "torch", of the fused layers.
+        impl: implementation of the fused layers: "auto", "triton" or "torch".
     """
 
     def __init__(self, norm: str = "batch", *, fused: bool = False, dropout: float = 0.0, impl: Impl = "auto") -> None:

@@ -1,4 +1,4 @@
-"""python -m mnistnorm.compare: trains the network with several norms and sets them side by side."""
+"""python -m mnistnorm.compare: trains the network with several norms and compares them."""
 
 import argparse
 import itertools
@@ -46,16 +46,16 @@ RESULTS = (TABLE_TEXT, TABLE_MARKDOWN, TABLE_JSON, GRAPH.format("*"), MISTAKES.f
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("mnistnorm.compare", "Train the MNIST CNN with several norms, and draw and tabulate how they do.")
+    parser = Parser("mnistnorm.compare", "Train the MNIST CNN with several norms; plot and tabulate the results.")
     add = parser.add_argument
-    add("--norms", choices=NORMS, nargs="+", default=["batch", "group", "layer"], help="to compare (batch group layer)")
-    add("--seeds", type=at_least(0), nargs="+", default=[0], metavar="N", help="each norm is trained with each (0)")
+    add("--norms", choices=NORMS, nargs="+", default=["batch", "group", "layer"], help="norms (batch group layer)")
+    add("--seeds", type=at_least(0), nargs="+", default=[0], metavar="N", help="seeds to train each norm with (0)")
     add(
         "--out",
         type=folder_flag,
         default=Path("runs", "compare"),
         metavar="DIR",
-        help="folder of the files (%(default)s)",
+        help="output folder (%(default)s)",
     )
     add_training_flags(parser)
     return parser
@@ -63,14 +63,14 @@ def get_parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Result:
-    """What the network reaches with one norm.
+    """The results of the network with one norm.
 
     Attributes:
         norm: one of cnn.NORMS.
-        parameters: their number.
-        seeds: of the runs.
-        accuracies: of each run, on the test images after the last epoch.
-        seconds: of training, of each run.
+        parameters: number of parameters.
+        seeds: seeds of the runs.
+        accuracies: test accuracy of each run after the last epoch.
+        seconds: training time of each run.
     """
 
     norm: str
@@ -80,7 +80,7 @@ class Result:
     seconds: list[float]
 
     def cells(self) -> dict[str, str]:
-        """A row of the table, by the headings of its columns."""
+        """The cells of the table's row, by column heading."""
         return {
             "norm": self.norm,
             "parameters": f"{self.parameters:,}",
@@ -92,7 +92,7 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> list[list[str]]:
-    """The heading and the rows; with one run of each norm without the columns that say nothing."""
+    """The heading and the rows; one run per norm needs no range and no number of runs."""
     rows = [result.cells() for result in results]
     if all(len(result.seeds) == 1 for result in results):
         for row in rows:
@@ -112,7 +112,7 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 
 def write_json(results: Sequence[Result], device: torch.device, path: Path) -> None:
-    """Writes the results and what they were reached on, unless the same ones are there already, from an earlier day."""
+    """Writes the results and the machine; a file with the same results keeps its earlier date."""
     rows = [asdict(result) for result in results]
     with suppress(OSError, ValueError, LookupError, TypeError):
         if json.loads(path.read_text())["results"] == rows:
@@ -121,7 +121,7 @@ def write_json(results: Sequence[Result], device: torch.device, path: Path) -> N
 
 
 def compare(argv: Sequence[str] | None) -> int:
-    distributed.refuse("compare")
+    distributed.refuse_several_processes("compare")
     parser = get_parser()
     args = parser.parse_args(argv)
     out = args.out
@@ -131,31 +131,32 @@ def compare(argv: Sequence[str] | None) -> int:
     norms, seeds = list(dict.fromkeys(args.norms)), list(dict.fromkeys(args.seeds))
     runs = {norm: [settings_of(args, norm=norm, seed=seed) for seed in seeds] for norm in norms}
 
-    may_hold_them = args.resume or args.overwrite
+    allow_existing = args.resume or args.overwrite
     files, others, complete = (COMPARISON_CONFIG, *RESULTS), {"a run": RUN_FILES}, (out / TABLE_JSON).exists()
-    prepare_folder(out, files, "a comparison", may_hold_them=may_hold_them, others=others, complete=complete)
-    folders = {folder_of(out, settings): settings for of_norm in runs.values() for settings in of_norm}
+    prepare_folder(out, files, "a comparison", allow_existing=allow_existing, others=others, complete=complete)
+    folders = {folder_of(out, settings): settings for norm_runs in runs.values() for settings in norm_runs}
     for folder, settings in folders.items():
-        prepare_run_folder(folder, may_hold_one=may_hold_them)
+        prepare_run_folder(folder, allow_existing=allow_existing)
         if args.resume and (folder / LAST).exists():
             load_run(folder, settings)
-    # What would stop the first run stops all, before anything is replaced.
+    # Fail here if the first run cannot start, before anything is replaced.
     first = runs[norms[0]][0]
     describe_implementation(first)
     build_trainer(first)
     if args.threads is None:
         args.threads = choose_threads(first)
         runs = {
-            norm: [replace(settings, threads=args.threads) for settings in of_norm] for norm, of_norm in runs.items()
+            norm: [replace(settings, threads=args.threads) for settings in norm_runs]
+            for norm, norm_runs in runs.items()
         }
     with locked(out):
-        with ExitStack() as locks:  # a run may be under way on its own
+        with ExitStack() as locks:  # another process may be training one of the runs
             for folder in folders:
                 locks.enter_context(locked(folder))
             flags = {name: getattr(args, name) for name in sorted(flag_names())}
             flags |= {"device": first.device}
             write_atomically(out / COMPARISON_CONFIG, json.dumps(flags, indent=2) + "\n")
-            if args.overwrite:  # all at once, so that --resume takes none of the earlier runs for one of these
+            if args.overwrite:  # all runs first, so that --resume does not mistake an old run for a new one
                 remove_files(out, RESULTS)
                 for folder in folders:
                     remove_files(folder, RUN_FILES)
@@ -164,7 +165,7 @@ def compare(argv: Sequence[str] | None) -> int:
 
 
 def flag_names() -> set[str]:
-    """The flags that make a comparison what it is."""
+    """The names of the flags that define a comparison."""
     return {"norms", "seeds"} | {field.name for field in fields(Settings) if field.name not in ("norm", "seed")}
 
 
@@ -172,7 +173,7 @@ def saved_flags(out: Path) -> dict[str, Any]:
     """The flags of the comparison in `out`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its config is damaged.
     """
     path = out / COMPARISON_CONFIG
     if not path.exists():
@@ -188,7 +189,7 @@ def saved_flags(out: Path) -> dict[str, Any]:
             by_norm = {name: 0.0 for name in ("lr", "elastic") if common[name] is None}
             Settings(**common | by_norm | {"norm": norm, "seed": seed})
     except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not of a comparison, or is damaged: start again with --overwrite") from error
+        raise UserError(f"{path} is not a comparison's config, or is damaged: start again with --overwrite") from error
     return flags
 
 
@@ -197,18 +198,18 @@ def folder_of(out: Path, settings: Settings) -> Path:
 
 
 def compare_runs(runs: Mapping[str, Sequence[Settings]], out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Trains all `runs`, given by norm, in folders of their own, and writes what comes out to `out`."""
+    """Trains all `runs`, given by norm, each in its own folder, and writes the comparison to `out`."""
     histories: dict[str, list[plots.History]] = {norm: [] for norm in runs}
     results = []
-    for norm, of_norm in runs.items():
-        for settings in of_norm:
+    for norm, norm_runs in runs.items():
+        for settings in norm_runs:
             folder = folder_of(out, settings)
             started = resume and (folder / LAST).exists()
-            if settings.compile:  # after eight compilations of the same code, Dynamo would run the next one uncompiled
+            if settings.compile:  # after eight compilations of the same code, Dynamo runs it uncompiled
                 torch.compiler.reset()
             trainer = run_training(settings, folder, resume=started, overwrite=overwrite or resume)
             histories[norm].append(trainer.history)
-            if settings is of_norm[0]:
+            if settings is norm_runs[0]:
                 grid = plots.mistake_grid(mistakes_of(trainer), trainer.dataset.classes, f"{norm} norm", 2, 5)
                 write_atomically(out / MISTAKES.format(norm), plots.png(grid))
             print()
@@ -216,7 +217,7 @@ def compare_runs(runs: Mapping[str, Sequence[Settings]], out: Path, *, resume: b
             Result(
                 norm=norm,
                 parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
-                seeds=[settings.seed for settings in of_norm],
+                seeds=[settings.seed for settings in norm_runs],
                 accuracies=[history[-1]["test_accuracy"] for history in histories[norm]],
                 seconds=[sum(metrics["seconds"] for metrics in history) for history in histories[norm]],
             )

@@ -1,4 +1,4 @@
-"""MNIST and its relatives: reading, and batches that are shuffled, augmented and normalized on the device."""
+"""MNIST and related data sets: reading, and batches that are shuffled, augmented and normalized on the device."""
 
 import gzip
 import hashlib
@@ -27,7 +27,7 @@ DATASETS: dict[str, type[datasets.MNIST]] = {
 
 PACKAGED_MNIST = Path(__file__).with_name("mnist")
 
-# Of the unpacked files: the training images and labels, then the test ones.
+# MD5 of the unpacked files: training images and labels, test images and labels.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -43,7 +43,7 @@ QMNIST_FILES = (
     "qmnist-test-labels-idx2-int",
 )
 
-# By the third byte of an IDX file.
+# dtype by the third byte of an IDX file.
 IDX_DTYPES = {0x08: ">u1", 0x0C: ">i4"}
 
 
@@ -67,7 +67,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation of the training pixels, in units of the full range 0..255 = 1."""
+    """Mean and standard deviation of the training pixels, scaled to 0..1."""
 
     mean: float
     std: float
@@ -76,11 +76,11 @@ class Normalization:
         if not math.isfinite(self.mean):
             raise ValueError(f"mean must be finite, got {self.mean}")
         if not 0 < self.std < math.inf:
-            raise ValueError(f"std must be above 0 and finite, got {self.std}: all images are of one shade")
+            raise ValueError(f"std must be above 0 and finite, got {self.std}: all pixels have the same value")
 
     @classmethod
     def of(cls, images: Tensor) -> "Normalization":
-        """The exact figures of `images` (uint8, any shape), from the count of each of the 256 values."""
+        """Computes exact statistics of `images` (uint8, any shape), from the histogram of the 256 values."""
         counts = torch.bincount(images.flatten(), minlength=256).double()
         values = torch.arange(256, device=images.device, dtype=torch.float64) / 255
         mean = (counts @ values) / counts.sum()
@@ -94,7 +94,7 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set: its splits, the names of its ten classes and the normalization its training images ask for."""
+    """A data set: its splits, the names of its ten classes and the statistics of its training images."""
 
     name: str
     train: Split
@@ -113,24 +113,27 @@ class Dataset:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
         count = max(1, round(fraction * len(self.train)))
         if count >= len(self.train):
-            message = f"--val-split {fraction} leaves none of the {len(self.train):,} images to train on: take less"
+            message = f"--val-split {fraction} leaves none of the {len(self.train):,} images to train on: lower it"
             raise UserError(message, exit_code=2)
         return replace(self, validation=self.train[order[:count]], train=self.train[order[count:]])
 
 
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
-    """Reads a data set; MNIST comes with the package, the others are downloaded if their files are not there.
+    """Reads a data set; MNIST is part of the package, the others are downloaded if their files are missing.
 
     Args:
         name: a key of DATASETS.
-        data_dir: a folder with the data set's four IDX files, gzipped or not, or with torchvision's subfolder of them,
-            such as MNIST/raw, or an empty one, to download into; None: the package's for MNIST, else ./data.
+        data_dir: folder with the data set's four IDX files, gzipped or not, or with torchvision's subfolder of them,
+            such as MNIST/raw; if it has none of them, they are downloaded to it. None: the package's for MNIST, else
+            ./data.
 
     Raises:
-        UserError: there is no such folder; a file is missing, damaged or cannot be downloaded.
+        UserError: the folder does not exist; a file is missing, damaged or cannot be downloaded.
     """
     root = data_dir or (PACKAGED_MNIST if name == "mnist" else Path("data"))
-    advice = "name a folder with all four by --data-dir" if root is not PACKAGED_MNIST else "install mnistnorm again"
+    advice = (
+        "name a folder that has all four with --data-dir" if root is not PACKAGED_MNIST else "install mnistnorm again"
+    )
     if data_dir and not data_dir.is_dir():
         raise UserError(f"there is no folder {data_dir}: name one with the files of {name}, or one to download into")
     names = QMNIST_FILES if name == "qmnist" else (*MNIST_MD5,)
@@ -141,14 +144,14 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     arrays = []
     for file, path in files.items():
         if path is None:
-            raise UserError(f"{file} is missing in {root}, also as {file}.gz: {advice}")
+            raise UserError(f"neither {file} nor {file}.gz is in {root}: {advice}")
         try:
             arrays.append(_read_idx(path, "images" in file, MNIST_MD5[file] if name == "mnist" else None))
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise UserError(f"{path} is damaged: {one_line(error)}; replace it, or {advice}") from error
     for images in (0, 2):
         if len(arrays[images]) != len(arrays[images + 1]):
-            counts = f"{len(arrays[images]):,} images, but there are {len(arrays[images + 1]):,} labels beside it"
+            counts = f"{len(arrays[images]):,} images, but its label file has {len(arrays[images + 1]):,} labels"
             raise UserError(f"{files[names[images]]} has {counts}: replace one of them, or {advice}")
     try:
         normalization = Normalization.of(arrays[0])
@@ -164,7 +167,7 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
 
 
 def _find(root: Path, source: type[datasets.MNIST], name: str) -> Path | None:
-    """One of the four files, in the folder or where torchvision puts it, as it comes from either of the spellings."""
+    """Finds one of the four files, in `root` or in torchvision's subfolder, in either spelling, gzipped or not."""
     for folder in (root, root / source.__name__ / "raw"):
         for spelling in (name, name.replace("-idx", ".idx")):
             for path in (folder / spelling, folder / f"{spelling}.gz"):
@@ -178,19 +181,19 @@ def _download(name: str, root: Path) -> None:
         for train in (True, False):
             DATASETS[name](root, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        reason = f"{one_line(error)}; put its four files there, or name a folder that has them by --data-dir"
+        reason = f"{one_line(error)}; put its four files there, or name a folder that has them with --data-dir"
         raise UserError(f"{root} has no files of {name}, and they cannot be downloaded: {reason}") from error
     except (AssertionError, LookupError, TypeError, ValueError):
-        pass  # What is wrong with a file is said when it is read.
+        pass  # A damaged file is reported when it is read.
 
 
 def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
-    """A file of images, uint8 of (N, 1, 28, 28), or of labels, int64 of (N,).
+    """Reads a file of images, uint8 (N, 1, 28, 28), or of labels, int64 (N,).
 
     Source of the format: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
 
     Raises:
-        OSError, EOFError, ValueError, zlib.error: it is something else.
+        OSError, EOFError, ValueError, zlib.error: the file is damaged or of another kind.
     """
     content = path.read_bytes()
     if path.suffix == ".gz":
@@ -204,7 +207,7 @@ def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
     shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
     expected = header + dtype.itemsize * math.prod(shape)
     if len(content) != expected:
-        raise ValueError(f"it has {len(content):,} bytes, its header says {expected:,}")
+        raise ValueError(f"it has {len(content):,} bytes, but its header says {expected:,}")
     array = np.frombuffer(content, dtype, offset=header).reshape(shape)
     values = torch.from_numpy(array.astype(dtype.newbyteorder("=")))
     if images:
@@ -212,21 +215,21 @@ def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
             raise ValueError(f"it holds values of shape {shape}, not images of 28 x 28 pixels")
         values = values.unsqueeze(1)
     else:
-        values = (values[:, 0] if dimensions == 2 else values).long()  # QMNIST's are the first of eight columns
+        values = (values[:, 0] if dimensions == 2 else values).long()  # QMNIST has eight columns, the label first
         if values.ndim != 1 or not len(values) or values.min() < 0 or values.max() > 9:
             raise ValueError("it does not hold labels from 0 to 9")
     if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise ValueError("its content is not that of MNIST's file")
+        raise ValueError("its content differs from MNIST's file")
     return values
 
 
-# Along each side of an image, of the grid of points that an elastic map moves.
+# Grid points along each side of an image that an elastic map moves.
 NODES = 5
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Bounds of the random maps, affine and elastic; each parameter is uniform between minus its bound and its bound.
+    """Random affine and elastic maps; each parameter is drawn uniformly between minus its bound and its bound.
 
     Source: Simard, Steinkraus & Platt 2003, "Best Practices for Convolutional Neural Networks", section 2; here the
     displacements are interpolated (bicubically) between a few random ones instead of smoothed.
@@ -236,25 +239,25 @@ class Augmentation:
     shift: float = 1.5  # pixels
     scale: float = 0.08  # relative to 1
     shear: float = 0.06  # horizontal pixels per vertical pixel
-    elastic: float = 0.0  # pixels that each of NODES x NODES points moves by, along each axis
+    elastic: float = 0.0  # pixels along each axis, for each of NODES x NODES grid points
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """The parameters of `count` maps: uniform in -1..1, of shape (K, count), on the generator's device."""
+        """Draws the parameters of `count` maps: uniform in -1..1, of shape (K, count), on the generator's device."""
         parameters = 5 + (2 * NODES**2 if self.elastic else 0)
         return torch.empty(parameters, count, device=generator.device).uniform_(-1, 1, generator=generator)
 
     def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
-        """Maps each image by its own random map, bilinearly, onto a background of 0.
+        """Applies a random map to each image, with bilinear interpolation and zero padding.
 
         Args:
             images: float, of shape (N, C, H, W).
-            uniform: what `draw` returned for N maps, on the device of `images`.
+            uniform: result of `draw` for N maps, on the device of `images`.
         """
         height, width = images.shape[2:]
-        middle, bounds, basis = _map_constants(self, height, width, images.device)
-        parameters = torch.addcmul(middle, uniform, bounds)
+        centre, bounds, basis = _map_constants(self, height, width, images.device)
+        parameters = torch.addcmul(centre, uniform, bounds)
         angle, scale, shear = parameters[:3]
-        along_x = torch.stack([angle.cos(), angle.sin()]) * scale  # where a step along x leads, [2, N]; also below
+        along_x = torch.stack([angle.cos(), angle.sin()]) * scale  # image of the unit vector along x, [2, N]
         upright = torch.stack([-along_x[1], along_x[0]])
         along_y = torch.addcmul(upright, along_x, shear)
         factors = [along_x[..., None], along_y[..., None], parameters[3:5, :, None]]
@@ -269,10 +272,10 @@ class Augmentation:
 def _map_constants(
     augmentation: Augmentation, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The middle and the bound of each parameter of a map, (K, 1), and what the maps are composed of.
+    """The centre and the bound of each parameter of a map, (K, 1), and the basis of the maps, (L, height * width).
 
-    That is (L, height * width): the coordinates x and y of the pixels' centres in units where the image spans -1..1, a
-    move of all pixels and, if elastic, the share of each pixel in the move of each node.
+    The basis has the x and y coordinates of the pixel centres, where the image spans -1..1, a constant for the shift
+    and, if elastic, each pixel's weight in the displacement of each node.
     """
     y = torch.arange(1 - height, height, 2, device=device).div(height).view(-1, 1).expand(height, width)
     x = torch.arange(1 - width, width, 2, device=device).div(width).expand(height, width)
@@ -284,30 +287,30 @@ def _map_constants(
         basis.append(F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).flatten(1))
         for size in (width, height):
             bounds += [2 * augmentation.elastic / size] * NODES**2
-    middle = [0.0, 1.0, 0.0] + [0.0] * (len(bounds) - 3)
-    per_map = torch.tensor([middle, bounds], device=device)[..., None]
+    centre = [0.0, 1.0, 0.0] + [0.0] * (len(bounds) - 3)
+    per_map = torch.tensor([centre, bounds], device=device)[..., None]
     return per_map[0], per_map[1], torch.cat(basis)
 
 
 class TrainingBatches:
-    """The training split in shuffled, augmented and normalized batches, epoch after epoch.
+    """Iterates over the training split in shuffled, augmented and normalized batches.
 
-    An iteration runs to the end of the epoch and yields images, float32 of (n, 1, 28, 28), with their labels, int64 of
-    (n,). The position in it is part of the state: an iterator made after load_state_dict continues where the one that
-    was running at state_dict stood.
+    An iterator runs to the end of the epoch and yields images, float32 (n, 1, 28, 28), and labels, int64 (n,). The
+    position within the epoch is part of the state: after load_state_dict, a new iterator continues from the batch that
+    was next at state_dict.
 
     Args:
-        split: the images and labels, on the device that the batches are made on.
-        batch_size: images per batch; the last of an epoch may be smaller.
+        split: images and labels, on the device that the batches are made on.
+        batch_size: images per batch; the last batch of an epoch may be smaller.
         normalization: applied last.
-        augmentation: None for none.
-        seed: of the shuffling and the augmentation, which share a generator of their own.
-        parts: into which each batch is cut, as evenly as it goes; the same images come whatever their number.
-        part: the one of them, from 0, that is yielded.
+        augmentation: applied to each image; None for no augmentation.
+        seed: random seed of the generator that shuffling and augmentation share.
+        parts: number of parts that each batch is split into, as evenly as possible; it does not affect the images.
+        part: index of the part that is yielded.
 
     Attributes:
-        size: images in all parts of the batch that was yielded last.
-        generator: of the random numbers, on the device.
+        size: number of images in the last batch, over all parts.
+        generator: random number generator, on the device of `split`.
     """
 
     def __init__(
@@ -340,7 +343,7 @@ class TrainingBatches:
         return map(self.make, self.choices())
 
     def choices(self) -> Iterator[Tensor]:
-        """What __iter__ makes its batches of: the numbers of each one's images, int64 of (n,), on the device."""
+        """Yields the indices of each batch's images, int64 (n,), on the device; `make` takes them."""
         if self._position >= len(self._order):
             self._order = torch.randperm(len(self.split), generator=self.generator, device=self._order.device)
             self._position = 0
@@ -351,9 +354,9 @@ class TrainingBatches:
             yield chosen
 
     def make(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of the images of these numbers, which `choices` yielded: this part's images and labels.
+        """Makes a batch from indices that `choices` yielded: images and labels of this part.
 
-        Takes no number from the device and copies none to it.
+        It copies nothing between host and device.
         """
         batch = self.split[chosen.tensor_split(self.parts)[self.part]]
         images = batch.images.float()
@@ -374,9 +377,9 @@ class TrainingBatches:
         generator, order = state["generator"], state["order"]
         if generator.shape == self.generator.get_state().shape:
             self.generator.set_state(generator)
-        else:  # of another kind of device: go on with random numbers that are fixed by it
+        else:  # saved on another type of device: derive a seed, so that the result is still deterministic
             self.generator.manual_seed(zlib.crc32(generator.numpy().tobytes()))
         if order is not None and not order.sort().values.equal(torch.arange(len(self.split))):
-            raise ValueError(f"it is not of {len(self.split):,} training images")
+            raise ValueError(f"its order is not of {len(self.split):,} training images")
         self._order = self._order.new_empty(0) if order is None else order.to(self._order.device)
         self._position = state["position"]

@@ -1,4 +1,4 @@
-"""Finds the digit in a picture and brings it into the form of MNIST's images."""
+"""Finds the digit in a picture and converts it to the format of MNIST's images."""
 
 import numpy as np
 from PIL import Image
@@ -14,48 +14,48 @@ from .cnn import IMAGE_SIZE
 # The longer side, in pixels, that the images of each data set were scaled to.
 LONGER_SIDE = {"mnist": 20, "qmnist": 20, "kmnist": 28, "fashion-mnist": 28}
 
-# The data sets whose images show one shape, and how many holes it may have: noise adds one to the two of an 8.
+# The data sets of single shapes, and the most holes that a shape may have: an 8 has two, and noise may add one.
 DIGITS = ("mnist", "qmnist")
 MAX_HOLES = 3
 
-# Half the width of the widest stroke, in pixels of 28; in MNIST, 5 is exceeded by one image in a thousand.
+# Half the width of the widest stroke, in pixels of 28; in MNIST, one image in a thousand exceeds 5.
 MAX_HALF_STROKE = 5.5
 
-# Ink differs from the paper by at least so many standard deviations of the paper; noise is split at 2.7 or less.
+# The least distance of ink from paper, in standard deviations of the paper; pure noise has 2.7 or less.
 MIN_SEPARATION = 3
 
 # Ink paler than this share of the darkest stroke does not count as part of the digit's outline.
 OUTLINE = 0.4
 
-# The share of a picture's sides around a pixel that is mostly paper. On one side of a shadow's edge it is in one light.
+# Window of the median filter, relative to the picture's sides: most of it is paper, lit like the pixel in its centre.
 SHADOW_WINDOW = 0.4
 
-# The least share of paper along the border of a sheet with a digit.
+# The least share of paper along the border of a picture with a digit.
 PAPER_BORDER = 0.9
 
-# A piece of less than this share of the largest one's area is a speck.
+# Pieces below this share of the largest piece's area are specks.
 SPECK = 0.02
 
 
 def to_mnist(luminance: np.ndarray, dataset: str = "mnist") -> np.ndarray:
-    """Scales a digit as those of MNIST were and puts its centre of mass into the centre of 28 x 28 pixels.
+    """Scales a digit as in MNIST and moves its centre of mass to the centre of 28 x 28 pixels.
 
     Args:
-        luminance: float, (height, width); a digit, lighter or darker than the paper it stands on, in uneven light,
-            between specks and dark edges.
+        luminance: float, (height, width); a digit, lighter or darker than its paper. Light may be uneven, and there
+            may be specks and dark edges.
         dataset: a key of LONGER_SIDE.
 
     Returns:
         uint8, (28, 28), light on 0.
 
     Raises:
-        ValueError: there is nothing but paper, or not exactly one digit.
+        ValueError: the picture shows only paper, or not exactly one digit.
 
     Source: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
     """
     ink, is_ink = _separate_ink(luminance)
     shape = _digit(is_ink) if dataset in DIGITS else is_ink
-    # Keep the strokes' soft rims.
+    # Keep the soft edges of the strokes.
     ink[distance_transform_edt(~shape) > max(2, 0.01 * max(shape.shape))] = 0
     ink = (ink / ink.max()).clip(0).astype(np.float32)
     digit = Image.fromarray(ink[regionprops((ink > OUTLINE).astype(np.uint8))[0].slice])
@@ -70,17 +70,17 @@ def to_mnist(luminance: np.ndarray, dataset: str = "mnist") -> np.ndarray:
 
 
 def is_stroke(image: np.ndarray) -> bool:
-    """Whether an image that to_mnist returned shows strokes of a pen, not a blot."""
+    """Whether an image from to_mnist shows pen strokes, not a blot."""
     return bool(distance_transform_edt(image > 127).max() <= MAX_HALF_STROKE)
 
 
 def _separate_ink(luminance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The darkness or lightness of each pixel relative to the paper, and which pixels are ink; without dark edges."""
+    """The contrast of each pixel to the paper, and a mask of the ink; dark edges are cropped."""
     paper = _trend(luminance)
     if np.ptp(luminance - paper) < 1:  # of 255 levels
         raise ValueError("it shows nothing but paper")
     border, ink, is_paper = _on_paper(luminance, paper)
-    if border < PAPER_BORDER:  # of a digit that is cut out, or the half in a shadow was taken for ink
+    if border < PAPER_BORDER:  # the digit is cropped closely, or a shadow was taken for ink
         without_shadow = _on_paper(luminance, paper + _shadow(luminance - paper))
         if without_shadow[0] >= PAPER_BORDER and _stands_out(*without_shadow[1:]):
             _, ink, is_paper = without_shadow
@@ -94,31 +94,31 @@ def _stands_out(ink: np.ndarray, is_paper: np.ndarray) -> bool:
 
 
 def _on_paper(luminance: np.ndarray, paper: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """The share of paper on the border, the ink relative to the paper, and which pixels are paper."""
+    """The share of paper along the border, the contrast of each pixel to the paper, and a mask of the paper."""
     is_light = _above_threshold(luminance - paper)
     rows, columns = (is_light.mean(axis) for axis in (1, 0))
     inside = tuple(slice(_edge(share), len(share) - _edge(share[::-1])) for share in (rows, columns))
-    if not 0.001 < is_light[inside].mean() < 0.999:  # what looks like edges is the paper
+    if not 0.001 < is_light[inside].mean() < 0.999:  # the supposed edges are the paper
         inside = (slice(None), slice(None))
     is_light, paper, difference = is_light[inside], paper[inside], (luminance - paper)[inside]
     border = np.concatenate([is_light[[0, -1]].ravel(), is_light[:, [0, -1]].ravel()])
     dark_ink = border.mean() >= 0.5
     is_paper = is_light if dark_ink else ~is_light
-    # The mean of the paper nearby, for shadows; far from any, of all the paper.
+    # The mean of the paper nearby, which follows shadows; where there is none, the mean of all paper.
     window, far = max(1, max(is_paper.shape) // 4), 1e-3
     total = uniform_filter(np.where(is_paper, difference, 0.0), window) + far * difference[is_paper].mean()
     nearby = total / (uniform_filter(is_paper.astype(float), window) + far)
-    # Dark ink takes its share of whatever light there is.
+    # Dark ink absorbs a fraction of the light, so its contrast is relative to the paper's luminance.
     ink = (nearby - difference) / (paper + nearby).clip(1) if dark_ink else difference - nearby
     return max(border.mean(), 1 - border.mean()), ink, is_paper
 
 
 def _trend(luminance: np.ndarray) -> np.ndarray:
-    """The luminance of unevenly lit paper: the quadratic surface through the half of the pixels nearest to it."""
+    """The luminance of unevenly lit paper: a quadratic surface, fitted to the half of the pixels nearest to it."""
     y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in luminance.shape), indexing="ij")
     surface = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)  # [height, width, 6]
-    some = tuple(slice(None, None, -(-side // 100)) for side in luminance.shape)
-    terms, values = surface[some].reshape(-1, 6), luminance[some].ravel()
+    sampled = tuple(slice(None, None, -(-side // 100)) for side in luminance.shape)
+    terms, values = surface[sampled].reshape(-1, 6), luminance[sampled].ravel()
     distance = np.abs(values - np.median(values))
     for _ in range(5):
         near = distance <= np.median(distance)
@@ -128,9 +128,9 @@ def _trend(luminance: np.ndarray) -> np.ndarray:
 
 
 def _shadow(difference: np.ndarray) -> np.ndarray:
-    """What the edge of a shadow leaves of the paper's luminance minus its trend: the median around each pixel."""
-    some = tuple(slice(None, None, -(-side // 100)) for side in difference.shape)
-    levels = (difference[some] + 128).clip(0, 255).round().astype(np.uint8)
+    """The luminance of paper with a shadow, relative to its trend: the median around each pixel."""
+    sampled = tuple(slice(None, None, -(-side // 100)) for side in difference.shape)
+    levels = (difference[sampled] + 128).clip(0, 255).round().astype(np.uint8)
     window = [max(1, round(SHADOW_WINDOW * side)) for side in levels.shape]
     medians = median(np.pad(levels, [(side, side) for side in window], "symmetric"), np.ones(window, np.uint8))
     inner = tuple(slice(side, side + length) for side, length in zip(window, levels.shape, strict=True))
@@ -144,7 +144,10 @@ def _above_threshold(values: np.ndarray) -> np.ndarray:
 
 
 def _edge(light: np.ndarray) -> int:
-    """How many of the first lines, of which shares are `light`, are a scan's edge: all alike, before a line unlike."""
+    """The width of a scan's edge: leading lines that are all light or all dark, before a line of the opposite.
+
+    `light` is the share of light pixels in each line.
+    """
     for count in range(min(max(2, len(light) // 33), len(light) // 4), 0, -1):
         if any((share[:count] >= 0.9).all() and share[count] <= 0.2 for share in (light, 1 - light)):
             return count
@@ -152,19 +155,19 @@ def _edge(light: np.ndarray) -> int:
 
 
 def _digit(is_ink: np.ndarray) -> np.ndarray:
-    """Which pixels are the digit: its tallest shape and what is near to it, such as the upper stroke of a 5."""
+    """A mask of the digit: the tallest shape and pieces near it, such as the upper stroke of a 5."""
     pieces = label(is_ink, connectivity=2)
     largest = max(regionprops(pieces), key=lambda piece: piece.area)
     is_ink = np.isin(pieces, [piece.label for piece in regionprops(pieces) if piece.area >= SPECK * largest.area])
     close = distance_transform_edt(~is_ink) <= max(1, 0.04 * max(largest.image.shape))
     shapes = label(close, connectivity=2) * is_ink
-    # What the border cuts is a neighbour or the table, unless it is all there is.
+    # A shape that touches the border is a neighbour or the table, unless there are no other shapes.
     inner = [shape for shape in regionprops(clear_border(shapes)) if shape.area >= 0.1 * largest.area]
     *others, digit = sorted(inner or regionprops(shapes), key=lambda shape: shape.image.shape[0])
     height, width = digit.image.shape
     if count := sum(other.image.shape[0] >= 0.5 * height for other in others):
         raise ValueError(f"it shows {count + 1} separate shapes")
     if (width > 1.75 * height and digit.extent < 0.7) or digit.euler_number < 1 - MAX_HOLES:
-        raise ValueError("what it shows has the form of none")
+        raise ValueError("its shape is not a digit's")
     near = distance_transform_edt(shapes != digit.label) <= 0.3 * max(height, width)
     return np.isin(pieces, np.unique(pieces[is_ink & near]))

@@ -1,6 +1,6 @@
-"""Training by several processes that torchrun started: each computes its part of every batch.
+"""Training in several processes, started by torchrun: each computes its part of every batch.
 
-In a process that has not joined others, nothing here communicates.
+In a process without a process group, nothing here communicates.
 """
 
 import os
@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Joins the processes that torchrun started, if it started this one.
+    """Joins the process group, if torchrun started this process.
 
-    What ends them all is raised in one of them; the others exit without a word.
+    The first process to fail raises its error; the others exit silently.
 
     Raises:
-        UserError: they cannot be joined.
+        UserError: the process group cannot be joined.
     """
     if "WORLD_SIZE" not in os.environ:
         yield
@@ -46,15 +46,13 @@ def joined() -> Iterator[None]:
 
 
 def _join() -> Store:
-    """Makes the process group, gloo's for the CPU and NCCL's for GPUs, and returns the store that all share."""
+    """Initializes the process group, gloo for the CPU and NCCL for GPUs, and returns the store that all share."""
     if not dist.is_gloo_available():
-        raise UserError(
-            "this torch has no gloo, which several processes need: start one, without torchrun", exit_code=2
-        )
-    instead = "start the processes with torchrun, or unset WORLD_SIZE for one"
+        raise UserError("this torch has no gloo, which several processes need: start one without torchrun", exit_code=2)
+    hint = "start the processes with torchrun, or unset WORLD_SIZE for a single process"
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        raise UserError(f"WORLD_SIZE is set, {', '.join(missing)} not: {instead}", exit_code=2)
+        raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}: {hint}", exit_code=2)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -62,43 +60,43 @@ def _join() -> Store:
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the other processes: {one_line(error)}; {instead}", exit_code=2) from error
+        raise UserError(f"cannot join the other processes: {one_line(error)}; {hint}", exit_code=2) from error
     if local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)  # what "cuda" means from here on
+        torch.cuda.set_device(local_rank)  # makes "cuda" this process's GPU
     return store
 
 
 def _is_first(store: Store) -> bool:
-    """Whether no process has asked before."""
+    """Whether this is the first process to call."""
     try:
         return store.add("asked", 1) == 1
-    except RuntimeError:  # the store has ended with the process that held it
+    except RuntimeError:  # the process that hosts the store has exited
         return False
 
 
-def refuse(program: str) -> None:
-    """Raises UserError where torchrun started several processes of a program that is for one."""
+def refuse_several_processes(program: str) -> None:
+    """Raises UserError if torchrun started several processes of a program that runs in one."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"{program} runs in one process: start it without torchrun", exit_code=2)
 
 
 def processes() -> int:
-    """How many share each batch."""
+    """The number of processes that share each batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process among them."""
+    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that reads and writes files and says how it goes."""
+    """Whether this is the process that reads and writes files and prints progress."""
     return rank() == 0
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` returns, or the UserError it raises, in the main process, which alone calls it."""
+    """Calls `function` in the main process only; all processes return its result or raise its UserError."""
     if not dist.is_initialized():
         return function()
     result: list[Any] = [None, None]
@@ -114,13 +112,13 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """`model` with gradients that are averaged over the processes."""
-    # Buffers are copied when they are used, at the end of an epoch.
+    """Wraps `model` so that its gradients are averaged over the processes."""
+    # Buffers are broadcast only when they are used, at the end of an epoch.
     return DistributedDataParallel(model, **compat.LEAVE_BUFFERS) if dist.is_initialized() else model
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Makes the batch norm in `model`, fused or torch.nn's, one over the batches of all processes."""
+    """Makes batch norm in `model`, fused or torch.nn's, take its statistics over all processes."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if isinstance(module, BatchNormReLU2d):
@@ -128,19 +126,19 @@ def synchronise_batch_norm(model: nn.Module) -> None:
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Gives each process its own dropout at each step; the main one goes on with torch's generator as it stands."""
+    """Seeds the dropout of each process and step; the main process keeps the state of its generator."""
     if not is_main():
         torch.manual_seed(zlib.crc32(f"{seed} {step} {rank()}".encode()))
 
 
 def add_up(tensor: Tensor) -> None:
-    """Makes `tensor`, in place, the sum of the processes' own."""
+    """Sums `tensor` over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
 
 
 def largest(number: int) -> int:
-    """The largest of the processes' numbers."""
+    """The largest `number` of all processes."""
     if not dist.is_initialized():
         return number
     tensor = torch.tensor(number)
@@ -149,14 +147,14 @@ def largest(number: int) -> int:
 
 
 def copy_buffers(model: nn.Module) -> None:
-    """Gives all processes the main one's running statistics."""
+    """Broadcasts the running statistics of the main process."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def split_up(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """function(rows), row by row, of which each process computes a part; all return the whole."""
+    """Returns function(rows), which acts row by row; each process computes a part, and all return the whole."""
     if not dist.is_initialized():
         return function(rows)
     own = function(rows.tensor_split(processes())[rank()])

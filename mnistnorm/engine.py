@@ -1,4 +1,4 @@
-"""The pieces of a training run, free of files and flags: settings, optimizers, schedule, trainer, evaluation."""
+"""Training without files and flags: settings, optimizers, schedule, trainer, evaluation."""
 
 import math
 import time
@@ -25,22 +25,22 @@ LEARNING_RATES = {
     "adamw": {"batch": 0.01, "group": 0.01, "layer": 0.02, "sample": 0.01},
 }
 
-# The elastic part of the augmentation in pixels, by norm: on a split of the training set it lowered the loss of layer
-# norm by a sixth, that of group norm by little, and not that of batch norm.
+# The elastic displacement in pixels, by norm: on a split of the training set it lowered the loss of layer norm by a
+# sixth, that of group norm slightly, and not that of batch norm.
 ELASTIC = {"batch": 0.0, "group": 1.0, "layer": 1.0, "sample": 0.0}
 
-# With Muon, what Muon does not take runs on AdamW at this share of the learning rate.
+# With Muon, AdamW trains the other parameters at this share of the learning rate.
 ADAMW_SHARE = 0.2
 
 # The share of the steps in which the learning rate rises.
 WARMUP = 0.2
 
-# The settings that say where and how to compute, not what: of the result they decide the rounding and, but for threads
-# and data_dir, which random numbers are drawn.
+# The settings that may change when a run is resumed: they affect only the rounding and, except for threads and
+# data_dir, which random numbers are drawn.
 MACHINE_SETTINGS = ("impl", "device", "threads", "compile", "cuda_graph", "data_dir")
 
 
-# The values of the settings that are one of a few.
+# The allowed values of the settings that are a choice.
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm": NORMS,
     "impl": get_args(Impl),
@@ -48,10 +48,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": (*DATASETS,),
 }
 
-# The least value of each setting that is a number, and the first that is too large.
+# The bounds of the settings that are numbers: inclusive below, exclusive above.
 BOUNDS: dict[str, tuple[int, float]] = {
     **dict.fromkeys(("epochs", "batch_size", "processes"), (1, 2**31)),
-    "threads": (1, 1025),  # of more threads than the system grants, OpenMP ends the process
+    "threads": (1, 1025),  # OpenMP ends the process if the system refuses a thread
     "seed": (0, 2**31),
     **dict.fromkeys(("lr", "weight_decay", "l1", "elastic"), (0, math.inf)),
     **dict.fromkeys(("dropout", "label_smoothing", "val_split"), (0, 1)),
@@ -60,36 +60,36 @@ BOUNDS: dict[str, tuple[int, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that decides the result of a training run.
+    """Everything that determines the result of a training run.
 
     Attributes:
         norm: one of cnn.NORMS.
-        fused: whether the network is built of the fused layers.
-        impl: "auto", "triton" or "torch", of the fused layers.
+        fused: whether the network has the fused layers.
+        impl: implementation of the fused layers: "auto", "triton" or "torch".
         dropout: probability of zeroing an element between norm and ReLU.
-        optimizer: "muon" (on the convolutions but the last, AdamW on the rest), "sgd" (Nesterov) or "adamw".
+        optimizer: "muon" (on all convolutions but the last, AdamW on the rest), "sgd" (Nesterov) or "adamw".
         lr: peak learning rate.
-        epochs: length of the schedule.
+        epochs: number of epochs.
         batch_size: images per step.
         weight_decay: decoupled with muon and adamw, as a gradient with sgd; on convolutions only.
-        l1: factor of the sum of the convolutions' absolute weights in the loss.
-        label_smoothing: share of the loss that is the mean over all classes.
+        l1: factor of the L1 penalty on the convolutions' weights.
+        label_smoothing: weight of the uniform target, as in nn.CrossEntropyLoss.
         augment: whether training images are augmented.
-        elastic: pixels by which the augmentation bends images, see data.Augmentation.
-        seed: of the initial weights, the order of the images, the augmentation and the dropout.
+        elastic: largest elastic displacement of the augmentation in pixels, see data.Augmentation.
+        seed: random seed of the initial weights, the order of the images, the augmentation and the dropout.
         dataset: a key of data.DATASETS.
         data_dir: folder of the data set; None: see data.load_dataset.
-        val_split: fraction of the training images kept for validation.
+        val_split: fraction of the training images held out for validation.
         device: a torch device.
-        threads: of the CPU.
+        threads: number of CPU threads.
         amp: forward in bfloat16 where autocast allows it.
         compile: whether the network runs under torch.compile.
-        cuda_graph: whether a step is captured as a CUDA graph; None: where it can be, see Trainer.why_eager.
+        cuda_graph: whether a step is captured as a CUDA graph; None: where possible, see Trainer.why_eager.
         sync_batch_norm: whether batch norm takes its statistics over all processes' parts of a batch.
-        processes: that share each batch.
+        processes: number of processes that share each batch.
 
     Raises:
-        TypeError, ValueError: one of them is of another type, unknown or out of range.
+        TypeError, ValueError: a setting is of the wrong type, unknown or out of range.
     """
 
     norm: str = "batch"
@@ -160,13 +160,13 @@ def lr_factors(steps: int) -> Tensor:
 
 
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[None]:
-    """Where `enabled`, a context in which the network computes in bfloat16 what bears it."""
+    """torch.autocast to bfloat16 on `device`, if `enabled`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The mean negative log-likelihood in nats, and the share of right answers."""
+    """The mean negative log-likelihood in nats, and the accuracy from 0 to 1."""
 
     loss: float
     accuracy: float
@@ -176,14 +176,14 @@ class Evaluation:
 def log_probabilities(
     model: nn.Module, images: Tensor, normalization: Normalization, *, amp: bool = False, batch_size: int = 1000
 ) -> Tensor:
-    """What `model`, in eval mode, says of raw images (uint8, (N, 1, 28, 28)): float32, (N, classes)."""
+    """The output of `model`, in eval mode, for raw images (uint8, (N, 1, 28, 28)): float32, (N, classes)."""
     model.eval()
     with autocast(images.device, amp):
         return torch.cat([model(normalization(batch)).float() for batch in images.split(batch_size)])
 
 
 def score(log_probs: Tensor, labels: Tensor) -> Evaluation:
-    """How good `log_probs`, float of (N, classes), are for `labels`, int64 of (N,)."""
+    """Evaluates `log_probs`, float (N, classes), against `labels`, int64 (N,)."""
     correct = log_probs.argmax(1).eq(labels).sum().item()
     return Evaluation(loss=F.nll_loss(log_probs, labels).item(), accuracy=correct / len(labels))
 
@@ -197,27 +197,27 @@ def rng_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Sets the generators of the CPU and of `device` to what rng_states returned, on whatever device."""
+    """Sets the generators of the CPU and of `device` to states from rng_states, which may be of another device."""
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
         torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 class Trainer:
-    """A model on its way through its training, with a state that can be saved after any step.
+    """Trains a model; its state can be saved after any step.
 
-    A step reads no number from the device, so the host runs ahead of it.
+    A step does not synchronise with the device, so the host runs ahead of it.
 
-    Where several processes train together, each has a trainer and does the same with it; their states are the same.
+    With several processes, each has a trainer and makes the same calls; their states stay equal.
 
     Args:
-        model: on the device of the data.
-        dataset: on the device to train on.
-        settings: how to train.
-        batches: what to train on.
+        model: the network, on the device of the data.
+        dataset: the data set, on the device to train on.
+        settings: settings of the run.
+        batches: batches of the training split.
 
     Attributes:
-        graph: the step as a CUDA graph; None where `why_eager` had a reason when the trainer was made.
+        graph: the step as a CUDA graph; None if `why_eager` gave a reason when the trainer was made.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, settings: Settings, batches: TrainingBatches) -> None:
@@ -231,24 +231,24 @@ class Trainer:
         peaks = torch.tensor([group["lr"] for group in self._param_groups()], dtype=torch.float64)
         self._schedule = (lr_factors(self.total_steps)[:, None] * peaks).to(self.device, torch.float32)
         self._lrs = self._schedule[0].clone()
-        self._take_learning_rates()
+        self._share_learning_rates()
         self.graph = self._new_graph()
         self._weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
         self.history: list[dict[str, float]] = []
         self.step = 0
-        self._totals = torch.zeros(2, device=self.device)  # of loss and of right answers, over _images
+        self._totals = torch.zeros(2, device=self.device)  # loss and correct predictions, summed over _images
         self._start_epoch()
 
     def _param_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def _take_learning_rates(self) -> None:
-        """Makes the learning rates of the optimizers views of one tensor on the device, written at each step."""
+    def _share_learning_rates(self) -> None:
+        """Makes the optimizers' learning rates views of one tensor on the device, which each step overwrites."""
         for group, lr in zip(self._param_groups(), self._lrs, strict=True):
             group["lr"] = lr
 
     def why_eager(self) -> str | None:
-        """Why the step is not captured as a CUDA graph; None where it is, as far as can be told beforehand."""
+        """Why the step is not captured as a CUDA graph; None if a capture is attempted."""
         if self.settings.cuda_graph is False:
             return "--no-cuda-graph"
         if self.device.type != "cuda":
@@ -284,16 +284,16 @@ class Trainer:
 
     @property
     def running(self) -> tuple[float, float, int]:
-        """Mean loss, accuracy and number of images of the running epoch so far."""
+        """Mean loss, accuracy and number of images of the current epoch so far."""
         loss, correct = (self._totals / max(self._images, 1)).tolist()
         return loss, correct, self._images
 
     def train_epoch(self, after_step: Callable[[int], bool] = lambda images: False) -> bool:
-        """Trains to the end of the running epoch and evaluates.
+        """Trains to the end of the current epoch and evaluates.
 
         Args:
-            after_step: called with the number of images of each step, in all processes; returns whether to stop
-                there, which after an epoch's last step is no longer heeded.
+            after_step: called after each step, in all processes, with its number of images; returns whether to stop.
+                After the last step of an epoch the result is ignored.
 
         Returns:
             whether the epoch was completed.
@@ -310,14 +310,14 @@ class Trainer:
         return True
 
     def _count_seconds(self, started: float) -> None:
-        self._totals.tolist()  # waits until the device is done
+        self._totals.tolist()  # waits for the device
         self._seconds += time.perf_counter() - started
 
     def train_batch(self, chosen: Tensor) -> None:
-        """One step, the making of its batch included; as a CUDA graph where there is one for batches of this size.
+        """Makes a batch and takes one step; replays the CUDA graph if there is one and the batch is of full size.
 
         Args:
-            chosen: numbers of the batch's training images, as from `batches.choices`.
+            chosen: indices of the batch's training images, from `batches.choices`.
         """
         if self.graph is not None and len(chosen) == self.batches.batch_size:
             self._set_learning_rates()
@@ -327,12 +327,12 @@ class Trainer:
             self.train_step(*self.batches.make(chosen), len(chosen))
 
     def train_step(self, images: Tensor, labels: Tensor, size: int | None = None) -> None:
-        """One eager step.
+        """Takes one eager step.
 
         Args:
             images: normalized, float32, (N, 1, 28, 28).
-            labels: of the images, int64, (N,).
-            size: number of images of the batch, where other processes have the rest of it.
+            labels: labels of the images, int64, (N,).
+            size: number of images in the whole batch, if other processes have parts of it.
         """
         size = size or len(labels)
         self._set_learning_rates()
@@ -348,19 +348,19 @@ class Trainer:
         self._images += images
 
     def _compute_batch(self, chosen: Tensor) -> None:
-        """The part of a step that a CUDA graph holds."""
+        """The part of a step that is captured as a CUDA graph."""
         self._compute(*self.batches.make(chosen), len(chosen))
 
     def _compute(self, images: Tensor, labels: Tensor, size: int) -> None:
-        """Forward, backward, optimizers and the sums of the epoch, on the device alone: it reads nothing from there."""
+        """Forward, backward, optimizer steps and the sums of the epoch, without synchronising with the device."""
         with autocast(self.device, self.settings.amp):
             log_probs = self._network(images).float()
-        nll = F.nll_loss(log_probs, labels) if len(labels) else log_probs.sum()  # the mean of nothing is NaN
+        nll = F.nll_loss(log_probs, labels) if len(labels) else log_probs.sum()  # avoid the NaN of an empty mean
         loss = nll
         if self.settings.label_smoothing:
             loss = torch.lerp(nll, -log_probs.mean(), self.settings.label_smoothing)
         if self.settings.processes > 1:
-            # Gradients are averaged over processes, of which some may have more images than others.
+            # Gradients are averaged over processes, which may have different numbers of images.
             loss = loss * (self.settings.processes * len(labels) / size)
         if self.settings.l1:
             loss = loss + self.settings.l1 * torch.stack([weight.abs().sum() for weight in self._weights]).sum()
@@ -374,7 +374,7 @@ class Trainer:
         self._totals += totals
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training continues from, but the model's own state."""
+        """The state to resume from, without the model's own."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "batches": self.batches.state_dict(),
@@ -387,20 +387,21 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what state_dict returned; the model's own state must be loaded as well.
+        """Loads a state from state_dict; the model's own state must be loaded separately.
 
         Raises:
-            AttributeError, LookupError, RuntimeError, TypeError, ValueError: `state` is of something else.
+            AttributeError, LookupError, RuntimeError, TypeError, ValueError: `state` does not fit this trainer.
         """
         if len(state["history"]) != state["step"] // len(self.batches):
-            raise ValueError(f"it has {len(state['history'])} epochs of {len(self.batches)} in {state['step']} steps")
+            counts = f"{len(state['history'])} completed epochs and {state['step']} steps"
+            raise ValueError(f"it has {counts}, with {len(self.batches)} steps per epoch")
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             saved, own = (list(each["param_groups"][0]) for each in (optimizer_state, optimizer.state_dict()))
             if saved != own:
                 raise ValueError(f"its optimizer has {', '.join(saved)}, not {', '.join(own)}")
             optimizer.load_state_dict(optimizer_state)
-        self._take_learning_rates()
-        self.graph = self._new_graph()  # a captured one would go on with the tensors of before
+        self._share_learning_rates()
+        self.graph = self._new_graph()  # a captured graph would use the old tensors
         self.batches.load_state_dict(state["batches"])
         self.history = state["history"]
         self.step = state["step"]
@@ -410,7 +411,7 @@ class Trainer:
         set_rng_states(state["rng"], self.device)
 
     def log_probabilities(self, split: Split) -> Tensor:
-        """What the model, as it stands, says of a split's images: float32, (N, classes)."""
+        """The current model's output for a split's images: float32, (N, classes)."""
         return distributed.split_up(
             lambda images: log_probabilities(self.model, images, self.dataset.normalization, amp=self.settings.amp),
             split.images,

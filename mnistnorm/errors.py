@@ -1,13 +1,13 @@
-"""The errors that the programs report, in one line each."""
+"""The errors that the programs report in one line."""
 
 import textwrap
 
 
 class UserError(Exception):
-    """Something the user can fix: ends a program with one line that says what is wrong and what to do.
+    """An error that the user can fix; the program prints its message and exits.
 
     Args:
-        message: the line.
+        message: one line that says what is wrong and what to do.
         exit_code: 1 for a failure, 2 for wrong usage.
     """
 
@@ -17,5 +17,5 @@ class UserError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """What `error` says, without line breaks and of a line's length."""
+    """The message of `error` without line breaks, shortened to 200 characters."""
     return textwrap.shorten(str(error), width=200, placeholder=" ...")

@@ -1,4 +1,4 @@
-"""Ends a program in one line where packages are missing that only the programs need: each imports this module first."""
+"""Exits with a one-line error if packages of the `mnist` extra are missing; each program imports this module first."""
 
 import sys
 from importlib.util import find_spec

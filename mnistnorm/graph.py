@@ -1,32 +1,32 @@
-"""A step as a CUDA graph: run eagerly to warm up, captured once, replayed from then on."""
+"""A step as a CUDA graph: run eagerly to warm up, captured once, then replayed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _global
+from torch.nn.modules import module as nn_module
 
 from .errors import one_line
 
-# Steps that run before the capture: in them libraries load, kernels compile and optimizers make their state.
+# Eager steps before the capture, in which libraries load, kernels compile and optimizers create their state.
 WARMUP_STEPS = 3
 
 
 class GraphedStep:
-    """Calls `step`, which after WARMUP_STEPS calls is captured as a CUDA graph and replayed.
+    """Calls `step`, captures it as a CUDA graph after WARMUP_STEPS calls and then replays the graph.
 
-    The warm-up calls count: nothing is run for its own sake. Where the capture fails, `step` goes on being called.
-    What `step` changes and what it reads but for its input must stay in the same memory.
+    The warm-up calls are ordinary steps. If the capture fails, `step` stays eager. All tensors that `step` reads or
+    changes, except its input, must stay in the same memory.
 
     Args:
         step: takes a tensor on `device`, always of the same shape and dtype, and changes tensors there.
-        device: of type cuda.
-        optimizers: that it calls.
-        generators: those on `device` that `step` draws from, besides the default one.
+        device: a CUDA device.
+        optimizers: optimizers that `step` calls.
+        generators: generators on `device` that `step` draws from, besides the default one.
 
     Attributes:
-        failure: in one line why the capture failed; None where it has not.
+        failure: why the capture failed, in one line; None if it has not failed.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GraphedStep:
             graph.register_generator_state(generator)
         states = [generator.clone_state() for generator in self._generators]
         try:
-            # The context of the stream restores the current one, which that of the graph does not where it fails.
+            # torch.cuda.stream restores the current stream; torch.cuda.graph does not if the capture fails.
             with (
                 _capturable(self._optimizers),
                 torch.cuda.stream(self._stream),
@@ -84,8 +84,8 @@ class GraphedStep:
             ):
                 self._step(static_input)
         except RuntimeError as error:
-            self.failure = one_line(_first(error))
-            # A capture that was cut off leaves the generators unusable in eager mode.
+            self.failure = one_line(_root_cause(error))
+            # A failed capture leaves the generators unusable in eager mode.
             for generator, state in zip(self._generators, states, strict=True):
                 generator.graphsafe_set_state(state)
         else:
@@ -94,7 +94,7 @@ class GraphedStep:
 
 @contextmanager
 def _capturable(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
-    """Declares torch's optimizers capturable, which they demand during a capture and warn of at other times."""
+    """Sets `capturable` of torch's optimizers, which they require during a capture and warn about otherwise."""
     groups = [group for each in optimizers for group in each.param_groups if "capturable" in group]
     for group in groups:
         group["capturable"] = True
@@ -105,17 +105,17 @@ def _capturable(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
             group["capturable"] = False
 
 
-def _first(error: Exception) -> Exception:
-    """What was raised first: the end of a capture that an error cut off raises one of its own."""
+def _root_cause(error: Exception) -> Exception:
+    """The exception that was raised first: ending a failed capture raises another one."""
     while isinstance(error.__context__, Exception):
         error = error.__context__
     return error
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether Python code hangs on the calls of `model`: a replayed graph would not run it."""
+    """Whether `model` has hooks, which a replayed graph would not run."""
     kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    everywhere = any(getattr(_global, f"_global_{kind}", None) for kind in kinds)
+    everywhere = any(getattr(nn_module, f"_global_{kind}", None) for kind in kinds)
     on_modules = any(getattr(module, f"_{kind}", None) for module in model.modules() for kind in kinds)
     on_gradients = any(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)

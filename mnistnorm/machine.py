@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""Describes the machine that a measurement ran on."""
 
 import datetime
 import platform

@@ -1,4 +1,4 @@
-"""The pictures: curves of one run or of several, and grids of misclassified images."""
+"""Plots: curves of one or several runs, and grids of misclassified images."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,22 +15,22 @@ from .data import Split
 
 History = Sequence[Mapping[str, float]]
 
-# The lowest and the highest accuracy that a graph shows: its scale has neither 0 nor 1.
-ACCURACIES = (0.02, 0.9995)
+# The lowest and the highest accuracy in a plot: a logit scale has neither 0 nor 1.
+ACCURACY_RANGE = (0.02, 0.9995)
 
-# Okabe and Ito's palette, told apart with every kind of colour vision.
+# Okabe and Ito's palette, which is safe for colour-blind readers.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 @dataclass(frozen=True)
 class Mistakes:
-    """Images that the network gets wrong, the surest mistakes first.
+    """Misclassified images, the most confident mistakes first.
 
     Attributes:
         images: uint8, (N, 1, 28, 28).
         labels: true classes, (N,).
-        predictions: what the network takes them for, (N,).
-        total: images in the split.
+        predictions: predicted classes, (N,).
+        total: number of images in the split.
     """
 
     images: Tensor
@@ -40,7 +40,7 @@ class Mistakes:
 
     @classmethod
     def of(cls, log_probs: Tensor, split: Split) -> "Mistakes":
-        """The mistakes in `log_probs` (N, classes), a network's output for `split`."""
+        """The mistakes in `log_probs`, (N, classes), a network's output for `split`."""
         best, predictions = log_probs.max(1)
         wrong = predictions.ne(split.labels).nonzero().flatten()
         wrong = wrong[best[wrong].argsort(descending=True, stable=True)]
@@ -52,7 +52,7 @@ class Mistakes:
 
 
 def png(figure: Figure) -> bytes:
-    """The content of a PNG file of `figure`."""
+    """Renders `figure` as a PNG file's content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144)
     return buffer.getvalue()
@@ -70,10 +70,10 @@ def run_curves(history: History, title: str) -> Figure:
 
 
 def comparison_curves(runs: Mapping[str, Sequence[History]], metric: str) -> Figure:
-    """One line per norm, the mean of its seeds, in a band from the lowest to the highest.
+    """One line per norm, the mean over its seeds, with a band from the lowest to the highest.
 
     Args:
-        runs: by norm, the history of each seed.
+        runs: the histories of the seeds, by norm.
         metric: "loss" or "accuracy", on the test images.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -99,10 +99,10 @@ def _draw_losses(axes: Axes, lines: Mapping[str, np.ndarray]) -> None:
 
 
 def _draw_accuracies(axes: Axes, lines: Mapping[str, np.ndarray]) -> None:
-    shown = {name: values.clip(*ACCURACIES) for name, values in lines.items()}
+    shown = {name: values.clip(*ACCURACY_RANGE) for name, values in lines.items()}
     _draw_lines(axes, shown, "{:.2%}")
     axes.set_ylabel("accuracy (%)")
-    axes.set_yscale("logit")  # halving the mistakes is the same step everywhere
+    axes.set_yscale("logit")  # halving the error is the same distance everywhere
     axes.yaxis.set_major_locator(FixedLocator((0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -123,8 +123,8 @@ def _draw_lines(axes: Axes, lines: Mapping[str, np.ndarray], label: str) -> None
 
 
 def mistake_grid(mistakes: Mistakes, classes: Sequence[str], title: str, rows: int, columns: int) -> Figure:
-    """A grid of the first `rows` x `columns` mistakes, each with its true class and what it was taken for."""
-    side, cell_height = 0.94, 1.3  # of an image and, with its caption, of a cell 1 wide
+    """A grid of the first `rows` x `columns` mistakes, each with its true and its predicted class."""
+    side, cell_height = 0.94, 1.3  # image size and cell height with caption, relative to the cell's width
     figure = Figure(figsize=(1.3 * columns, 1.3 * cell_height * rows + 0.5), layout="constrained")
     figure.suptitle(f"{title}: {len(mistakes):,} of {mistakes.total:,} misclassified, the surest mistakes first")
     axes = figure.subplots()

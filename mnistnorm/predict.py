@@ -1,4 +1,4 @@
-"""python -m mnistnorm.predict: says which digit an image shows."""
+"""python -m mnistnorm.predict: predicts which digit an image shows."""
 
 import argparse
 import json
@@ -23,30 +23,32 @@ from .digits import DIGITS, is_stroke, to_mnist
 from .engine import log_probabilities
 from .errors import UserError
 
-# If no class is as probable as this, the image shows none of them.
+# If no class has at least this probability, the image is rejected.
 MIN_PROBABILITY = 0.5
 
-# Photographs are reduced to this size: pixels along the longer side.
-LARGEST = 500
+# Larger images are scaled down to this many pixels along the longer side.
+MAX_SIDE = 500
 
-# What files with more than 8 bits per value call full: the first that none of an image's values exceeds.
+# Full scales of images with more than 8 bits per value: the first that no value of the image exceeds applies.
 FULL_SCALES = (1.0, 255.0, 65535.0)
 
-# On white, a transparent image whose darkest ink is fainter than this, of 255 levels, is light ink: it goes on black.
-FAINT = 80
+# A transparent image whose darkest ink on white is below this, of 255 levels, is light ink and goes on black.
+MIN_INK_ON_WHITE = 80
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("mnistnorm.predict", "Say which digit each image shows, and how probable that is.")
+    parser = Parser("mnistnorm.predict", "Predict which digit each image shows, with its probability.")
     parser.add_argument("checkpoint", type=Path, help="a last.pt or best.pt written by mnistnorm.train")
-    parser.add_argument("images", type=Path, nargs="+", metavar="image", help="one digit, of any size, dark or light")
+    parser.add_argument(
+        "images", type=Path, nargs="+", metavar="image", help="image of one digit, of any size, dark or light"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list, with the probability of every class")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, ... (%(default)s)")
     return parser
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The luminance of an image file, upright, on white or black, whichever contrasts, where it is transparent.
+    """Reads the luminance of an image file, upright; transparent images go on white or black, whichever contrasts.
 
     Returns:
         float32, (height, width), in units of 255 levels.
@@ -56,18 +58,18 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
+            warnings.simplefilter("ignore")  # from Pillow, about large images and odd metadata
             with Image.open(path) as file:
                 image = _luminance(ImageOps.exif_transpose(file))
-        image.thumbnail((LARGEST, LARGEST))
-    except Exception as error:  # Pillow's errors are as many as the ways to damage a file
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    except Exception as error:  # Pillow raises all kinds of errors for damaged files
         raise UserError(f"cannot read the image {path}: {_reason(error)}") from error
     if image.mode == "F":
         return np.asarray(image)
     luminance, opacity = np.moveaxis(np.asarray(image, dtype=np.float32), -1, 0)
     opacity = opacity / 255
-    ground = 255 if (opacity * (255 - luminance)).max() >= FAINT else 0
-    return ground + opacity * (luminance - ground)
+    background = 255 if (opacity * (255 - luminance)).max() >= MIN_INK_ON_WHITE else 0
+    return background + opacity * (luminance - background)
 
 
 def _luminance(image: Image.Image) -> Image.Image:
@@ -77,9 +79,9 @@ def _luminance(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
         if not np.isfinite(values).all():
-            raise UserError("some of its values are infinite or not numbers; save it as PNG or JPEG")
+            raise UserError("some of its values are infinite or NaN; save it as PNG or JPEG")
         largest = float(np.abs(values).max())
-        # A transparent value, the only kind of transparency there is here, is as good a ground as any.
+        # In these modes at most one value is transparent; it serves as the background unchanged.
         return Image.fromarray(values * (255 / next((scale for scale in FULL_SCALES if largest <= scale), largest)))
     return image.convert("RGBA").convert("LA") if image.has_transparency_data else image.convert("F")
 
@@ -95,10 +97,10 @@ def _reason(error: Exception) -> str:
 
 
 def classify(path: Path, checkpoint: Checkpoint, network: CNN, device: torch.device) -> dict[str, Any]:
-    """What the program says of an image file.
+    """Classifies an image file and returns its entry of the JSON list.
 
     Raises:
-        UserError: the file cannot be read as an image, or shows no digit; the network is not usable.
+        UserError: the file cannot be read as an image, or shows no digit; the network's output is not finite.
     """
     luminance, dataset = read_image(path), checkpoint.settings.dataset
     try:
@@ -106,15 +108,15 @@ def classify(path: Path, checkpoint: Checkpoint, network: CNN, device: torch.dev
         if dataset in DIGITS and not is_stroke(image):
             raise ValueError("it shows a blot")
     except ValueError as error:
-        advice = "show one digit, darker or lighter than its paper"
+        advice = "use an image of one digit, darker or lighter than its paper"
         raise UserError(f"no single digit was found in {path}: {error}; {advice}") from error
     log_probs = log_probabilities(network, torch.from_numpy(image[None, None]).to(device), checkpoint.normalization)[0]
     if not log_probs.isfinite().all():
-        raise UserError(f"the network computes no numbers, its training diverged; {CHECKPOINT_HINT}")
+        raise UserError(f"the network's output is not finite, its training diverged; {CHECKPOINT_HINT}")
     by_class = dict(zip(checkpoint.classes, log_probs.exp().tolist(), strict=True))
     best = max(by_class, key=lambda name: by_class[name])
     if by_class[best] < MIN_PROBABILITY:
-        message = f"the nearest, {best}, has a probability of {by_class[best]:.0%}; show one"
+        message = f"the best match, {best}, has a probability of {by_class[best]:.0%}; use an image of one of them"
         raise UserError(f"{path} resembles none of the classes: {message}")
     return {"image": str(path), "prediction": best, "probability": by_class[best], "probabilities": by_class}
 

@@ -1,4 +1,4 @@
-"""A training run in its folder: what it says, what it writes, and how it is interrupted and resumed."""
+"""Training runs: progress output, files, interruption and resumption."""
 
 import json
 import math
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from . import distributed, plots
-from .checkpoint import UNFINISHED, Checkpoint, write_atomically
+from .checkpoint import TEMP_SUFFIX, Checkpoint, write_atomically
 from .cnn import CNN
 from .data import Augmentation, TrainingBatches, load_dataset
 from .engine import MACHINE_SETTINGS, Settings, Trainer
@@ -29,42 +29,42 @@ LAST, BEST = "last.pt", "best.pt"
 CONFIG, METRICS, CURVES, MISTAKES = "config.json", "metrics.jsonl", "curves.png", "misclassified.png"
 TENSORBOARD = "events.out.tfevents.*"
 RUN_FILES = (LAST, BEST, CONFIG, METRICS, CURVES, MISTAKES, TENSORBOARD)
-# Between two readings of loss and accuracy for the progress bar, for each of which the host waits.
+# Interval at which the progress bar reads loss and accuracy, for which the host waits for the device.
 PROGRESS_SECONDS = 1.0
-# Of mnistnorm.compare, in the folder that holds those of its runs.
+# Config of mnistnorm.compare, in the folder that has the folders of its runs.
 COMPARISON_CONFIG = "comparison-config.json"
-# Without a terminal for a bar, a line says at least this often how far an epoch is.
+# Interval of the progress lines within an epoch, without a terminal for a progress bar.
 PLAIN_LINE_SECONDS = 15.0
 
 
 def default_out(dataset: str, norm: str, fused: bool, seed: int) -> Path:
-    """The folder of a run that is given none."""
+    """The default folder of a run."""
     return Path("runs", f"{dataset}-{norm}-{'fused' if fused else 'stock'}-seed{seed}")
 
 
 def run_training(settings: Settings, out: Path, *, resume: bool = False, overwrite: bool = False) -> Trainer:
-    """Trains by `settings`, writing to `out` what a run leaves, and saying on stdout how it goes.
+    """Trains with `settings`, writes the files of the run to `out` and prints progress to stdout.
 
-    Where several processes train together, the main one reads, writes and says.
+    With several processes, the main one reads, writes and prints.
 
     Args:
-        settings: of the run.
-        out: its folder, made if need be.
-        resume: continue from the checkpoint in `out`, which must have the same settings but the MACHINE_SETTINGS.
+        settings: settings of the run.
+        out: folder of the run, created if missing.
+        resume: continue from the checkpoint in `out`, which must have the same settings except MACHINE_SETTINGS.
         overwrite: replace a run in `out`.
 
     Returns:
         the trainer at the end of the run.
 
     Raises:
-        UserError: `out` holds a run already or cannot be written; the training diverged; a signal stopped it, after it
+        UserError: `out` already has a run or cannot be written; the training diverged; a signal stopped the run, which
             was saved.
     """
     implementation = describe_implementation(settings)
     check_processes(settings)
     check_cuda_graph(settings)
     checkpoint = distributed.from_main(lambda: load_run(out, settings)) if resume else None
-    distributed.from_main(lambda: prepare_run_folder(out, may_hold_one=resume or overwrite))
+    distributed.from_main(lambda: prepare_run_folder(out, allow_existing=resume or overwrite))
     with locked(out) if distributed.is_main() else nullcontext():
         trainer = build_trainer(settings)
         if checkpoint:
@@ -80,18 +80,18 @@ def run_training(settings: Settings, out: Path, *, resume: bool = False, overwri
                 _check_convergence(settings, trainer.epoch + 1, [trainer.running[0]])
                 save(trainer, out / LAST)
         if number := first_signal():
-            what = "after the last epoch, complete" if complete else f"in epoch {trainer.epoch + 1} and saved"
-            then = "" if complete else "; the same command with --resume continues"
-            raise UserError(f"stopped by {signal.Signals(number).name} {what} in {out}{then}", exit_code=128 + number)
+            state = "after the last epoch, complete" if complete else f"in epoch {trainer.epoch + 1} and saved"
+            hint = "" if complete else "; the same command with --resume continues"
+            raise UserError(f"stopped by {signal.Signals(number).name} {state} in {out}{hint}", exit_code=128 + number)
     return trainer
 
 
 def _begin(trainer: Trainer, out: Path, implementation: str, checkpoint: Checkpoint | None) -> None:
-    """Writes and says what there is before the first step; `checkpoint` is what the run is resumed from."""
+    """Writes the first files and prints the description of a run; `checkpoint` is the one to resume from."""
     settings = trainer.settings
     if not checkpoint:
         save(trainer, out / LAST)
-    if trainer.step == 0:  # what is left is another run's; it goes only once this one could be written
+    if trainer.step == 0:  # files of an earlier run, which are removed only after this one has been saved
         remove_files(out, (BEST, METRICS, CURVES, MISTAKES, TENSORBOARD))
     for line in describe(trainer, implementation, out, checkpoint.settings if checkpoint else settings):
         print(line, flush=True)
@@ -104,7 +104,7 @@ def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
     """The checkpoint to resume the run in `out` from.
 
     Raises:
-        UserError: there is none, or it is not one of a run with `settings`, on whatever machine.
+        UserError: there is none, or its settings other than MACHINE_SETTINGS differ from `settings`.
     """
     if not (out / LAST).exists():
         raise UserError(f"there is no run to resume in {out}: name its folder with --out or leave out --resume")
@@ -131,11 +131,11 @@ def _continue(trainer: Trainer, checkpoint: Checkpoint, path: Path) -> None:
         raise UserError(f"{path} holds the training state of another run or version: {reason}") from error
 
 
-def prepare_run_folder(out: Path, *, may_hold_one: bool) -> None:
-    """Makes the folder of a run and checks that it can be written."""
+def prepare_run_folder(out: Path, *, allow_existing: bool) -> None:
+    """Creates the folder of a run and checks that it can be written."""
     others = {"a comparison": [COMPARISON_CONFIG]}
-    complete = not may_hold_one and is_complete(out)
-    prepare_folder(out, RUN_FILES, "a run", may_hold_them=may_hold_one, others=others, complete=complete)
+    complete = not allow_existing and is_complete(out)
+    prepare_folder(out, RUN_FILES, "a run", allow_existing=allow_existing, others=others, complete=complete)
 
 
 def is_complete(out: Path) -> bool:
@@ -150,21 +150,21 @@ def is_complete(out: Path) -> bool:
 def prepare_folder(
     out: Path,
     files: Sequence[str],
-    what: str,
+    content: str,
     *,
-    may_hold_them: bool,
+    allow_existing: bool,
     others: Mapping[str, Sequence[str]],
     complete: bool,
 ) -> None:
-    """Makes the folder of `what` and checks that it can be written.
+    """Creates a folder and checks that it can be written and holds no other content.
 
     Args:
         out: the folder.
-        files: patterns of their names.
-        what: they are, in words.
-        may_hold_them: whether one of them may be there already.
-        others: what else a folder may hold, but not this one: in words, and the patterns of its files.
-        complete: whether what is there has nothing left to do.
+        files: glob patterns of the files of its content.
+        content: name of the content in messages.
+        allow_existing: whether the folder may already have such files.
+        others: contents that the folder must not have, by name, with the glob patterns of their files.
+        complete: whether existing content is complete.
     """
 
     def holds(files: Sequence[str]) -> bool:
@@ -172,16 +172,16 @@ def prepare_folder(
 
     for other, their_files in others.items():
         if holds(their_files):
-            raise UserError(f"{out} holds {other}, not {what}: name another --out")
-    if not may_hold_them and holds(files):
+            raise UserError(f"{out} holds {other}, not {content}: name another --out")
+    if not allow_existing and holds(files):
         state, remedy = (", complete", "") if complete else ("", "continue it (--resume), ")
-        raise UserError(f"{out} holds {what}{state}: {remedy}replace it (--overwrite) or name another --out")
+        raise UserError(f"{out} holds {content}{state}: {remedy}replace it (--overwrite) or name another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {out}: {error.strerror}; take another with --out") from error
+        raise UserError(f"cannot create the folder {out}: {error.strerror}; name another --out") from error
     if not os.access(out, os.R_OK | os.W_OK | os.X_OK):
-        raise UserError(f"the folder {out} cannot be written to; take another with --out")
+        raise UserError(f"the folder {out} cannot be written to; name another --out")
 
 
 def remove_files(out: Path, files: Sequence[str]) -> None:
@@ -192,12 +192,12 @@ def remove_files(out: Path, files: Sequence[str]) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps other programs from writing to the folder `out`, and clears what one that was killed left half written.
+    """Locks the folder `out` against other programs, and removes temporary files of a program that was killed.
 
-    The lock is the kernel's: it ends with the process, however that ends, and leaves no file.
+    The kernel releases the lock when the process ends in any way, and the lock needs no file.
 
     Raises:
-        UserError: another program writes to it.
+        UserError: another program is writing to the folder.
     """
     if sys.platform == "win32":  # no flock
         yield
@@ -209,23 +209,24 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another run is writing to {out}: wait for its end or name another --out") from error
-        remove_files(out, [f".*{UNFINISHED}"])
+            raise UserError(f"another run is writing to {out}: wait until it ends or name another --out") from error
+        remove_files(out, [f".*{TEMP_SUFFIX}"])
         yield
     finally:
         os.close(folder)
 
 
 def check_processes(settings: Settings) -> None:
-    """Raises UserError where the processes there are cannot train by `settings`."""
+    """Raises UserError if the running processes cannot train with `settings`."""
     device, processes = torch.device(settings.device), distributed.processes()
     if settings.batch_size < processes:
-        message = f"--batch-size {settings.batch_size} leaves some of {processes} processes without an image: take more"
+        message = f"--batch-size {settings.batch_size} leaves some of {processes} processes without an image: raise it"
         raise UserError(message, exit_code=2)
     if processes > 1 and (device.type not in ("cpu", "cuda") or device.index is not None):
-        raise UserError(f"--device {device} is not for {processes} processes: take cpu or cuda", exit_code=2)
+        raise UserError(f"--device {device} is not for {processes} processes: use cpu or cuda", exit_code=2)
     if processes > 1 and device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-        message = f"a process has none of the {torch.cuda.device_count()} GPUs here: start as many processes, not more"
+        count = torch.cuda.device_count()
+        message = f"there are more processes than the {count} GPUs of this machine: start at most {count}"
         raise UserError(message, exit_code=2)
     if settings.sync_batch_norm:
         if not torch.distributed.is_initialized():
@@ -238,7 +239,7 @@ def check_processes(settings: Settings) -> None:
 
 
 def build_trainer(settings: Settings) -> Trainer:
-    """A trainer before its first step: data and model on the device, everything random seeded."""
+    """Builds a trainer, with data and model on the device and all random generators seeded."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)
@@ -257,7 +258,7 @@ def build_trainer(settings: Settings) -> Trainer:
         dataset = dataset.with_validation(settings.val_split)
     if settings.batch_size > len(dataset.train):
         message = (
-            f"--batch-size {settings.batch_size} is more than the {len(dataset.train):,} training images: take less"
+            f"--batch-size {settings.batch_size} is more than the {len(dataset.train):,} training images: lower it"
         )
         raise UserError(message, exit_code=2)
     dataset = dataset.to(device)
@@ -275,7 +276,7 @@ def build_trainer(settings: Settings) -> Trainer:
 
 
 def check_cuda_graph(settings: Settings) -> None:
-    """Raises UserError where a CUDA graph is asked for and cannot be."""
+    """Raises UserError if a CUDA graph is requested but not possible."""
     if not settings.cuda_graph:
         return
     obstacles = {
@@ -283,10 +284,10 @@ def check_cuda_graph(settings: Settings) -> None:
         f"{settings.processes} processes": settings.processes > 1,
         "--compile": settings.compile,
     }
-    for obstacle, there in obstacles.items():
-        if there:
+    for obstacle, present in obstacles.items():
+        if present:
             message = f"--cuda-graph is for one process on a GPU without --compile, not for {obstacle}"
-            raise UserError(f"{message}: take --no-cuda-graph", exit_code=2)
+            raise UserError(f"{message}: use --no-cuda-graph", exit_code=2)
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -301,7 +302,7 @@ def describe_implementation(settings: Settings) -> str:
     """Which implementation computes norm, dropout and ReLU, and why.
 
     Raises:
-        UserError: the one asked for does not run here.
+        UserError: the requested one does not run here.
     """
     if not settings.fused:
         if settings.impl != "auto":
@@ -318,7 +319,7 @@ def describe_implementation(settings: Settings) -> str:
 
 
 def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) -> Iterator[str]:
-    """What the run will run on, and what it will do, a line at a time; `saved` are the settings it began with."""
+    """Yields the lines that describe a run and its machine; `saved` are the settings before it was resumed."""
     settings, dataset = trainer.settings, trainer.dataset
     held_out = f", {len(dataset.validation):,} validation" if dataset.validation is not None else ""
     extras = {
@@ -361,11 +362,11 @@ def describe(trainer: Trainer, implementation: str, out: Path, saved: Settings) 
         if getattr(settings, name) != getattr(saved, name)
     ]
     if changes:
-        yield f"note     resumed with {', '.join(changes)}: rounding and random numbers may be others"
+        yield f"note     resumed with {', '.join(changes)}: rounding and random numbers may differ"
 
 
 def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], int]) -> None:
-    """Trains and saves epoch after epoch, to the last or until `first_signal` returns one."""
+    """Trains and saves epoch after epoch, until the last one or until `first_signal` returns a signal."""
     if trainer.epoch >= trainer.settings.epochs:
         return
     images, epochs = len(trainer.dataset.train), trainer.settings.epochs
@@ -375,7 +376,7 @@ def _train_to_the_end(trainer: Trainer, out: Path, first_signal: Callable[[], in
         unit=" images",
         unit_scale=True,
         dynamic_ncols=True,
-        disable=None if distributed.is_main() else True,  # None: where stderr is no terminal
+        disable=None if distributed.is_main() else True,  # None: disabled if stderr is not a terminal
     )
 
     shown = time.monotonic()
@@ -421,20 +422,20 @@ def _save_epoch(trainer: Trainer, out: Path, writer: Any) -> None:
             writer.flush()
         except OSError as error:
             raise UserError(f"cannot write TensorBoard's events to {out}: {error.strerror}") from error
-    # Last, so that what it continues from is in all the other files.
+    # Saved last, so that a run that is resumed from it has this epoch in all other files.
     save(trainer, out / LAST)
 
 
 def _check_convergence(settings: Settings, epoch: int, metrics: Iterable[float]) -> None:
     if not all(map(math.isfinite, metrics)):
-        raise UserError(f"the training diverged in epoch {epoch}: take a lower --lr than {settings.lr:g}")
+        raise UserError(f"the training diverged in epoch {epoch}: use a lower --lr than {settings.lr:g}")
 
 
 @contextmanager
 def _signals_deferred() -> Iterator[Callable[[], int]]:
-    """Collects SIGINT and SIGTERM instead of letting them interrupt.
+    """Records SIGINT and SIGTERM instead of letting them interrupt.
 
-    What it yields returns the first one, of whichever process, and 0 while there is none; all processes must call it.
+    Yields a function that returns the first signal of any process, or 0 if there is none; all processes must call it.
     """
     received: list[int] = []
     previous = {
@@ -449,7 +450,7 @@ def _signals_deferred() -> Iterator[Callable[[], int]]:
 
 
 def _tensorboard_writer(out: Path, purge_step: int) -> AbstractContextManager[Any]:
-    """A SummaryWriter that replaces events from `purge_step` on; None where TensorBoard is not installed."""
+    """A SummaryWriter that replaces events from `purge_step` on; None if TensorBoard is not installed."""
     if not distributed.is_main():
         return nullcontext()
     try:
@@ -460,7 +461,7 @@ def _tensorboard_writer(out: Path, purge_step: int) -> AbstractContextManager[An
 
 
 def save(trainer: Trainer, path: Path, *, to_resume: bool = True) -> None:
-    """Writes a checkpoint of `trainer`; not `to_resume`, of the network only."""
+    """Writes a checkpoint of `trainer`; without `to_resume`, of the network only."""
     Checkpoint(
         settings=trainer.settings,
         model=trainer.model.state_dict(),
@@ -474,7 +475,7 @@ def save(trainer: Trainer, path: Path, *, to_resume: bool = True) -> None:
 def best_epoch(history: plots.History) -> int:
     """The epoch of the highest validation accuracy, or without a validation split of the lowest training loss.
 
-    Never chosen by the test images, on which the result is reported.
+    The test images never choose it: the result is reported on them.
     """
     if "validation_accuracy" in history[0]:
         best = max(history, key=lambda metrics: metrics["validation_accuracy"])
@@ -496,7 +497,7 @@ def _epoch_line(metrics: dict[str, float], epochs: int) -> str:
 
 
 def mistakes_of(trainer: Trainer) -> plots.Mistakes:
-    """What the network gets wrong of the test images."""
+    """The test images that the network misclassifies."""
     test = trainer.dataset.test
     return plots.Mistakes.of(trainer.log_probabilities(test), test)
 
@@ -513,7 +514,7 @@ def _report(trainer: Trainer, out: Path) -> None:
     write_atomically(out / MISTAKES, plots.png(grid))
     minutes, seconds = divmod(round(sum(metrics["seconds"] for metrics in trainer.history)), 60)
     reason = "highest validation accuracy" if dataset.validation is not None else "lowest training loss"
-    print(f"test     {last['test_accuracy']:.2%} right, loss {last['test_loss']:.4f}, after the last epoch")
+    print(f"test     {last['test_accuracy']:.2%} correct, loss {last['test_loss']:.4f}, after the last epoch")
     print(f"time     {minutes} min {seconds} s of training")
     print(f"files    {out}: {LAST}, {BEST} (epoch {best_epoch(trainer.history)}, {reason}),")
     events = f", {TENSORBOARD}" if any(out.glob(TENSORBOARD)) else ""

@@ -17,12 +17,12 @@ from .cnn import CNN, IMAGE_SIZE, NORMS
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("mnistnorm.summary", "Print the layers, output shapes and parameter counts of the MNIST CNN.")
     parser.add_argument("--norm", choices=NORMS, default="batch", help="normalization (%(default)s)")
-    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="take the fused layers")
+    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="use the fused layers")
     return parser
 
 
 def summarize(norm: str, fused: bool) -> torchinfo.ModelStatistics:
-    """torchinfo's account of the network, for one image."""
+    """torchinfo's summary of the network, for one image."""
     return torchinfo.summary(
         CNN(norm, fused=fused),
         input_size=(1, 1, IMAGE_SIZE, IMAGE_SIZE),

@@ -1,4 +1,4 @@
-"""How many threads of the CPU a training run takes if nobody says so."""
+"""Chooses the number of CPU threads of a training run."""
 
 import itertools
 import os
@@ -10,18 +10,18 @@ import torch
 from .engine import Settings
 from .run import build_trainer, check_cuda_graph, check_processes, describe_implementation
 
-# After a first one.
+# After one step to warm up.
 MEASURED_STEPS = 5
 
 
 def choose_threads(settings: Settings) -> int:
-    """One thread of the CPU or all, whichever takes a few training steps faster, and says so on stdout.
+    """Chooses one CPU thread or all, whichever runs a few training steps faster, and prints the choice.
 
-    OMP_NUM_THREADS decides where it is set, and torch's choice for other devices and for several processes.
+    If OMP_NUM_THREADS is set, on other devices and with several processes, torch's default is kept.
     """
     threads = torch.get_num_threads()
-    measures = "OMP_NUM_THREADS" not in os.environ and settings.device == "cpu" and settings.processes == 1
-    if not measures or threads == 1:
+    measure = "OMP_NUM_THREADS" not in os.environ and settings.device == "cpu" and settings.processes == 1
+    if not measure or threads == 1:
         return threads
     describe_implementation(settings)
     check_processes(settings)

@@ -17,7 +17,7 @@ from .threads import choose_threads
 
 def get_parser() -> argparse.ArgumentParser:
     description = (
-        "Train the MNIST CNN; the defaults are the full recipe. Started by torchrun, processes share each batch."
+        "Train the MNIST CNN; the defaults are the full recipe. With torchrun, several processes share each batch."
     )
     parser = Parser("mnistnorm.train", description)
     add_setting(parser, "norm", "normalization (%(default)s)")
@@ -26,7 +26,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--out", type=folder_flag, metavar="DIR", help="folder of the run (runs/DATASET-NORM-LAYERS-seedN)"
     )
     group = parser.add_argument_group("several processes")
-    add_setting(group, "sync_batch_norm", "take batch norm's statistics over all processes' parts of a batch")
+    add_setting(group, "sync_batch_norm", "compute batch norm's statistics over all processes' parts of a batch")
     add_training_flags(parser)
     parser.set_defaults(norm=Settings.norm, seed=Settings.seed)
     return parser
@@ -42,7 +42,7 @@ def train(argv: Sequence[str] | None) -> int:
             args = parser.parse_args(argv)
         settings = settings_of(args)
         if args.threads is None:
-            distributed.from_main(lambda: prepare_run_folder(out, may_hold_one=args.overwrite))
+            distributed.from_main(lambda: prepare_run_folder(out, allow_existing=args.overwrite))
             settings = replace(settings, threads=choose_threads(settings))
         run_training(settings, out, resume=args.resume, overwrite=args.overwrite)
     return 0

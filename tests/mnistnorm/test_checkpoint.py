@@ -145,7 +145,9 @@ def test_a_failing_write_leaves_the_old_file(step: str, tmp_path: Path, monkeypa
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, step, full)
-    with pytest.raises(UserError, match=r"cannot write .*file: No space left on device; what was there is unchanged"):
+    with pytest.raises(
+        UserError, match=r"cannot write .*file: No space left on device; any existing file is unchanged"
+    ):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

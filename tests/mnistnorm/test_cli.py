@@ -37,7 +37,7 @@ def test_lack_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run_program(exhaust, None) == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("error: there is not enough memory, take smaller batches or shapes: ")
+    assert printed.startswith("error: out of memory, use smaller batches or shapes: ")
     assert printed.count("\n") == 1
 
 

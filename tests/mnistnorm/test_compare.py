@@ -163,7 +163,7 @@ def test_flags_that_are_none_of_a_comparison_are_refused(
     for content in ({"norms": ["batch"]}, [], flags | {"device": 1}, *(flags | damage for damage in damages)):
         (tmp_path / "comparison-config.json").write_text(json.dumps(content))
         assert compare.main(["--resume", "--out", str(tmp_path)]) == 1
-        assert "comparison-config.json is not of a comparison, or is damaged" in one_error()
+        assert "comparison-config.json is not a comparison's config, or is damaged" in one_error()
 
 
 def test_overwrite_leaves_nothing_of_the_earlier_comparison(

@@ -69,7 +69,7 @@ def test_a_truncated_file_in_a_data_folder_is_named(keep: int, few_digits: list[
         ),
         ("no images", r"train-images-idx3-ubyte is damaged: it holds values of shape \(0, 28, 28\), not images"),
         ("blank images", "train-images-idx3-ubyte cannot be trained on: std must be above 0"),
-        ("a label too few", "train-images-idx3-ubyte has 320 images, but there are 319 labels beside it"),
+        ("a label too few", "train-images-idx3-ubyte has 320 images, but its label file has 319 labels"),
     ],
 )
 def test_files_that_are_readable_but_wrong_are_named(
@@ -113,12 +113,12 @@ def test_the_files_may_lie_as_they_come(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, "t10k-labels-idx1-ubyte is missing in .*, also as t10k-labels-idx1-ubyte.gz: name a folder"),
+        (None, "neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte.gz is in .*: name a folder"),
         (b"", "t10k-labels-idx1-ubyte is damaged: it is not an IDX file of bytes or integers"),
         (b"<html>Not found</html>", "t10k-labels-idx1-ubyte is damaged: it is not an IDX file of bytes or integers"),
         (b"\0\0\x08\1\0\0", "t10k-labels-idx1-ubyte is damaged: it ends within its header"),
-        (b"\0\0\x08\1\0\0\0\5\1\2", "t10k-labels-idx1-ubyte is damaged: it has 10 bytes, its header says 13"),
-        (b"\0\0\x08\1\0\0\0\1\1", "t10k-labels-idx1-ubyte is damaged: its content is not that of MNIST's"),
+        (b"\0\0\x08\1\0\0\0\5\1\2", "t10k-labels-idx1-ubyte is damaged: it has 10 bytes, but its header says 13"),
+        (b"\0\0\x08\1\0\0\0\1\1", "t10k-labels-idx1-ubyte is damaged: its content differs from MNIST's"),
     ],
 )
 def test_a_missing_or_damaged_file_is_named_and_nothing_downloaded(
@@ -138,7 +138,7 @@ def test_a_missing_or_damaged_file_is_named_and_nothing_downloaded(
 
 def test_another_mnist_in_a_data_folder_is_refused(few_digits: list[str], tmp_path: Path) -> None:
     shutil.copytree(Path(few_digits[-1]) / "FashionMNIST", tmp_path / "MNIST")
-    with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged: its content is not that of MNIST's file"):
+    with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged: its content differs from MNIST's file"):
         load_dataset("mnist", tmp_path)
 
 
@@ -318,5 +318,5 @@ def test_batches_continue_from_a_generator_of_another_kind_of_device() -> None:
 
 def test_batches_of_other_images_are_refused() -> None:
     state = TrainingBatches(numbered(50), 8, Normalization(0.1, 0.3)).state_dict() | {"order": torch.arange(49)}
-    with pytest.raises(ValueError, match="it is not of 50 training images"):
+    with pytest.raises(ValueError, match="its order is not of 50 training images"):
         TrainingBatches(numbered(50), 8, Normalization(0.1, 0.3)).load_state_dict(state)

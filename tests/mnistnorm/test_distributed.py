@@ -160,7 +160,7 @@ def check_stopped_run(errors: list[str], name: str, out: Path, whole_run: Path) 
 @pytest.mark.slow
 def test_an_error_of_several_processes_is_one_line(long_flags: list[str], whole_run: Path) -> None:
     for more, message in (
-        (["--batch-size", "1"], "--batch-size 1 leaves some of 2 processes without an image: take more"),
+        (["--batch-size", "1"], "--batch-size 1 leaves some of 2 processes without an image: raise it"),
         ([], f"{whole_run} holds a run, complete: replace it"),
     ):
         code, printed, errors = run(TWO, [*long_flags, *more, "--out", str(whole_run)])
@@ -218,7 +218,7 @@ def test_processes_must_be_able_to_join(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert train.main([*quick, "--out", str(tmp_path)]) == 2
-    assert "WORLD_SIZE is set, RANK, MASTER_ADDR, MASTER_PORT not: start the processes with torchrun" in one_error()
+    assert "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT: start the processes with torchrun" in one_error()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "nonsense")
     assert train.main([*quick, "--out", str(tmp_path)]) == 2
@@ -231,10 +231,10 @@ def test_processes_must_be_able_to_join(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 2}, "--batch-size 2 leaves some of 3 processes without an image: take more"),
-        ({"device": "mps"}, "--device mps is not for 3 processes: take cpu or cuda"),
-        ({"device": "cuda:1"}, "--device cuda:1 is not for 3 processes: take cpu or cuda"),
-        ({"device": "cuda"}, "a process has none of the 2 GPUs here: start as many processes, not more"),
+        ({"batch_size": 2}, "--batch-size 2 leaves some of 3 processes without an image: raise it"),
+        ({"device": "mps"}, "--device mps is not for 3 processes: use cpu or cuda"),
+        ({"device": "cuda:1"}, "--device cuda:1 is not for 3 processes: use cpu or cuda"),
+        ({"device": "cuda"}, "there are more processes than the 2 GPUs of this machine: start at most 2"),
     ],
 )
 def test_several_processes_are_checked(

@@ -40,7 +40,7 @@ def test_there_is_a_learning_rate_for_every_optimizer_and_norm() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"history": [{}]}, "it has 1 epochs of 4 in 0 steps"),
+        ({"history": [{}]}, "it has 1 completed epochs and 0 steps, with 4 steps per epoch"),
         ({"optimizers": []}, "is shorter"),
         ({"step": "4"}, "unsupported operand"),
         ({"history": None}, "has no len"),

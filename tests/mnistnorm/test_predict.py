@@ -168,14 +168,14 @@ def pair(axis: int) -> Callable[[np.ndarray], np.ndarray]:
 @pytest.mark.parametrize(
     ("drawn", "message"),
     [
-        (pair(0), "it shows 2 separate shapes; show one digit"),
-        (pair(1), "it shows 2 separate shapes; show one digit"),
+        (pair(0), "it shows 2 separate shapes; use an image of one digit"),
+        (pair(1), "it shows 2 separate shapes; use an image of one digit"),
         (lambda digit: random(30, 0.1), "nothing stands out from its paper"),
         (lambda digit: random(300, 8), "nothing stands out from its paper"),
         (lambda digit: np.where(X**2 + Y**2 < 0.2, 20, 230), "it shows a blot"),
         (lambda digit: np.where((abs(X) < 0.6) & (abs(Y) < 0.6) & ((X * 8 % 1 < 0.4) | (Y * 8 % 1 < 0.4)), 20, 230),
-         "has the form of none"),
-        (lambda digit: np.where((abs(X) < 0.9) & (abs(Y - 0.1 * np.sin(9 * X)) < 0.05), 20, 230), "form of none"),
+         "its shape is not a digit's"),
+        (lambda digit: np.where((abs(X) < 0.9) & (abs(Y - 0.1 * np.sin(9 * X)) < 0.05), 20, 230), "not a digit's"),
     ],
 )  # fmt: skip
 def test_other_pictures_are_not_guessed(
@@ -203,7 +203,7 @@ def test_what_no_class_is_likely_for_is_not_guessed(
     undecided.model["classifier.weight"].zero_()
     undecided.save(tmp_path / "undecided.pt")
     assert predict.main([str(tmp_path / "undecided.pt"), *save_digits(mnist, tmp_path, 1)]) == 1
-    assert "0.png resembles none of the classes: the nearest, 0, has a probability of 10%" in one_error()
+    assert "0.png resembles none of the classes: the best match, 0, has a probability of 10%" in one_error()
 
 
 def test_the_pieces_of_a_broken_digit_stay_together(mnist: Dataset) -> None:
@@ -345,8 +345,8 @@ def test_the_program_prints_digit_and_probability(
         (b"just text", "cannot read the image .*: it is not an image, or is truncated"),
         ("truncated", "cannot read the image .*: it is not an image, or is truncated"),
         ("blank", "no single digit was found in .*: it shows nothing but paper"),
-        ("infinite", "cannot read the image .*: some of its values are infinite or not numbers; save it"),
-        ("not numbers", "cannot read the image .*: some of its values are infinite or not numbers; save it"),
+        ("infinite", "cannot read the image .*: some of its values are infinite or NaN; save it"),
+        ("not numbers", "cannot read the image .*: some of its values are infinite or NaN; save it"),
         ("too large", "cannot read the image .*: it is too large; reduce it"),
         ("slanting light", "no single digit was found in .*: it shows nothing but paper"),
     ],
@@ -422,7 +422,7 @@ def test_a_network_that_diverged_predicts_nothing(
     diverged.model["classifier.weight"][3] = float("nan")
     diverged.save(tmp_path / "diverged.pt")
     assert predict.main([str(tmp_path / "diverged.pt"), *save_digits(mnist, tmp_path, 1), "--json"]) == 1
-    assert "computes no numbers, its training diverged" in one_error()
+    assert "the network's output is not finite, its training diverged" in one_error()
 
 
 def test_an_image_must_be_given(checkpoint: Path, one_error: Callable[[], str]) -> None:

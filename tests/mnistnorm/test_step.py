@@ -342,7 +342,7 @@ def test_batches_of_full_size_go_to_the_graph(mnist: Dataset) -> None:
 )
 def test_a_graph_that_cannot_be_is_refused_where_it_is_asked_for(changes: dict[str, Any], obstacle: str) -> None:
     settings = Settings(**{"lr": 0.1, "device": "cuda", "cuda_graph": True, **changes})
-    with pytest.raises(UserError, match=f"without --compile, not for {obstacle}: take --no-cuda-graph") as failure:
+    with pytest.raises(UserError, match=f"without --compile, not for {obstacle}: use --no-cuda-graph") as failure:
         check_cuda_graph(settings)
     assert failure.value.exit_code == 2
     check_cuda_graph(replace(settings, cuda_graph=None))

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_hook
 
 from mnistnorm import run, train
-from mnistnorm.checkpoint import UNFINISHED, Checkpoint
+from mnistnorm.checkpoint import TEMP_SUFFIX, Checkpoint
 from mnistnorm.cli import settings_of
 from mnistnorm.data import Augmentation
 from mnistnorm.engine import Trainer
@@ -75,7 +75,7 @@ def test_a_run_says_what_it_runs_on_and_what_came_out(
     assert lines[5] == f"out      {out}"
     assert [line.split("   ")[0] for line in lines[6:8]] == ["epoch  1/2", "epoch  2/2"]
     accuracy = Checkpoint.load(out / "last.pt").metrics["test_accuracy"]
-    assert f"test     {accuracy:.2%} right" in printed
+    assert f"test     {accuracy:.2%} correct" in printed
     assert "highest validation accuracy" in printed
     assert str(out) in lines[-2]
     assert ("events.out.tfevents.*" in lines[-1]) == any(out.glob("events.out.tfevents.*"))
@@ -279,9 +279,9 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--norm", "instance"], "--norm: invalid choice: 'instance'"),
         (["--dataset", "cifar"], "--dataset: invalid choice: 'cifar'"),
         (["--optimizer", "adam"], "--optimizer: invalid choice: 'adam'"),
-        (["--device", "cuda:99"], "--device cuda:99 cannot be used: take cpu"),
-        (["--device", "toaster"], "--device toaster cannot be used: take cpu"),
-        (["--device", "meta"], "--device meta cannot be used: take cpu"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used: use cpu"),
+        (["--device", "toaster"], "--device toaster cannot be used: use cpu"),
+        (["--device", "meta"], "--device meta cannot be used: use cpu"),
         (["--epochs", "0"], "--epochs: expected an integer from 1 to 2147483647, got '0'"),
         (["--epochs", "two"], "--epochs: expected an integer from 1 to 2147483647, got 'two'"),
         (["--batch-size", "-1"], "--batch-size: expected an integer from 1 to 2147483647, got '-1'"),
@@ -289,14 +289,14 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--lr", "nan"], "--lr: expected a finite number of at least 0, got 'nan'"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got '1'"),
         (["--val-split", "1.5"], "--val-split: expected a number from 0 to below 1, got '1.5'"),
-        (["--val-split", "0.999"], "--val-split 0.999 leaves none of the 320 images to train on: take less"),
+        (["--val-split", "0.999"], "--val-split 0.999 leaves none of the 320 images to train on: lower it"),
         (["--seed", "-1"], "--seed: expected an integer from 0 to 2147483647, got '-1'"),
         (["--seed", "1000000000000000000000"], "--seed: expected an integer from 0 to 2147483647, got '1000"),
         (["--impl", "triton"], "--impl triton is for the fused layers: add --fused"),
         (["--elastic", "-1"], "--elastic: expected a finite number of at least 0, got '-1'"),
-        (["--elastic", "1", "--no-augment"], "--no-augment leaves nothing for --elastic 1, given or of"),
-        (["--batch-size", "321"], "--batch-size 321 is more than the 320 training images: take less"),
-        (["--cuda-graph"], "--cuda-graph is for one process on a GPU without --compile, not for --device cpu: take"),
+        (["--elastic", "1", "--no-augment"], "--elastic 1, given or from the resumed run, has no effect"),
+        (["--batch-size", "321"], "--batch-size 321 is more than the 320 training images: lower it"),
+        (["--cuda-graph"], "--cuda-graph is for one process on a GPU without --compile, not for --device cpu: use"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
         (["--out", ""], "--out: expected a folder, got ''"),
@@ -352,7 +352,7 @@ def test_what_cannot_be_written_does_not_destroy_what_it_replaces(
 
     monkeypatch.setattr(os, "fsync", full)
     assert train.main([*quick, "--overwrite", "--out", str(tmp_path)]) == 1
-    assert "No space left on device; what was there is unchanged" in one_error()
+    assert "No space left on device; any existing file is unchanged" in one_error()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(FILES, "old")
 
 
@@ -372,14 +372,14 @@ def test_events_that_cannot_be_written_are_one_line(
 def test_two_runs_do_not_share_a_folder(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
     with run.locked(tmp_path):
         assert train.main([*quick, "--out", str(tmp_path)]) == 1
-        assert f"another run is writing to {tmp_path}: wait for its end or name another --out" in one_error()
+        assert f"another run is writing to {tmp_path}: wait until it ends or name another --out" in one_error()
         assert not any(tmp_path.iterdir())
     with run.locked(tmp_path):
         pass
 
 
 def test_half_written_files_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
-    mine, remains = tmp_path / ".mine.tmp", tmp_path / f".last.pt.0123{UNFINISHED}"
+    mine, remains = tmp_path / ".mine.tmp", tmp_path / f".last.pt.0123{TEMP_SUFFIX}"
     mine.touch()
     remains.touch()
     with run.locked(tmp_path):
@@ -435,7 +435,7 @@ def test_a_run_goes_on_on_another_machine_and_says_so(
     assert train.main(["--resume", "--threads", "1", "--data-dir", data_dir, "--out", str(tmp_path)]) == 0
     (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     changes = f"device cpu instead of cuda:7, threads 1 instead of 3, data_dir {data_dir} instead of /nowhere"
-    assert note == f"note     resumed with {changes}: rounding and random numbers may be others"
+    assert note == f"note     resumed with {changes}: rounding and random numbers may differ"
     assert Checkpoint.load(whole_run / "last.pt").settings == saved.settings
 
 
@@ -463,7 +463,7 @@ def test_a_network_without_training_state_is_not_resumed(
 def test_a_folder_that_cannot_be_made_is_one_line(quick: list[str], tmp_path: Path, one_error: OneError) -> None:
     (tmp_path / "file").touch()
     assert train.main([*quick, "--out", str(tmp_path / "file" / "run")]) == 1
-    assert "cannot make the folder" in one_error()
+    assert "cannot create the folder" in one_error()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(
@@ -471,7 +471,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # which root never sees from a folder's mode
     assert train.main([*quick, "--out", str(tmp_path)]) == 1
-    assert f"the folder {tmp_path} cannot be written to; take another with --out" in one_error()
+    assert f"the folder {tmp_path} cannot be written to; name another --out" in one_error()
 
 
 def test_a_full_disk_ends_the_run_and_leaves_what_was_there(
@@ -486,7 +486,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_there(
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert train.main([*quick, "--out", str(tmp_path)]) == 1
-    assert "No space left on device; what was there is unchanged" in one_error()
+    assert "No space left on device; any existing file is unchanged" in one_error()
     assert Checkpoint.load(tmp_path / "last.pt").metrics["epoch"] == 1
     monkeypatch.undo()
     assert train.main(["--resume", "--out", str(tmp_path)]) == 0
@@ -506,7 +506,7 @@ def test_a_diverging_run_is_one_line(
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     flags = ["--optimizer", "sgd", "--lr", "1e30", "--norm", "layer"]
     assert train.main([*quick, *flags, "--out", str(tmp_path)]) == 1
-    assert "the training diverged in epoch 1: take a lower --lr than 1e+30" in one_error()
+    assert "the training diverged in epoch 1: use a lower --lr than 1e+30" in one_error()
     assert all(value.isfinite().all() for value in Checkpoint.load(tmp_path / "last.pt").model.values())
 
 
