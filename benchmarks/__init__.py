@@ -1,1 +1,1 @@
-"""What the library claims about speed, memory and traffic; each claim is a command."""
+"""Programs that measure the library's speed, memory and traffic: one command for each claim."""

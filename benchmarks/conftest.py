@@ -1,4 +1,4 @@
-"""The flag that says what pytest-benchmark times: `pytest benchmarks --benchmark-only --layers='--shapes ladder'`."""
+"""Adds the --layers flag: `pytest benchmarks --benchmark-only --layers='--shapes ladder'`."""
 
 import argparse
 import shlex
@@ -13,12 +13,12 @@ DEVICES = pytest.StashKey[list[torch.device]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "what to time, in the flags of python -m benchmarks.layers, with its defaults; without --device, CPU and GPU"
+    help = "what to time: the flags of python -m benchmarks.layers; without --device, both CPU and GPU"
     parser.addoption("--layers", default="", metavar="FLAGS", help=help)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Both import Triton, before which tests/conftest.py, where it is loaded too, has something to say.
+    # Both import Triton, and tests/conftest.py must set TRITON_INTERPRET before that.
     from mnistnorm.cli import choose_device
     from mnistnorm.errors import UserError
 
@@ -29,12 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         args = flags.parse_args(shlex.split(config.getoption("--layers")))
         if args.json or args.plot:
-            raise UserError("take --benchmark-json, which is pytest-benchmark's, in place of --json and --plot")
+            raise UserError("--json and --plot are not supported here: use pytest-benchmark's --benchmark-json")
         device = choose_device(args.device or "cpu")
         config.stash[WANTED] = layers.wanted_sets(args)
     except SystemExit:
         pytest.exit("--layers=--help", returncode=0)
-    except (UserError, ValueError) as error:  # ValueError: shlex's, of a quotation without end
+    except (UserError, ValueError) as error:  # ValueError: shlex found an unclosed quotation
         raise pytest.UsageError(f"--layers: {error}") from error
     config.stash[DEVICES] = [device] if args.device else [device, torch.device("cuda")]
     config.stash[ARGUMENTS] = args

@@ -1,8 +1,8 @@
-"""python -m benchmarks.host: time from a call of norm + dropout + ReLU to its launch, against stock torch's chain.
+"""python -m benchmarks.host: host time from a call of norm + dropout + ReLU to its launch, against stock torch.
 
-On small tensors a GPU waits for the host. Here the launches are left out, so that nothing but the host's time remains;
-stock torch's functions run on the CPU, on the same tensors, which are so small that there is little to compute. With
---modules, a chain of nine layers as modules: the fused ones with Triton's launches, over a stub of the driver.
+On small tensors a GPU waits for the host. Launches are skipped here, so that only host time remains. Stock torch runs
+on the CPU on the same tensors, which are so small that there is little to compute. With --modules, times a chain of
+nine layers as modules; the fused ones include Triton's launches, over a stub of the CUDA driver.
 """
 
 import argparse
@@ -40,12 +40,12 @@ SHAPE = (2, 8, 1, 1)
 PASSES = ("forward", "forward + backward")
 METHOD = (
     f"microseconds of host time per call, medians; input {SHAPE}, float32, gradients recorded; fused: impl='triton', "
-    "plans for sm_90, launches left out; stock: norm, dropout, relu of torch.nn.functional on the CPU"
+    "plans for sm_90, launches skipped; stock: norm, dropout, relu of torch.nn.functional on the CPU"
 )
 LAYERS = 9
 MODULES_METHOD = (
     f"microseconds of host time per layer, forward + backward, medians; {LAYERS} layers, input {SHAPE}, float32; "
-    "fused: impl='triton', Triton's launches included, over a stub of the driver; stock: modules of torch.nn on the CPU"
+    "fused: impl='triton', with Triton's launches, over a stub of the driver; stock: modules of torch.nn on the CPU"
 )
 COLUMNS = "{:<6} {:>7} {:<26} {:>16} {:>16} {:>6} {:>13}"
 HEADER = COLUMNS.format("norm", "dropout", "pass", "stock (us)", "fused (us)", "ratio", "quartiles")
@@ -58,23 +58,23 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
     add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P")
-    add("--calls", type=at_least(1), default=200, metavar="N", help="in each round (%(default)s)")
-    add("--rounds", type=at_least(2), default=40, metavar="N", help="fused and stock in turn (%(default)s)")
-    add("--modules", action="store_true", help="a chain of layers as modules, launches included (needs a C compiler)")
-    add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
+    add("--calls", type=at_least(1), default=200, metavar="N", help="calls per round (%(default)s)")
+    add("--rounds", type=at_least(2), default=40, metavar="N", help="rounds, fused and stock interleaved (%(default)s)")
+    add("--modules", action="store_true", help="time a chain of modules, including launches (requires a C compiler)")
+    add("--json", type=output_file, metavar="FILE", help="also write all results to FILE")
     return parser
 
 
-# In place of implementations.missing_for_triton and of Launch.run; mocks would take microseconds for themselves.
-def _miss_nothing(device: torch.device) -> None: ...
-def _leave_out(launch: Launch, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None: ...
+# Replace implementations.missing_for_triton and Launch.run; mocks would add microseconds of their own.
+def _nothing_missing(device: torch.device) -> None: ...
+def _skip_launch(launch: Launch, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None: ...
 
 
 @contextmanager
 def triton_on_the_cpu() -> Iterator[None]:
-    """Makes impl="triton" accept tensors on the CPU, and forgets afterwards what was prepared for them."""
+    """Makes impl="triton" accept CPU tensors; discards the operations prepared for them on exit."""
     with (
-        mock.patch.object(implementations, "missing_for_triton", _miss_nothing),
+        mock.patch.object(implementations, "missing_for_triton", _nothing_missing),
         mock.patch.dict(implementations._prepared, clear=True),
         mock.patch.dict(functional._ready, clear=True),
     ):
@@ -82,14 +82,14 @@ def triton_on_the_cpu() -> Iterator[None]:
 
 
 @contextmanager
-def launches_left_out() -> Iterator[None]:
-    """Makes impl="triton" accept tensors on the CPU, and do everything for them but launch."""
-    with triton_on_the_cpu(), mock.patch.object(Launch, "run", _leave_out):
+def launches_skipped() -> Iterator[None]:
+    """Makes impl="triton" accept CPU tensors and do everything except launch."""
+    with triton_on_the_cpu(), mock.patch.object(Launch, "run", _skip_launch):
         yield
 
 
 def functions(norm: str, dropout: float) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Stock torch's chain and the fused function, of input, weight and bias."""
+    """Stock torch's chain and the fused function, each called with (input, weight, bias)."""
     running = torch.zeros(SHAPE[1]), torch.ones(SHAPE[1])
     last = SHAPE[-1:]
     stock: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -113,7 +113,7 @@ def functions(norm: str, dropout: float) -> dict[str, Callable[[Tensor, Tensor, 
 def run_of(
     function: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Sequence[Tensor], backward: bool, calls: int
 ) -> Callable[[], float]:
-    """A run of that many calls that returns the seconds of one."""
+    """Returns a function that makes `calls` calls and returns the seconds per call."""
     x, weight, bias = inputs
     grad = torch.randn_like(x)
 
@@ -129,7 +129,7 @@ def run_of(
 
 
 def measure(norm: str, dropout: float, calls: int, rounds: int) -> list[dict[str, Any]]:
-    """The figures of one norm, for each pass."""
+    """Measures one norm; returns one row per pass."""
     parameters = SHAPE[-1:] if norm == "layer" else SHAPE[1:2]
     inputs = [torch.randn(shape, requires_grad=True) for shape in (SHAPE, parameters, parameters)]
     rows = []
@@ -163,7 +163,7 @@ def fused_layer(norm: str, dropout: float) -> nn.Module:
 
 
 def measure_modules(norm: str, dropout: float, calls: int, rounds: int) -> dict[str, Any]:
-    """The figures of a chain of modules, for one layer of it."""
+    """Measures a chain of modules; times are per layer."""
     x, grad = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
 
     def run_of_chain(layer: Callable[[str, float], nn.Module]) -> Callable[[], float]:
@@ -183,7 +183,7 @@ def measure_modules(norm: str, dropout: float, calls: int, rounds: int) -> dict[
 
 
 def measure_launch(calls: int, rounds: int) -> dict[str, Any]:
-    """A launch by Triton's kernel[grid], and one of ours."""
+    """Compares a launch by Triton's kernel[grid] with one of ours."""
     weight, bias = torch.ones(SHAPE[1]), torch.zeros(SHAPE[1])
     inputs = (torch.randn(SHAPE), weight, bias, None)
     operation = prepare("triton", GroupNorm(NUM_GROUPS, 1e-5), Epilogue(0.0, Activation("relu")), inputs)
@@ -219,7 +219,7 @@ def _row(norm: str, dropout: float, name: str, seconds: dict[str, list[float]]) 
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row of the table: medians with their quartiles, and how many times as fast the fused call is."""
+    """Formats one row of the table: medians with quartiles, and the speedup of the fused call."""
     times = [
         "{median:.1f} ({lower:.1f}-{upper:.1f})".format(**Spread.of(row["microseconds"][name])._asdict())
         for name in ("stock", "fused")
@@ -231,7 +231,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows that the flags ask for."""
+    """Yields the rows selected by the flags."""
     for norm, dropout in itertools.product(args.norms, args.dropout):
         if args.modules:
             yield measure_modules(norm, dropout, args.calls, args.rounds)
@@ -245,7 +245,7 @@ def host(argv: Sequence[str] | None) -> int:
     args = get_parser().parse_args(argv)
     reason = stub_driver.unavailable() if args.modules else None
     if reason:
-        raise UserError(f"--modules needs a stub of the CUDA driver: {reason}")
+        raise UserError(f"--modules cannot use the stub of the CUDA driver: {reason}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     machine = describe_machine(torch.device("cpu"))
@@ -255,7 +255,7 @@ def host(argv: Sequence[str] | None) -> int:
     print(HEADER)
     rows = []
     with ExitStack() as stack:
-        stack.enter_context(triton_on_the_cpu() if args.modules else launches_left_out())
+        stack.enter_context(triton_on_the_cpu() if args.modules else launches_skipped())
         if args.modules:
             stack.enter_context(stub_driver.stub_driver())
         for row in measure_all(args):

@@ -1,4 +1,4 @@
-"""python -m benchmarks.layers: time of norm + dropout + residual + activation, fused, stock, compiled and by others."""
+"""python -m benchmarks.layers: time norm + dropout + residual + activation: fused, stock, compiled, other libraries."""
 
 import argparse
 import itertools
@@ -52,10 +52,10 @@ HEADER = COLUMNS.format(*("shapes", "norm", "dropout", "", "median", "quartiles"
 GPU_COLUMNS = " {:>10} {:>8}"
 GPU_HEADER = GPU_COLUMNS.format("GB/s", "of copy")
 
-# How many times as fast as itself a contender is.
+# Ratio of a contender to itself.
 EVEN = dict.fromkeys(Spread._fields, 1.0)
 
-# Of the contenders: Okabe and Ito's palette and two more, and a marker each.
+# One color and one marker per contender: the Okabe-Ito palette plus two colors.
 COLORS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#F0E442", "#999999", "#7F3C8D")
 MARKERS = "os^vD<>pP*"
 
@@ -63,63 +63,61 @@ MARKERS = "os^vD<>pP*"
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("benchmarks.layers", __doc__.partition(": ")[2])
     add = parser.add_argument
-    what = "network-128, network-512 (the MNIST network's, together), ladder, or N x C x H x W"
+    what = "network-128 or network-512 (all of the MNIST network, timed together), ladder, or N x C x H x W"
     default = [shape_sets(text) for text in DEFAULT_SHAPES]
     help = f"{what} ({' '.join(DEFAULT_SHAPES)})"
     add("--shapes", type=shape_sets, nargs="+", default=default, metavar="S", help=help)
     add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
-    add("--groups", type=at_least(1), default=NUM_GROUPS, metavar="N", help="of group norm (%(default)s)")
+    add("--groups", type=at_least(1), default=NUM_GROUPS, metavar="N", help="groups of group norm (%(default)s)")
     add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P", help="(0.05 0)")
     add("--residual", action="store_true", help="add a residual before the activation")
     add("--activation", choices=ACTIVATIONS, default="relu", metavar="A", help=f"{', '.join(ACTIVATIONS)} (relu)")
-    add("--dtypes", choices=DTYPES, nargs="+", default=["float32"], help="of everything but statistics (float32)")
-    help = "layer norm of channels_last is over (C, H, W), not over W (contiguous)"
+    add("--dtypes", choices=DTYPES, nargs="+", default=["float32"], help="of everything except statistics (float32)")
+    help = "with channels_last, layer norm is over (C, H, W) instead of W (contiguous)"
     add("--layouts", choices=LAYOUTS, nargs="+", default=["contiguous"], help=help)
     add("--passes", choices=get_args(Passes), nargs="+", default=["both"], help="(both)")
-    names = f"beside stock, which is always there: {', '.join(CONTENDERS)}, or all that can run"
+    names = f"what to time besides stock: {', '.join(CONTENDERS)}, or all that can run"
     add(
         "--contenders",
         choices=[*CONTENDERS, "all"],
         nargs="+",
         metavar="C",
-        help=f"{names} (on a CPU fused, on a GPU compiled and triton)",
+        help=f"{names} (CPU: fused; GPU: compiled and triton)",
     )
-    add(
-        "--rounds", type=at_least(2), default=40, metavar="N", help="of each case, all contenders in turn (%(default)s)"
-    )
-    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
+    add("--rounds", type=at_least(2), default=40, metavar="N", help="rounds, contenders interleaved (%(default)s)")
+    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="CPU threads (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
-    add("--plot", type=output_file, metavar="FILE", help="draw ratio, on a GPU GB/s too, against size: a PNG file")
+    add("--json", type=output_file, metavar="FILE", help="also write all results to FILE")
+    add("--plot", type=output_file, metavar="FILE", help="plot the ratio, and on a GPU GB/s, against size as PNG")
     return parser
 
 
-def asked_contenders(asked: Sequence[str] | None, device: torch.device) -> list[str]:
-    """What a value of the flag means on a device: stock before all others."""
+def requested_contenders(asked: Sequence[str] | None, device: torch.device) -> list[str]:
+    """Expands the value of --contenders for a device; stock comes first."""
     asked = asked or (["compiled", "triton"] if device.type == "cuda" else ["fused"])
     return list(dict.fromkeys(("stock", *(CONTENDERS if "all" in asked else asked))))
 
 
 def choose_contenders(asked: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The contenders that can run, and why others cannot: those that are installed, or were asked for by name."""
-    names = asked_contenders(asked, device)
+    """Returns the contenders that can run, and why others cannot; omits peers that are neither installed nor named."""
+    names = requested_contenders(asked, device)
     reasons = {name: reason for name in names if (reason := unavailable(name, device))}
     quiet = {name for name, reason in reasons.items() if name not in (asked or ()) and reason == NOT_INSTALLED}
     return [name for name in names if name not in reasons], {n: r for n, r in reasons.items() if n not in quiet}
 
 
 def chains(args: argparse.Namespace, sizes: Sequence[Shape]) -> Iterator[list[Chain]]:
-    """What is timed together, for everything that the flags ask for but shapes and passes."""
+    """Yields the chains that are timed together, for each dtype, layout, norm and dropout of the flags."""
     for dtype, layout, norm, dropout in itertools.product(args.dtypes, args.layouts, args.norms, args.dropout):
         options = (DTYPES[dtype], dropout, args.residual, layout == "channels_last", args.groups, args.activation)
         yield [Chain(norm, size, *options) for size in sizes]
 
 
 def wanted_sets(args: argparse.Namespace) -> list[tuple[str, list[Chain]]]:
-    """What is timed: sets of chains, and what the shapes of each are called.
+    """Returns what to time: sets of chains, each with the name of its shapes.
 
     Raises:
-        UserError: one of the chains cannot be.
+        UserError: a chain cannot be normalized.
     """
     shapes = {name: sizes for each in args.shapes for name, sizes in each.items()}
     wanted = [(name, together) for name, sizes in shapes.items() for together in chains(args, sizes)]
@@ -130,14 +128,14 @@ def wanted_sets(args: argparse.Namespace) -> list[tuple[str, list[Chain]]]:
 
 
 def total(cases: Sequence[Case], passes: Passes, clock: Clock) -> Callable[[], float]:
-    """A run that takes every case once and returns the seconds of all."""
+    """Returns a function that runs every case once and returns the total seconds."""
     return lambda: sum(clock(case.call(passes)) for case in cases)
 
 
 def measure(
     cases: dict[str, list[Case]], passes: Passes, rounds: int, clock: Clock, copy: float | None
 ) -> dict[str, dict[str, Any]]:
-    """The figures of each contender over all shapes of a set; `copy` is a GPU's bandwidth."""
+    """Measures each contender over all shapes of a set; `copy` is a GPU's copy bandwidth in bytes per second."""
     runs = {name: total(each, passes, clock) for name, each in cases.items()}
     first = cases["stock"][0].chain
     seconds = interleaved(runs, rounds, f"{first.norm} {first.dropout}")
@@ -160,7 +158,7 @@ def measure(
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
-    """A line for each contender; "saved" is what the backward needs beyond input, residual, output and parameters."""
+    """Yields a line per contender; "saved" is what autograd keeps beyond input, residual, output and parameters."""
     for name, figures in row["contenders"].items():
         ratios = {
             other: "{median:.2f} ({lower:.2f}-{upper:.2f})".format(**spread)
@@ -181,14 +179,14 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
 
 
 def section(row: dict[str, Any]) -> str:
-    """What a part of the table has in common."""
+    """Title of a section of the table: dtype, layout, chain and passes."""
     residual = ", residual" if row["residual"] else ""
     residual += f", {row['activation']}" if row.get("activation", "relu") != "relu" else ""
     return f"{row['dtype']}, {row['layout']}{residual}, {PASSES[row['passes']]}"
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Ratios, and on a GPU the bandwidth, against elements: a column for each norm, a row for each kind of pass."""
+    """Plots ratios, and on a GPU bandwidth, against elements: one column per norm, one row per section and dropout."""
     on_gpu = "of_copy" in rows[0]["contenders"]["stock"]
     norms = list(dict.fromkeys(row["norm"] for row in rows))
     kinds = list(dict.fromkeys((section(row), row["dropout"]) for row in rows))
@@ -217,15 +215,15 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
         panel.set_ylim(bottom=0)
     together = any(len(row["sizes"]) > 1 for row in rows)
     for panel in panels[-1]:
-        panel.set_xlabel("elements (hollow: of several shapes, together)" if together else "elements")
+        panel.set_xlabel("elements (hollow: several shapes together)" if together else "elements")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def _draw(axes: Axes, rows: Sequence[dict[str, Any]], spread: Callable[[dict[str, Any]], dict[str, float]]) -> Any:
-    """A line for each contender with bars from quartile to quartile; returns what stands for each in a legend.
+    """Draws a line per contender with error bars at the quartiles; returns the legend handles by contender.
 
-    Shapes that are timed together are points off the line.
+    Shapes that are timed together are hollow markers without a line.
     """
     handles = {}
     for name, color, marker in zip(CONTENDERS, COLORS, MARKERS, strict=True):
@@ -253,9 +251,9 @@ def elements(row: dict[str, Any]) -> int:
 def prepare_all(
     names: Sequence[str], together: Sequence[Chain], device: torch.device, skipped: dict[str, str]
 ) -> tuple[dict[str, list[Case]], bool]:
-    """The cases of each contender that has the operation and computes it right, and whether one of ours does not.
+    """Returns the cases of each contender that supports the chains and passes the check, and whether one of ours fails.
 
-    Why a contender is left out is printed, and noted in `skipped`.
+    Prints why a contender is skipped, and records it in `skipped`.
     """
     cases, wrong = {}, False
     for name in names:
@@ -280,7 +278,7 @@ def layers(argv: Sequence[str] | None) -> int:
     names, skipped = choose_contenders(args.contenders, device)
     machine, clock = describe_machine(device), clock_of(device)
     copy = copy_bandwidth(device) if device.type == "cuda" else None
-    print(machine, *([f"a copy moves {copy / 1e9:.0f} GB/s"] if copy else []), sep="; ")
+    print(machine, *([f"copy bandwidth {copy / 1e9:.0f} GB/s"] if copy else []), sep="; ")
     for name, reason in skipped.items():
         print(f"skipped: {name} {reason}")
     print(HEADER + (GPU_HEADER if copy else ""))

@@ -1,6 +1,6 @@
-"""python -m benchmarks.models: training steps of models, stock and fused: time, memory, and what is fused.
+"""python -m benchmarks.models: time and memory of training steps of models, stock and fused.
 
-With --coverage: how many of the norm-activation chains that models run are fused.
+With --coverage: counts the norm-activation chains that models run, and those that fuse() fuses.
 """
 
 import argparse
@@ -68,7 +68,7 @@ ACTIVATION_FUNCTIONS = {
     *(F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu6, F.hardtanh, F.leaky_relu),
     *(F.silu, F.gelu, F.hardswish, F.elu, F.mish, F.hardsigmoid, F.celu, F.prelu),
 }
-PASSED = {
+PASS_THROUGH = {
     *(F.dropout, torch.dropout, torch.Tensor.contiguous, torch.add, torch.Tensor.add, torch.Tensor.add_),
     *(torch.Tensor.__add__, torch.Tensor.__iadd__, torch.Tensor.__radd__),
 }
@@ -82,7 +82,9 @@ HEADER = COLUMNS.format(
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("benchmarks.models", "Time training steps of models, stock and fused, and count what they save.")
+    parser = Parser(
+        "benchmarks.models", "Time training steps of models, stock and fused, and count the bytes saved for backward."
+    )
     add = parser.add_argument
     add(
         "--models",
@@ -90,42 +92,42 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["resnet50"],
         metavar="MODEL",
-        help="of torchvision, or timm/NAME (%(default)s)",
+        help="torchvision models, or timm/NAME (%(default)s)",
     )
-    add("--dropout", type=fraction, nargs="+", default=[0.0, 0.05], metavar="P", help="before each ReLU behind a norm")
+    add("--dropout", type=fraction, nargs="+", default=[0.0, 0.05], metavar="P", help="before each ReLU after a norm")
     add("--batch-size", type=at_least(2), default=8, metavar="N", help="(%(default)s)")
     add("--image-size", type=at_least(32), default=64, metavar="N", help="height and width (%(default)s)")
-    add("--rounds", type=at_least(2), default=20, metavar="N", help="of each model, stock and fused (%(default)s)")
-    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
+    add("--rounds", type=at_least(2), default=20, metavar="N", help="rounds, stock and fused interleaved (%(default)s)")
+    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="CPU threads (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add(
         "--coverage",
         nargs="*",
         metavar="MODEL",
-        help="instead, count the norm-activation chains that models of timm (or torchvision/NAME) run, and those that "
-        "fuse() takes; fails below 95 %%",
+        help="instead, count the norm-activation chains that timm models (or torchvision/NAME) run, and those that "
+        "fuse() fuses; fail below 95 %%",
     )
     add(
         "--families",
         action="store_true",
-        help="instead, the same for a small model of each family of timm, each in a process of its own",
+        help="like --coverage, for one small model of each timm family, each in its own process",
     )
-    add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
+    add("--json", type=output_file, metavar="FILE", help="also write all results to FILE")
     return parser
 
 
 def model_name(text: str) -> str:
-    """One of MODELS, or a model of timm."""
+    """Argument type: one of MODELS, or timm/NAME."""
     if text not in MODELS and not text.startswith("timm/"):
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from timm/NAME, {', '.join(MODELS)})")
     return text
 
 
 def build(name: str) -> nn.Module:
-    """An untrained model: "timm/NAME", "torchvision/NAME", or the NAME of one of torchvision's with few classes.
+    """Builds an untrained model: "timm/NAME", "torchvision/NAME", or a torchvision NAME with CLASSES classes.
 
     Raises:
-        UserError: there is no such model, or timm is not installed.
+        UserError: unknown model, or timm is not installed.
     """
     library, _, model = name.rpartition("/")
     if library == "timm":
@@ -134,19 +136,17 @@ def build(name: str) -> nn.Module:
         except ImportError as error:
             raise UserError(f"{name} needs timm: pip install timm") from error
         if not timm.is_model(model):
-            raise UserError(
-                f"timm {timm.__version__} has no model {model!r}; timm.list_models() names them", exit_code=2
-            )
+            raise UserError(f"timm {timm.__version__} has no model {model!r}; see timm.list_models()", exit_code=2)
         built: nn.Module = timm.create_model(model)
         return built
     if model not in torchvision.models.list_models():
-        raise UserError(f"torchvision has no model {model!r}; torchvision.models.list_models() names them", exit_code=2)
+        raise UserError(f"torchvision has no model {model!r}; see torchvision.models.list_models()", exit_code=2)
     options = {} if library else {"num_classes": CLASSES}
     return torchvision.models.get_model(model, weights=None, **options)
 
 
 def stock_model(name: str, dropout: float) -> nn.Module:
-    """The untrained model, where `dropout` is not 0 with an nn.Dropout between each norm and its ReLU or sum."""
+    """Builds the untrained model; if `dropout` > 0, with nn.Dropout between each norm and its ReLU or residual add."""
     torch.manual_seed(0)
     model = build(name)
     if dropout > 0:
@@ -177,7 +177,7 @@ class Step:
         self.forward().backward()
 
     def saved_bytes(self) -> int:
-        """What autograd keeps for the backward beyond the parameters, at its peak: the end of the forward."""
+        """Bytes that autograd keeps for the backward at the end of the forward, without parameters and buffers."""
         _, saved = saved_storages(self.forward)
         return bytes_beyond(saved, (*self.model.parameters(), *self.model.buffers()))
 
@@ -201,7 +201,7 @@ def check(name: str, image_size: int, device: torch.device) -> None:
 
 
 def measure(name: str, dropout: float, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The figures of one row."""
+    """Measures one row."""
     models = {"stock": stock_model(name, dropout).to(device).train()}
     original = copy.deepcopy(models["stock"])
     clock = clock_of(device)
@@ -230,7 +230,7 @@ def measure(name: str, dropout: float, args: argparse.Namespace, device: torch.d
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row of the table; "less" is the share of the saved bytes that fusing saves."""
+    """Formats one row of the table; "less" is the relative reduction of the saved bytes."""
     medians = {name: Spread.of(values).median for name, values in row["milliseconds"].items()}
     lower, median, upper = row["ratio"].values()
     saved = row["saved_bytes"]
@@ -243,32 +243,32 @@ def line(row: dict[str, Any]) -> str:
 
 
 class ChainCounter(TorchFunctionMode):
-    """Counts the activations that a model computes of a norm's output, with nothing but dropouts and sums between."""
+    """Counts activations applied to a norm's output, with only dropout and addition in between."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norms = 0
         self.chains = 0
         self.paused = False
-        self.of_norms: dict[int, Tensor] = {}  # by id; keeps the tensors alive, so that no id comes twice
+        self.norm_outputs: dict[int, Tensor] = {}  # by id; keeps the tensors alive, so that ids are unique
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if self.paused or not isinstance(output, Tensor):
             return output
-        from_norm = [id(argument) in self.of_norms for argument in args if isinstance(argument, Tensor)]
+        from_norm = [id(argument) in self.norm_outputs for argument in args if isinstance(argument, Tensor)]
         if func in NORM_FUNCTIONS:
             self.norms += 1
         elif func in ACTIVATION_FUNCTIONS:
             self.chains += any(from_norm[:1])
-        if func in NORM_FUNCTIONS or (func in PASSED and any(from_norm)):
-            self.of_norms[id(output)] = output
+        if func in NORM_FUNCTIONS or (func in PASS_THROUGH and any(from_norm)):
+            self.norm_outputs[id(output)] = output
         else:
-            self.of_norms.pop(id(output), None)  # it was changed in place
+            self.norm_outputs.pop(id(output), None)  # overwritten in place
         return output
 
     def pause_in(self, model: nn.Module) -> None:
-        """Counts nothing inside the fused layers of `model`."""
+        """Pauses counting inside the fused layers of `model`."""
 
         def pause(module: nn.Module, *_: Any) -> None:
             self.paused = not self.paused
@@ -280,10 +280,10 @@ class ChainCounter(TorchFunctionMode):
 
 
 def count_chains(name: str) -> dict[str, Any]:
-    """The chains that a model runs in eval mode, stock and fused, and the largest difference of their outputs."""
+    """Counts the chains that a model runs in eval mode, stock and fused, and compares the outputs."""
     torch.manual_seed(0)
     stock = build(name if "/" in name else f"timm/{name}").eval()
-    for size in (64, stock_size(stock)):
+    for size in (64, default_image_size(stock)):
         images = torch.randn(2, 3, size, size)
         counters, outputs = [], []
         try:
@@ -297,7 +297,7 @@ def count_chains(name: str) -> dict[str, Any]:
                     with counters[-1]:
                         outputs.append(tree_leaves(model(images)))
         except (AssertionError, RuntimeError, ValueError):
-            if size == stock_size(stock):
+            if size == default_image_size(stock):
                 raise
         else:
             break
@@ -314,8 +314,8 @@ def count_chains(name: str) -> dict[str, Any]:
     }
 
 
-def stock_size(model: nn.Module) -> int:
-    """The height of the images that a model of timm was made for."""
+def default_image_size(model: nn.Module) -> int:
+    """Default input height of a timm model."""
     config = getattr(model, "default_cfg", None) or {}
     return int(config.get("input_size", (3, 224, 224))[-1])
 
@@ -339,7 +339,7 @@ def coverage(names: Sequence[str]) -> int:
 
 
 def families() -> int:
-    """Runs `coverage` for one small model of each family of timm; reports those that fail or are not fused enough."""
+    """Runs `coverage` for one small model of each timm family; reports those that fail or whose outputs differ."""
     import timm
 
     failed = []
@@ -353,13 +353,13 @@ def families() -> int:
         if len(lines) < 3 or "differ" in lines[-1]:
             failed.append(name)
             print(run.stderr[-500:], flush=True)
-    print(f"{len(modules) - len(failed)} of {len(modules)} families compute the same")
-    print(f"not: {', '.join(failed) or 'none'}")
+    print(f"{len(modules) - len(failed)} of {len(modules)} families have matching outputs")
+    print(f"failed: {', '.join(failed) or 'none'}")
     return int(bool(failed))
 
 
 def expected_size(name: str) -> tuple[int, int, str]:
-    """A guess from a model's name, to sort by: the smallest first."""
+    """Sort key that guesses a model's size from its name, smallest first."""
     ranks = [rank for rank, word in enumerate(SIZES) if word in name]
     return min(ranks, default=len(SIZES)), len(name), name
 

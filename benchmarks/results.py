@@ -1,6 +1,6 @@
-"""python -m benchmarks.results: measures what README.md and docs/results.md claim, and writes their tables from it.
+"""python -m benchmarks.results: measures the numbers in README.md and docs/, and writes their tables.
 
-What was measured is kept in docs/results/, from which the tables can be written again at any time.
+The measurements are kept in docs/results/; --render writes the tables from there.
 """
 
 import argparse
@@ -25,22 +25,22 @@ from .instruments.timing import Spread
 
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS, RUNS = (ROOT / name for name in ("docs", "docs/results", "runs/results"))
-# Where the tables are, each in one place.
+# The pages with tables; each table is on exactly one of them.
 PAGES = (ROOT / "README.md", DOCS / "results.md", DOCS / "fuse.md")
 
 Row = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """One of the tables.
+    """One table.
 
     Attributes:
-        command: what measures it.
-        rows: what is kept of the document that the command writes.
-        table: what a page says of the rows.
-        pictures: that the command draws, by what a page calls them.
-        output: the command's flags that name what it writes, for a folder.
-        document: where in the folder that is.
+        command: measures it.
+        rows: selects the rows to keep from the JSON that the command writes.
+        table: formats the rows as Markdown.
+        pictures: files that the command draws, by title.
+        output: the command's output flags; {0} is the folder.
+        document: the JSON file in the folder.
     """
 
     command: str
@@ -61,7 +61,7 @@ def spread(values: dict[str, float]) -> str:
 
 
 def span(low: float, high: float) -> str:
-    """Two figures, or one where they do not differ."""
+    """Formats a range, or one number if both ends look the same."""
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
 
 
@@ -201,7 +201,7 @@ def compiled_table(rows: list[Row]) -> str:
 
 
 def short(title: str) -> str:
-    """A chain's title without what all have in common."""
+    """Removes what all chains' titles have in common."""
     return title.partition("], ")[0].replace(" + ReLU of", "") + "]"
 
 
@@ -311,45 +311,45 @@ PARTS = {
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("benchmarks.results", __doc__.partition(": ")[2].replace("\n", " "))
     add = parser.add_argument
-    add("--only", choices=PARTS, nargs="+", metavar="PART", help=f"measure no other part: {', '.join(PARTS)} (all)")
-    what = "instead of measuring, take what a part's command wrote to a file, and pictures that lie beside it"
-    add("--take", type=taken, nargs="+", default=[], metavar="PART=FILE", help=what)
+    add("--only", choices=PARTS, nargs="+", metavar="PART", help=f"measure only these: {', '.join(PARTS)} (all)")
+    what = "instead of measuring, use a file that the part's command wrote, and the pictures next to it"
+    add("--take", type=part_and_file, nargs="+", default=[], metavar="PART=FILE", help=what)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--render", action="store_true", help="measure nothing, write the tables from docs/results as it is")
-    add("--check", action="store_true", help="measure and write nothing, fail where a table says something else")
+    add("--render", action="store_true", help="do not measure; write the tables from docs/results")
+    add("--check", action="store_true", help="do not measure or write; fail if a table differs from docs/results")
     return parser
 
 
-def taken(text: str) -> tuple[str, Path]:
-    """A flag's type: a part and a file."""
+def part_and_file(text: str) -> tuple[str, Path]:
+    """Argument type: PART=FILE."""
     name, _, file = text.partition("=")
     if name not in PARTS or not Path(file).is_file():
         raise argparse.ArgumentTypeError(
-            f"expected a part and a file that is there, such as layers=x.json, got {text!r}"
+            f"expected PART=FILE with an existing file, such as layers=x.json, got {text!r}"
         )
     return name, Path(file)
 
 
 def run(name: str) -> Path:
-    """Runs the command of a part; returns the document that it wrote.
+    """Runs the command of a part; returns the path of the JSON that it wrote.
 
     Raises:
-        UserError: it failed.
+        UserError: the command failed.
     """
     part, folder = PARTS[name], RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
     words = [*part.command.split(), *(word.format(folder) for word in part.output.split())]
     print(f"\n{part.command}", flush=True)
     if subprocess.run([sys.executable, *words[1:]], cwd=ROOT).returncode:
-        raise UserError(f"{name} is left as it was, since its command failed: {part.command}")
+        raise UserError(f"{name} is unchanged because its command failed: {part.command}")
     return folder / part.document
 
 
 def keep(name: str, path: Path) -> None:
-    """Writes what the pages need of a document into docs/results, and its pictures into docs.
+    """Stores the rows of a part's JSON in docs/results, and its pictures in docs.
 
     Raises:
-        UserError: the document is something else.
+        UserError: the file was not written by the part's command.
     """
     part = PARTS[name]
     try:
@@ -358,7 +358,7 @@ def keep(name: str, path: Path) -> None:
         part.table(rows)
         kept = {"command": document.get("command", part.command), "machine": document["machine"]}
     except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not what {part.command} writes") from error
+        raise UserError(f"{path} was not written by {part.command}") from error
     lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
     text = json.dumps(kept, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n'
     RESULTS.mkdir(exist_ok=True)
@@ -369,7 +369,7 @@ def keep(name: str, path: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """The same with five significant digits of each float."""
+    """Rounds all floats to five significant digits."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -380,10 +380,10 @@ def rounded(value: Any) -> Any:
 
 
 def block(name: str, page: Path) -> str:
-    """What a page says of a part.
+    """Formats a part for a page: command, machine, table and pictures.
 
     Raises:
-        UserError: what is kept of it is damaged.
+        UserError: its file in docs/results is damaged.
     """
     part, path = PARTS[name], RESULTS / f"{name}.json"
     if not path.exists():
@@ -394,14 +394,14 @@ def block(name: str, page: Path) -> str:
         kept = json.loads(path.read_text())
         return f"`{kept['command']}`; {kept['machine']}\n\n{part.table(kept['rows'])}{pictures}"
     except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: measure it by python -m benchmarks.results --only {name}") from error
+        raise UserError(f"{path} is damaged: run python -m benchmarks.results --only {name}") from error
 
 
 def render(texts: Mapping[Path, str]) -> dict[Path, str]:
-    """The texts of the pages with the block of each part between its markers.
+    """Returns the texts of the pages with the block of each part between its markers.
 
     Raises:
-        UserError: a part has no markers, or several, or what is kept of it is damaged.
+        UserError: a part has no markers, or several, or its file in docs/results is damaged.
     """
     rendered = dict(texts)
     for name in PARTS:
@@ -414,7 +414,7 @@ def render(texts: Mapping[Path, str]) -> dict[Path, str]:
             places += count
         if places != 1:
             names = ", ".join(page.name for page in texts)
-            raise UserError(f"{names} have {places} places, not one, between {begin.strip()} and {end}")
+            raise UserError(f"expected {begin.strip()} ... {end} once in {names}, found {places}")
     return rendered
 
 
@@ -423,7 +423,7 @@ def results(argv: Sequence[str] | None) -> int:
     measured = args.only or args.take
     if args.check or args.render:
         if measured:
-            raise UserError("--check and --render measure nothing: leave out --only and --take", exit_code=2)
+            raise UserError("--check and --render cannot be combined with --only or --take", exit_code=2)
     else:
         files = dict(args.take)
         for name in (*files, *(args.only or ())) if measured else PARTS:
@@ -434,15 +434,13 @@ def results(argv: Sequence[str] | None) -> int:
 
 
 def write_pages(*, only_check: bool = False) -> None:
-    """Writes what docs/results gives into the pages; raises UserError instead where only to check that it is there."""
+    """Writes the tables into the pages; with `only_check`, raises UserError if a page would change."""
     old = {page: page.read_text() for page in PAGES}
     for page, text in render(old).items():
         if text == old[page]:
             continue
         if only_check:
-            raise UserError(
-                f"{page.name} is not what docs/results gives: write it by python -m benchmarks.results --render"
-            )
+            raise UserError(f"{page.name} differs from docs/results: run python -m benchmarks.results --render")
         write_atomically(page, text)
 
 

@@ -1,6 +1,6 @@
-"""What benchmarks.layers times, through pytest-benchmark: `make bench`, or `pytest benchmarks --benchmark-only`.
+"""Times the cases of benchmarks.layers with pytest-benchmark: `make bench`, or `pytest benchmarks --benchmark-only`.
 
-On a GPU by the wall clock, with launches and warm caches, where benchmarks.layers goes by events and flushes the L2.
+On a GPU this is wall-clock time with launches and warm caches; benchmarks.layers uses events and flushes the L2.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from .conftest import ARGUMENTS, DEVICES, WANTED
 from .instruments.chain import Chain
 from .instruments.contenders import CONTENDERS, Passes, UnavailableError, prepare, unavailable
 from .instruments.timing import keep_freed_memory, synchronize
-from .layers import PASSES, asked_contenders
+from .layers import PASSES, requested_contenders
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -22,10 +22,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def parameters(config: pytest.Config) -> Iterator[Any]:
-    """What the flag --layers asks for; what cannot run here is skipped."""
+    """Yields the cases that --layers selects; those that cannot run here are marked as skipped."""
     args = config.stash[ARGUMENTS]
     for device in config.stash[DEVICES]:
-        for name in asked_contenders(args.contenders, device):
+        for name in requested_contenders(args.contenders, device):
             reason = unavailable(name, device)
             if device.type == "cuda" and not torch.cuda.is_available():
                 reason = "there is no CUDA device"

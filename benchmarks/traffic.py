@@ -1,6 +1,6 @@
-"""python -m benchmarks.traffic: bytes that norm + ReLU chains move, fused, stock and compiled, beside the minimum.
+"""python -m benchmarks.traffic: bytes moved by norm + ReLU chains, fused, stock and compiled, against the minimum.
 
-Nothing is timed, and nothing runs on a GPU: everything is counted.
+Everything is counted: nothing is timed, and nothing runs on a GPU.
 """
 
 import argparse
@@ -40,22 +40,22 @@ from .instruments.gpus import GPUS
 from .instruments.inductor import inductor
 from .instruments.machine_code import TARGETS, compiler_processes, interpreter_process
 
-# Elements of an activation up to which the launches also run in the interpreter, to be counted one by one.
+# Up to this many elements, the launches also run in the interpreter, which counts each access.
 INTERPRETED = 2**16
 
-# What is compared, from the least to the most; "minimum" is computed, not counted.
+# From the fewest bytes to the most; "minimum" is computed, not counted.
 CONTENDERS = {
-    "minimum": "each activation in and out once",
+    "minimum": "each activation read or written once",
     "fused": "our launches",
-    "inductor": "torch.compile's kernels, each buffer once in a kernel",
-    "inductor, all loads": "the same, and what their loops load again",
-    "eager": "ATen operators (for launches: one or more each), each operand once",
-    "eager, all kernels": "the same, and what the CUDA kernels behind the norms read again",
+    "inductor": "torch.compile's kernels, each buffer once per kernel",
+    "inductor, all loads": "the same, plus what their loops load again",
+    "eager": "ATen operators (one or more launches each), each operand once",
+    "eager, all kernels": "the same, plus what the CUDA kernels of the norms read again",
 }
 
 COLUMNS = "{:<19} {:>9} {:>9} {:>9} {:>9} {:>9} {:>10} {:>12} {:>9}"
 DRAM_COLUMNS = "  {:<10} {:>9} {:>9} {:>9} {:>12} {:>9}"
-DRAM_HEADER = "fused, DRAM modelled, not measured: bandwidth and L2 by the datasheet, 1.5 us for each launch\n" + (
+DRAM_HEADER = "fused, DRAM modelled, not measured: bandwidth and L2 from the datasheet, 1.5 us per launch\n" + (
     DRAM_COLUMNS.format("", "forward", "backward", "sum", "launches", "ms")
 )
 HEADER = COLUMNS.format("", "fwd read", "written", "bwd read", "written", "sum", "MB", "launches", "x fused")
@@ -63,7 +63,7 @@ HEADER = COLUMNS.format("", "fwd read", "written", "bwd read", "written", "sum",
 
 @dataclass(frozen=True)
 class Counts:
-    """One contender: bytes (read, written) of each phase, launches (for eager: operators), and each kernel's share."""
+    """One contender: bytes (read, written) and launches (for eager: operators) per phase, and the kernels."""
 
     bytes: dict[str, tuple[int, int]]
     launches: dict[str, int]
@@ -86,29 +86,29 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser("benchmarks.traffic", __doc__.partition(": ")[2].replace("\n", " "))
     add_chain_flags(parser)
     add = parser.add_argument
-    add("--gpu", choices=[gpu.name for gpu in GPUS], default="H100", help="what code is generated for (%(default)s)")
-    add("--tensors", action="store_true", help="print the bytes of each tensor in each fused launch as well")
-    add("--json", type=output_file, metavar="FILE", help="write all counts there as well")
-    add("--plot", type=output_file, metavar="FILE", help="write a bar chart, a PNG file")
+    add("--gpu", choices=[gpu.name for gpu in GPUS], default="H100", help="GPU to generate code for (%(default)s)")
+    add("--tensors", action="store_true", help="also print the bytes of each tensor in each fused launch")
+    add("--json", type=output_file, metavar="FILE", help="also write all counts to FILE")
+    add("--plot", type=output_file, metavar="FILE", help="draw a bar chart as PNG")
     return parser
 
 
 def add_chain_flags(parser: argparse.ArgumentParser, shapes: str = "64x256x56x56") -> None:
-    """Adds the flags that say which chains, and by what plan the fused kernels take them."""
+    """Adds the flags that select the chains and the plan of the fused kernels."""
     add = parser.add_argument
     add("--shape", type=shape, nargs="+", default=[shape(s) for s in shapes.split()], help=f"N x C x H x W ({shapes})")
-    add("--dtype", choices=DTYPES, default="float32", help="of everything but statistics (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of everything except statistics (%(default)s)")
     add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
-    add("--groups", type=at_least(1), metavar="N", help="of group norm (32, or 2 where channels are few)")
+    add("--groups", type=at_least(1), metavar="N", help="groups of group norm (32, or 2 for few channels)")
     add("--dropout", type=fraction, default=0.0, metavar="P", help="(%(default)s)")
     add("--residual", action="store_true", help="add a residual before the activation")
     add("--activation", choices=ACTIVATIONS, default="relu", metavar="A", help=f"{', '.join(ACTIVATIONS)} (relu)")
-    add("--channels-last", action="store_true", help="layer norm is then over (C, H, W), not over W")
-    add("--plan", choices=["resident", "split"], help="of the fused kernels (the one that they choose)")
+    add("--channels-last", action="store_true", help="memory format; layer norm is then over (C, H, W) instead of W")
+    add("--plan", choices=["resident", "split"], help="plan of the fused kernels (chosen automatically)")
 
 
 def chains(args: argparse.Namespace) -> list[Chain]:
-    """What the flags ask for.
+    """Returns the chains that the flags select.
 
     Raises:
         UserError: a shape cannot be normalized.
@@ -126,7 +126,7 @@ def chains(args: argparse.Namespace) -> list[Chain]:
 def count_fused(
     wanted: Sequence[Chain], target: GPUTarget, plan: Kind | None, memory: Memory | None = None
 ) -> dict[Chain, Phases]:
-    """What the fused chains move.
+    """Counts the bytes that the fused chains move.
 
     Raises:
         UserError: a chain is too large for the plan.
@@ -138,7 +138,7 @@ def count_fused(
 
 
 def compare(chain: Chain, fused_kernels: Phases, inductor_kernels: Phases) -> dict[str, Counts]:
-    """All contenders."""
+    """Returns the counts of all contenders."""
     minimum = Counts(chain.minimum(), {"forward": 1, "backward": 1}, {})
     eager_kernels = eager(chain)
     counted = (fused_kernels, once(inductor_kernels), inductor_kernels, once(eager_kernels), eager_kernels)
@@ -157,7 +157,7 @@ def row(label: str, counts: Counts, chain: Chain, reference: Counts) -> str:
 
 
 def dram_table(chain: Chain, plan: Kind | None) -> str:
-    """What the fused launches move between each GPU's L2 and its memory, by the model of instruments/l2.py."""
+    """Formats the DRAM traffic of the fused launches on each GPU, by the model in instruments/l2.py."""
     lines = [DRAM_HEADER]
     for gpu in GPUS:
         counted = launches(fused(chain, TARGETS[gpu.target].gpu, plan, gpu.memory))
@@ -171,7 +171,7 @@ def dram_table(chain: Chain, plan: Kind | None) -> str:
 
 
 def tensors_table(phases: Phases) -> str:
-    """Bytes of each tensor in each launch."""
+    """Formats the bytes of each tensor in each launch."""
     lines = []
     for phase, kernels in phases.items():
         for kernel in kernels:
@@ -183,7 +183,7 @@ def tensors_table(phases: Phases) -> str:
 
 
 def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> Figure:
-    """Units of one activation, reads and writes stacked: a panel for each chain, a column for each shape."""
+    """Draws stacked reads and writes in units of one activation: one panel per chain, one column per shape."""
     columns = len({chain.shape for chain, _ in results})
     rows = len(results) // columns
     figure = Figure(figsize=(2 + 4 * columns, 0.8 + 1.9 * rows), layout="constrained")
@@ -251,9 +251,9 @@ def traffic(argv: Sequence[str] | None) -> int:
                 print(tensors_table(kernels))
             if chain in seen:
                 if seen[chain].result() == launches(kernels):
-                    print("the interpreter saw the fused launches make these accesses")
+                    print("the interpreter counted the same bytes for the fused launches")
                 else:
-                    print_error(f"the interpreter counted other bytes than the formulas for {chain.title}")
+                    print_error(f"the interpreter and the formulas count different bytes for {chain.title}")
                     exit_code = 1
             results.append((chain, contenders))
             documents.append(as_json(chain, contenders, chain in seen))

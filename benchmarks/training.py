@@ -1,7 +1,7 @@
-"""python -m benchmarks.training: speed and memory of the training, against the loop that courses teach.
+"""python -m benchmarks.training: training speed and memory, against the loop of a typical course.
 
-By default images per second of the training step and the memory that one takes; with --to-accuracy whole epochs until
-the test images are told apart well enough. All loops run in one process, in turn.
+By default, images per second and memory of the training step; with --to-accuracy, whole epochs until a given test
+accuracy. All loops run in one process, in turn.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from .instruments.timing import Spread, interleaved, ratio, wall_clock_of
 
 ACCURACIES = (0.99, 0.994)
 LOOPS = {
-    "course": "DataLoader, PIL transforms per sample, stock modules, SGD of one rate",
+    "course": "DataLoader, PIL transforms per sample, stock modules, SGD with a constant rate",
     "stock": "mnistnorm.train --no-cuda-graph",
     "fused": "mnistnorm.train --fused --no-cuda-graph",
     "stock-graph": "mnistnorm.train --cuda-graph, on a GPU",
@@ -53,27 +53,33 @@ ACCURACY_HEADER = ACCURACY_COLUMNS.format(
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        "benchmarks.training", "Speed and memory of the training: the course-style loop, stock layers, fused."
+        "benchmarks.training", "Training speed and memory: a course-style loop, stock layers, fused layers."
     )
     add = parser.add_argument
     add("--norms", choices=NORMS, nargs="+", default=list(NORMS), help="(all)")
     add("--dropout", type=fraction, nargs="+", default=[0.05, 0.0], metavar="P", help="(0.05 0)")
-    add("--compile", action="store_true", help="stock and fused also under torch.compile")
+    add("--compile", action="store_true", help="also run stock and fused under torch.compile")
     add("--batch-size", type=at_least(1), default=128, metavar="N", help="(%(default)s)")
-    add("--steps", type=at_least(1), default=20, metavar="N", help="in each round, of each loop (%(default)s)")
-    add("--rounds", type=at_least(2), default=12, metavar="N", help="all loops in turn (%(default)s)")
+    add("--steps", type=at_least(1), default=20, metavar="N", help="steps per round of each loop (%(default)s)")
+    add("--rounds", type=at_least(2), default=12, metavar="N", help="rounds, loops interleaved (%(default)s)")
     targets = " and ".join(f"{accuracy:.1%}%" for accuracy in ACCURACIES)
-    add("--to-accuracy", action="store_true", help=f"instead, train until {targets} of the test images are right")
-    add("--epochs", type=at_least(1), default=5, metavar="N", help="of that training's schedule (%(default)s)")
-    add("--workers", type=at_least(0), default=0, metavar="N", help="processes of the course-style loop (%(default)s)")
-    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of the CPU (%(default)s)")
+    add("--to-accuracy", action="store_true", help=f"instead, measure the time to {targets} test accuracy")
+    add("--epochs", type=at_least(1), default=5, metavar="N", help="epochs of the --to-accuracy schedule (%(default)s)")
+    add(
+        "--workers",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="DataLoader workers of the course loop (%(default)s)",
+    )
+    add("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="CPU threads (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write all figures there as well")
+    add("--json", type=output_file, metavar="FILE", help="also write all results to FILE")
     return parser
 
 
 class CourseDataset(datasets.MNIST):
-    """torchvision's MNIST with the transforms of courses: PIL images singly, by affine maps within our bounds."""
+    """torchvision's MNIST with a course's transforms: random affine of one PIL image at a time, within our bounds."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.data = dataset.train.images.squeeze(1)
@@ -96,7 +102,7 @@ class CourseDataset(datasets.MNIST):
 
 
 class CourseTrainer:
-    """The loop of a course: DataLoader, stock modules, plain SGD step, loss and accuracy read at every step."""
+    """The loop of a typical course: DataLoader, stock modules, plain SGD, loss and accuracy read at every step."""
 
     def __init__(self, dataset: Dataset, settings: Settings, workers: int) -> None:
         self.dataset, self.settings = dataset, settings
@@ -125,7 +131,7 @@ class CourseTrainer:
 
 
 def build(loop: str, dataset: Dataset, settings: Settings, workers: int) -> Trainer | CourseTrainer:
-    """One of LOOPS: the same network, batch, dropout and affine augmentation."""
+    """Builds one of LOOPS; all have the same network, batch size, dropout and affine augmentation."""
     if loop == "course":
         return CourseTrainer(dataset, settings, workers)
     fused, compiled, graph = loop.startswith("fused"), loop.endswith("compiled"), loop.endswith("graph")
@@ -133,19 +139,19 @@ def build(loop: str, dataset: Dataset, settings: Settings, workers: int) -> Trai
 
 
 def epoch_batches(trainer: Trainer | CourseTrainer) -> Iterable[Any]:
-    """What `train_batch` takes, for the rest of an epoch."""
+    """Returns the arguments of `train_batch` for the rest of an epoch."""
     batches = trainer.batches
     return batches.choices() if isinstance(batches, TrainingBatches) else batches
 
 
 def endless_batches(trainer: Trainer | CourseTrainer) -> Iterator[Any]:
-    """What `train_batch` takes, epoch after epoch."""
+    """Yields the arguments of `train_batch`, epoch after epoch."""
     while True:
         yield from epoch_batches(trainer)
 
 
 def steps_of(trainer: Trainer | CourseTrainer, steps: int) -> Callable[[], float]:
-    """A run of so many steps, across the ends of epochs, that returns its seconds."""
+    """Returns a function that runs `steps` steps, across epoch boundaries, and returns the seconds."""
     batches, clock = endless_batches(trainer), wall_clock_of(trainer.device)
 
     def run() -> None:
@@ -157,7 +163,7 @@ def steps_of(trainer: Trainer | CourseTrainer, steps: int) -> Callable[[], float
 
 
 def epoch_of(trainer: Trainer | CourseTrainer) -> float:
-    """Trains for an epoch; returns its seconds."""
+    """Trains for one epoch; returns the seconds."""
 
     def run() -> None:
         trainer.model.train()
@@ -174,7 +180,7 @@ def test_accuracy(trainer: Trainer | CourseTrainer) -> float:
 
 
 def measure(trainers: dict[str, Trainer | CourseTrainer], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Speed of the step, and the memory of one once all have been run."""
+    """Measures the speed of the training step, then the peak memory of one step."""
     runs = {loop: steps_of(trainer, steps) for loop, trainer in trainers.items()}
     settings = trainers["stock"].settings
     seconds = interleaved(runs, rounds, f"{settings.norm} {settings.dropout}")
@@ -193,7 +199,7 @@ def measure(trainers: dict[str, Trainer | CourseTrainer], steps: int, rounds: in
 
 
 def train_to_accuracy(trainers: dict[str, Trainer | CourseTrainer], epochs: int) -> dict[str, dict[str, Any]]:
-    """Epochs of each loop in turn, until it reached the highest of ACCURACIES; its evaluation is not timed."""
+    """Trains the loops by epochs in turn, each until it reaches the highest of ACCURACIES; evaluation is not timed."""
     seconds: dict[str, list[float]] = {loop: [] for loop in trainers}
     accuracies: dict[str, list[float]] = {loop: [] for loop in trainers}
     for _ in range(epochs):
@@ -216,14 +222,14 @@ def train_to_accuracy(trainers: dict[str, Trainer | CourseTrainer], epochs: int)
 
 
 def graph_failures(trainers: dict[str, Trainer | CourseTrainer]) -> Iterator[str]:
-    """A line for each loop whose CUDA graph could not be captured, so that its steps were eager."""
+    """Yields a note for each loop that ran eagerly because its CUDA graph could not be captured."""
     for loop, trainer in trainers.items():
         if isinstance(trainer, Trainer) and trainer.graph is not None and trainer.graph.failure is not None:
-            yield f"note: {loop} ran eager steps, its capture failed: {trainer.graph.failure}"
+            yield f"note: {loop} ran eagerly because graph capture failed: {trainer.graph.failure}"
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
-    """A line for each loop."""
+    """Yields a line per loop."""
     for loop, figures in row["loops"].items():
         if "reached" in figures:
             reached = (
@@ -249,7 +255,8 @@ def training(argv: Sequence[str] | None) -> int:
     torch.set_num_threads(args.threads)
     dataset = load_dataset("mnist")
     if args.batch_size > len(dataset.train):
-        raise UserError(f"--batch-size {args.batch_size}: there are {len(dataset.train):,} images", exit_code=2)
+        message = f"--batch-size {args.batch_size} exceeds the {len(dataset.train):,} training images"
+        raise UserError(message, exit_code=2)
     machine = describe_machine(device)
     left_out = (() if args.compile else ("compiled",)) + (() if device.type == "cuda" else ("graph",))
     loops = [loop for loop in LOOPS if not loop.endswith(left_out)]
@@ -268,7 +275,7 @@ def training(argv: Sequence[str] | None) -> int:
             threads=args.threads,
             device=str(device),
         )
-        if args.compile:  # after eight compilations of the same code, Dynamo would run the next one uncompiled
+        if args.compile:  # Dynamo would run the same code uncompiled after eight compilations
             torch.compiler.reset()
         trainers = {loop: build(loop, dataset, settings, args.workers) for loop in loops}
         figures = (

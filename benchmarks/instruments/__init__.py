@@ -1,1 +1,1 @@
-"""What the benchmarks and the tests measure with: traffic, machine code, time and memory, and the cases measured."""
+"""Measurement tools of the benchmarks and tests: traffic, machine code, time, memory, and the measured cases."""

@@ -1,4 +1,4 @@
-"""What the benchmarks run over: norms, dtypes, shapes."""
+"""Norms, dtypes and shapes of the benchmarks."""
 
 import argparse
 from contextlib import suppress
@@ -11,11 +11,13 @@ from mnistnorm.cnn import CNN, IMAGE_SIZE
 
 Shape = tuple[int, ...]
 
+FOUR_SIZES = "four positive sizes such as 64x256x56x56"
+
 NORMS = ("batch", "group", "layer")
 NUM_GROUPS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# From what a cache holds to the activations of networks for ImageNet.
+# From cache-sized activations to those of ImageNet networks.
 LADDER = (
     (8, 8, 14, 14),
     (32, 16, 14, 14),
@@ -28,7 +30,7 @@ LADDER = (
 
 
 def network_shapes(batch_size: int) -> list[Shape]:
-    """The shapes that the eight norms of the MNIST CNN see."""
+    """Returns the shapes at the eight norms of the MNIST CNN."""
     shapes: list[Shape] = []
     with torch.device("meta"):
         model = CNN("batch")
@@ -40,17 +42,17 @@ def network_shapes(batch_size: int) -> list[Shape]:
 
 
 def shape(text: str) -> Shape:
-    """A flag's type: four positive sizes."""
+    """Argument type: four positive sizes."""
     sizes: Shape = ()
     with suppress(ValueError):
         sizes = tuple(int(size) for size in text.split("x"))
     if len(sizes) != 4 or min(sizes) < 1 or prod(sizes) > 2**40:
-        raise argparse.ArgumentTypeError(f"expected four positive sizes such as 64x256x56x56, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {FOUR_SIZES}, got {text!r}")
     return sizes
 
 
 def shape_sets(text: str) -> dict[str, list[Shape]]:
-    """A flag's type: sets of shapes that are timed together, by what they are called."""
+    """Argument type: sets of shapes that are timed together, by name."""
     match text:
         case "network-128" | "network-512":
             batch_size = int(text.removeprefix("network-"))
@@ -60,8 +62,9 @@ def shape_sets(text: str) -> dict[str, list[Shape]]:
         case _:
             try:
                 step = shape(text)
-            except argparse.ArgumentTypeError as error:
-                raise argparse.ArgumentTypeError(f"{error}, nor network-128, network-512 or ladder") from None
+            except argparse.ArgumentTypeError:
+                message = f"expected network-128, network-512, ladder or {FOUR_SIZES}, got {text!r}"
+                raise argparse.ArgumentTypeError(message) from None
             return {label(step): [step]}
 
 

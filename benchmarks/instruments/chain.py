@@ -1,4 +1,4 @@
-"""The chain whose memory traffic is counted: norm [+ dropout] [+ residual] + ReLU, stock and fused."""
+"""The chain that is measured: norm [+ dropout] [+ residual] + activation, stock and fused."""
 
 from dataclasses import dataclass
 from math import prod
@@ -17,20 +17,20 @@ from mnistnorm.kernels.triton_impl.plans import Kind
 
 from .cases import NUM_GROUPS, Shape
 
-# What Wu & He (2018) use for networks of ImageNet's size.
+# As in Wu & He (2018) for ImageNet networks.
 WIDE_GROUPS = 32
-# As torch's modules have it, and any seed.
+# The default eps of torch's modules, and an arbitrary seed.
 EPS = 1e-5
 SEED = 1
 
 
 def default_groups(channels: int) -> int:
-    """32 groups where that leaves several channels for each, else the MNIST network's 2, else 1."""
+    """32 groups if each has several channels, else 2 as in the MNIST network, else 1."""
     return next((n for n in (WIDE_GROUPS, NUM_GROUPS) if channels % n == 0 and channels > n), 1)
 
 
 class Tensors(NamedTuple):
-    """What goes into the forward (all but `grad`) and the backward; None where the chain has no such tensor."""
+    """Inputs of the forward (all except `grad`) and the backward; None if the chain has no such tensor."""
 
     input: Tensor
     weight: Tensor
@@ -82,17 +82,17 @@ class Chain:
         return f"{self.operations} of {list(self.shape)}, {self.format}"
 
     def check(self) -> None:
-        """Refuses a shape that cannot be normalized.
+        """Checks that the shape can be normalized.
 
         Raises:
-            UserError: it does not divide into the groups, or has no statistics.
+            UserError: the groups do not divide the channels, or a channel or group has a single value.
         """
         if self.norm == "group" and self.shape[1] % self.groups:
             message = f"--groups {self.groups} does not divide the {self.shape[1]} channels of {self.shape}"
             raise UserError(message, exit_code=2)
         for norm, slabs, what in (("batch", self.shape[1], "channel"), ("group", self.groups, "group")):
             if self.norm == norm and prod(self.shape) == slabs:
-                message = f"{norm} norm of {self.shape} has one value for each {what}: take a larger shape"
+                message = f"{norm} norm of {self.shape} has one value for each {what}: use a larger shape"
                 raise UserError(message, exit_code=2)
 
     @property
@@ -100,7 +100,7 @@ class Chain:
         return self.shape[1:] if self.channels_last else self.shape[-1:]
 
     def minimum(self) -> dict[str, tuple[int, int]]:
-        """Bytes that any implementation reads and writes: each activation that goes in or comes out, once.
+        """Bytes (read, written) that any implementation needs: each input and output activation once.
 
         Without a residual the backward recomputes the pre-activation from the input; with one it needs a third tensor.
         """
@@ -115,9 +115,9 @@ class Chain:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         parameters = self.normalized_shape if self.norm == "layer" else self.shape[1:2]
 
-        def activation(wanted: bool = True) -> Tensor:
+        def activation(requires_grad: bool = True) -> Tensor:
             values = torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=layout)
-            return (values if values.is_meta else values.normal_()).requires_grad_(wanted)
+            return (values if values.is_meta else values.normal_()).requires_grad_(requires_grad)
 
         def parameter(fill: float) -> Tensor:
             return torch.full(parameters, fill, dtype=self.dtype, device=device)
@@ -130,11 +130,11 @@ class Chain:
             running_mean=parameter(0) if is_batch else None,
             running_var=parameter(1) if is_batch else None,
             residual=activation() if self.residual else None,
-            grad=activation(wanted=False),
+            grad=activation(requires_grad=False),
         )
 
     def normalized(self, tensors: Tensors) -> Tensor:
-        """The norm alone, as torch.nn's modules run it in training mode, without the count of batches."""
+        """The norm alone, as torch.nn's modules run it in training mode, without num_batches_tracked."""
         input, weight, bias, running_mean, running_var, *_ = tensors
         if self.norm == "batch":
             return F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
@@ -171,13 +171,13 @@ class Chain:
         return Buffers(tensors.running_mean, tensors.running_var, 0.1)
 
     def fused_forward(self, tensors: Tensors, operation: TritonOperation) -> Saved:
-        """The launches of the forward; returns what the backward takes."""
+        """Launches the forward; returns the tensors saved for the backward."""
         inputs = tensors.input, tensors.weight, tensors.bias, tensors.residual
         output, statistics = operation.forward(inputs, self.buffers(tensors), SEED)
         kept = {None: (), "output": (output,), "residual": (tensors.residual,)}[operation.keeps]
         return (*inputs[:3], *statistics, *kept)
 
     def fused_backward(self, tensors: Tensors, operation: TritonOperation, saved: Saved) -> Gradients:
-        """The launches of the backward, for all gradients that there are."""
+        """Launches the backward, for all gradients."""
         needs = (True, True, True, self.residual and not operation.epilogue.passes_gradient)
         return operation.backward(needs, SEED, tensors.grad, saved)

@@ -1,4 +1,4 @@
-"""The layers that are set side by side, ours and others', and one case of one of them: what is checked and timed."""
+"""The layers that are compared, ours and other libraries', and the case of one layer that is checked and timed."""
 
 import importlib
 from collections.abc import Callable
@@ -20,26 +20,26 @@ from .memory import bytes_beyond, saved_storages
 
 Passes = Literal["forward", "backward", "both"]
 
-# Of what is compared with float64, relative to the largest value there or to 1: of float32 what sums over large slabs
-# lose, of the others four units in the last place, as the modules of a chain round one after the other.
+# Allowed error against float64, relative to the largest value or to 1. float32: rounding in sums over large slabs.
+# bfloat16, float16: four rounding errors, since each module of a chain rounds its output.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 1e-10}
 
-# Where an activation's derivative jumps.
-BENDS = (-3.0, 0.0, 3.0, 6.0)
+# Where an activation's derivative is discontinuous.
+KINKS = (-3.0, 0.0, 3.0, 6.0)
 
 NOT_INSTALLED = "is not installed"
 
 
 class UnavailableError(Exception):
-    """A contender cannot run a chain; says why."""
+    """A contender cannot run a chain; the message says why."""
 
 
 class WrongResultError(Exception):
-    """A contender computes something else than float64 does; says by how much."""
+    """A contender's result differs from float64's; the message says by how much."""
 
 
 class Stock(nn.Module):
-    """A norm, dropout, residual and activation, one after the other."""
+    """Norm, dropout, residual and activation as separate operations."""
 
     def __init__(self, norm: nn.Module, chain: Chain) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def apex(chain: Chain) -> nn.Module:
         kernel = chain.groups in norm.SUPPORTED_GROUPS and chain.shape[1] in norm.SUPPORTED_CHANNELS
         if not (chain.channels_last and kernel):
             raise UnavailableError(
-                "its group norm is torch's but for channels_last, 16 or 32 groups and certain channels"
+                "its group norm falls back to torch's except for channels_last, 16 or 32 groups and certain channels"
             )
     return Stock(norm, chain)
 
@@ -115,7 +115,7 @@ def flag_gems(chain: Chain) -> nn.Module:
 
 def _only_rows(chain: Chain) -> int:
     if len(chain.normalized_shape) > 1:
-        raise UnavailableError("its layer norm takes the last dimension only")
+        raise UnavailableError("its layer norm supports the last dimension only")
     return chain.normalized_shape[0]
 
 
@@ -173,11 +173,11 @@ class Contender(NamedTuple):
     """One row of the table.
 
     Attributes:
-        build: the layer for a chain, in float32 on the CPU.
-        compiled: whether torch.compile runs it.
-        on_gpu_only: whether it has anything of its own to time elsewhere.
-        package: that has to be installed.
-        norms: that it has.
+        build: makes the layer for a chain, in float32 on the CPU.
+        compiled: whether torch.compile compiles it.
+        on_gpu_only: whether its kernels require a GPU.
+        package: must be installed.
+        norms: supported norms.
     """
 
     build: Callable[[Chain], nn.Module]
@@ -202,7 +202,7 @@ CONTENDERS = {
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
-    """Why a contender runs nothing on a device; None where it does. A peer that is installed is imported."""
+    """Returns why a contender cannot run on a device, or None if it can. Imports the package of a peer."""
     contender = CONTENDERS[name]
     if contender.package:
         try:
@@ -210,9 +210,9 @@ def unavailable(name: str, device: torch.device) -> str | None:
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name == contender.package:
                 return NOT_INSTALLED
-            return f"is installed, but not to be imported: {type(error).__name__}: {one_line(error)}"
+            return f"is installed but cannot be imported: {type(error).__name__}: {one_line(error)}"
     if contender.on_gpu_only and device.type != "cuda":
-        return "has kernels for GPUs only; what Triton's interpreter takes on a CPU is no timing"
+        return "has kernels for GPUs only; on a CPU this would time Triton's interpreter"
     if contender.compiled and device.type == "cpu" and not _has_compiler():
         return "needs a C++ compiler on a CPU: install g++"
     return None
@@ -230,15 +230,15 @@ def _has_compiler() -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """One contender's layer for one chain, with what goes in.
+    """One contender's layer for one chain, with its inputs.
 
     Attributes:
         name: of the contender.
-        chain: what is computed.
+        chain: what it computes.
         module: holds the parameters.
-        layer: what is called.
+        layer: the module, or its compiled version.
         tensors: the input, the residual and the gradient of the output.
-        inputs: what the backward has gradients for: input, weight, bias and, where there is one, residual.
+        inputs: tensors that get gradients: input, weight, bias and the residual, if any.
     """
 
     name: str
@@ -250,7 +250,7 @@ class Case:
 
     @classmethod
     def of(cls, name: str, chain: Chain, device: torch.device) -> "Case":
-        """The same values for every contender.
+        """Builds a case, with the same values for every contender.
 
         Raises:
             UnavailableError: it cannot run the chain.
@@ -275,7 +275,7 @@ class Case:
         return torch.autograd.grad(output, self.inputs, grad)
 
     def call(self, passes: Passes) -> Callable[[], object]:
-        """One pass, or both, with all that comes before it done."""
+        """Returns a function that runs `passes`; the forward before a backward has already run."""
         grad = self.tensors.grad
         if passes == "forward":
             return self.forward
@@ -290,10 +290,10 @@ class Case:
         return bytes_beyond(saved, (*self.inputs, output, *self.module.buffers()))
 
     def check(self) -> None:
-        """Compares output and gradients with float64's, for the elements that the dropout happened to keep.
+        """Compares output and gradients with a float64 reference that has the same dropout mask.
 
-        No gradient comes in where rounding decides on which side of an activation's bend an element is, or whether its
-        value is that of a kept one.
+        The incoming gradient is zero where rounding decides on which side of an activation's kink an element lies, or
+        where the output does not tell whether the element was kept.
 
         Raises:
             WrongResultError: they differ by more than rounding explains, or the dropout drops too many or too few.
@@ -309,16 +309,16 @@ class Case:
         close = tolerance * max(1.0, kept.abs().max().item())
         activate = Activation.of(self.chain.activation).forward
 
-        def is_off_bends(values: Tensor) -> Tensor:
-            return torch.stack([(values - bend).abs() > close for bend in BENDS]).all(0)
+        def is_off_kinks(values: Tensor) -> Tensor:
+            return torch.stack([(values - kink).abs() > close for kink in KINKS]).all(0)
 
-        settled, value = is_off_bends(kept), kept
+        settled, value = is_off_kinks(kept), kept
         if p:
             actual = output.detach().double()
             is_kept = (actual - activate(kept)).abs() <= (actual - activate(dropped)).abs()
             value = torch.where(is_kept, kept, dropped)
             settled &= (activate(kept) - activate(dropped)).abs() > 2 * close
-            settled &= (dropped == 0) | is_off_bends(dropped)
+            settled &= (dropped == 0) | is_off_kinks(dropped)
             count, drops = int(settled.sum()), int((settled & ~is_kept).sum())
             if abs(drops - p * count) > 6 * (p * (1 - p) * count) ** 0.5:  # six standard deviations
                 raise WrongResultError(f"drops {drops} of {count} elements")
@@ -331,7 +331,7 @@ class Case:
             error = (actual.double() - reference).abs().max().item()
             allowed = tolerance * max(1.0, reference.abs().max().item())
             if not error <= allowed:
-                raise WrongResultError(f"is off in its {name} by {error:.2g}, where {allowed:.2g} is allowed")
+                raise WrongResultError(f"has a wrong {name}: error {error:.2g}, allowed {allowed:.2g}")
 
 
 def _compiled(module: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -339,17 +339,17 @@ def _compiled(module: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
         output: Tensor = module(input, residual)
         return output
 
-    # Dynamo keeps what it compiled by code object, and looks through all of it at each call.
+    # A code object for each case: Dynamo searches all that it compiled for a code object at each call.
     layer.__code__ = layer.__code__.replace()
     return torch.compile(layer, dynamic=False, fullgraph=True)
 
 
 def prepare(name: str, chain: Chain, device: torch.device) -> Case:
-    """A case whose results were found right; torch's own are taken as they are, with a note.
+    """Builds a case and checks its results; for stock torch, wrong results only print a note.
 
     Raises:
         UnavailableError: the contender has no such operation, does not compile, or is a peer that fails or is wrong.
-        WrongResultError: one of ours computes something else.
+        WrongResultError: the results of one of ours are wrong.
     """
     contender = CONTENDERS[name]
     try:

@@ -1,7 +1,7 @@
-"""Bytes that kernels read from and write to memory: of our launches by formula, of ATen operators by their operands.
+"""Counts the bytes that kernels read and write: for our launches by formula, for ATen operators by their operands.
 
-What a kernel touches several times is counted once for each of its loads and stores; lanes of one load that share an
-address count once. Caches are not modelled.
+Every load and store of a kernel counts, even of the same memory; lanes of one load that share an address count once.
+Caches are not modelled.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,12 +33,12 @@ class Kernel(NamedTuple):
 
 Phases = dict[str, list[Kernel]]
 
-# Ends the name of what a kernel, or the kernels behind an operator, read once more.
+# Name suffix for what a kernel, or the kernels behind an operator, read again.
 AGAIN = " again"
 
 
 def once(phases: Phases) -> Phases:
-    """Each kernel with each of its tensors read once, as if a cache held them all for as long as it runs."""
+    """Counts each tensor of a kernel as read once, as if a cache held them all while the kernel runs."""
 
     def cached(kernel: Kernel) -> Kernel:
         return kernel._replace(reads={name: size for name, size in kernel.reads.items() if not name.endswith(AGAIN)})
@@ -47,7 +47,7 @@ def once(phases: Phases) -> Phases:
 
 
 def total(kernels: Iterable[Kernel]) -> tuple[int, int]:
-    """Bytes read and bytes written."""
+    """Returns the bytes read and the bytes written."""
     kernels = list(kernels)
     return sum(sum(k.reads.values()) for k in kernels), sum(sum(k.writes.values()) for k in kernels)
 
@@ -56,7 +56,7 @@ def total(kernels: Iterable[Kernel]) -> tuple[int, int]:
 
 
 def fused(chain: Chain, target: GPUTarget, plan: Kind | None = None, memory: Memory | None = None) -> Phases:
-    """Forward and backward of the fused chain by the formulas: its launches, and the ATen operators around them."""
+    """Counts the fused chain: its launches by formula, and the ATen operators around them."""
     with Operators() as operators:
 
         def count(launch: CaughtLaunch) -> None:
@@ -67,7 +67,7 @@ def fused(chain: Chain, target: GPUTarget, plan: Kind | None = None, memory: Mem
 
 
 def interpreted(chain: Chain, target: GPUTarget, plan: Kind | None = None, memory: Memory | None = None) -> Phases:
-    """The launches of the fused chain, run in Triton's interpreter, and each of their accesses counted.
+    """Runs the launches of the fused chain in Triton's interpreter and counts each access.
 
     Raises:
         RuntimeError: TRITON_INTERPRET was not set when triton was imported.
@@ -101,7 +101,7 @@ def by_phase(
     take: Callable[[], list[Taken]],
     memory: Memory | None = None,
 ) -> dict[str, list[Taken]]:
-    """What `take` gives after the forward and after the backward of the fused chain."""
+    """Returns what `take` returns after the forward and after the backward of the fused chain."""
     with torch.no_grad(), planned_for(target, memory):
         tensors = chain.tensors(device)
         operation = chain.operation(tensors, plan)
@@ -113,12 +113,12 @@ def by_phase(
 
 
 def launches(phases: Phases) -> Phases:
-    """What Triton launches of it, without the ATen operators."""
+    """Returns the Triton launches only, without the ATen operators."""
     return {phase: [kernel for kernel in kernels if kernel.name in _COUNTS] for phase, kernels in phases.items()}
 
 
 def launch_traffic(launch: CaughtLaunch) -> Kernel:
-    """What one launch reads and writes, exactly."""
+    """Returns the exact bytes that one launch reads and writes."""
     name = launch.kernel.__name__
     named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
     named["programs"] = launch.grid[0]
@@ -140,7 +140,7 @@ Count = tuple[dict[str, Times], dict[str, Times]]
 
 
 class _Grid:
-    """How often the programs of a launch go over what; see triton_impl/kernels.py."""
+    """How often the programs of a launch visit their tensors; see triton_impl/kernels.py."""
 
     def __init__(self, named: dict[str, Any]) -> None:
         self.named = named
@@ -156,7 +156,7 @@ class _Grid:
         self.position_blocks = cdiv(self.positions, named["BLOCK_POSITIONS"])
         self.splits = named["splits"]
         self.programs = named["programs"]
-        # What share of the slabs this launch takes: all, unless a split plan takes one block of them after the other.
+        # The share of the slabs that this launch handles: 1, unless a split plan launches block by block.
         block, slabs = (
             (named["BLOCK_CHANNELS"], self.channels) if self.per_channel else (named["BLOCK_ROWS"], self.rows)
         )
@@ -172,7 +172,7 @@ class _Grid:
 
     @property
     def groups_per_tile(self) -> Fraction:
-        """Share of a group norm's parameters that a tile's rows have."""
+        """Share of a group norm's parameters that the rows of a tile use."""
         if self.per_channel or self.elementwise:
             return Fraction(1)
         return Fraction(min(self.named["BLOCK_ROWS"], self.groups), self.groups)
@@ -184,7 +184,7 @@ class _Grid:
 
     @property
     def slab_visits(self) -> int:
-        """How often the forward and the backward kernel load something of each slab."""
+        """How often the forward and the backward kernel load the statistics or sums of each slab."""
         return self.sharers if self.per_channel else self.channel_blocks * self.position_blocks
 
 
@@ -233,7 +233,7 @@ def _backward(named: dict[str, Any]) -> Count:
     if grid.split:
         reads["partials_ptr"] = grid.slab_visits * share
     gradients: Times = share
-    if grid.split and not grid.per_channel:  # each launch has as many partial sums
+    if grid.split and not grid.per_channel:  # each launch writes an equal share of the partial sums
         gradients = Fraction(1, cdiv(grid.row_blocks, grid.slab_blocks))
     return reads, {"dx_ptr": share, "dresidual_ptr": share, "dweight_ptr": gradients, "dbias_ptr": gradients}
 
@@ -242,7 +242,7 @@ def _parameter_sums(_: dict[str, Any]) -> Count:
     return {"weight_sums_ptr": 1, "bias_sums_ptr": 1}, {"dweight_ptr": 1, "dbias_ptr": 1}
 
 
-# By the parameters of a launch, how often it reads and writes each tensor.
+# For each kernel: how often a launch with given parameters reads and writes each tensor.
 _COUNTS: dict[str, Callable[[dict[str, Any]], Count]] = {
     "statistics_kernel": _statistics,
     "forward_kernel": _forward,
@@ -256,9 +256,9 @@ _COUNTS: dict[str, Callable[[dict[str, Any]], Count]] = {
 
 
 def eager(chain: Chain) -> Phases:
-    """The ATen operators that the stock chain runs on a CUDA device, forward and backward.
+    """Counts the ATen operators that the stock chain runs on a CUDA device, forward and backward.
 
-    Each operand counts once, and as "again" where SECOND_READS has it. Nothing is computed: the tensors are fake.
+    Each operand counts once, and again if SECOND_READS lists it. Nothing is computed: the tensors are fake.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -273,10 +273,10 @@ def eager(chain: Chain) -> Phases:
     return {phase: [_with_second_reads(kernel) for kernel in kernels] for phase, kernels in phases.items()}
 
 
-# Operands that several of the CUDA kernels behind one operator read: a norm's statistics, or the sums that its gradient
-# needs, take a kernel (or a pass over a slab) of their own before the one that writes the result. Files in
-# aten/src/ATen/native/cuda: Normalization.cuh, group_norm_kernel.cu, layer_norm_kernel.cu, whose forward is one kernel
-# that keeps short rows in the cache. cuDNN's source is closed; its kernels are counted as ATen's own.
+# Operands that the CUDA kernels behind one operator read twice: once for the norm's statistics or the sums of its
+# gradient, in a separate kernel (or pass over a slab), and once for the result. Sources in aten/src/ATen/native/cuda:
+# Normalization.cuh, group_norm_kernel.cu, layer_norm_kernel.cu, whose forward is one kernel that keeps short rows in
+# the cache. cuDNN is closed source; its kernels are counted like ATen's.
 SECOND_READS = {
     "native_batch_norm": ("input",),
     "cudnn_batch_norm": ("input",),
@@ -296,9 +296,9 @@ def _with_second_reads(kernel: Kernel) -> Kernel:
 def gradients(
     outputs: list[Tensor], inputs: list[Tensor], grad_outputs: list[Tensor], allow_unused: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad without the engine, which asks for the device: the nodes of a chain, one after the other.
+    """torch.autograd.grad without the engine, which requires the device: calls the nodes of a chain one by one.
 
-    Each value of a chain is used once, so no two gradients are added up.
+    Each value of a chain is used once, so gradients are never accumulated.
     """
     edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in inputs]
     found: list[Tensor | None] = [None] * len(inputs)
@@ -322,18 +322,18 @@ def gradients(
     return tuple(found)
 
 
-# Operators that only overwrite the tensor that they change, that take no more than its shape from a tensor, that
-# move nothing at all, and a view that its schema does not call one.
+# Operators that overwrite a tensor without reading it; that use only the shape of a tensor; that move nothing,
+# including a view that is not declared as one in its schema.
 _OVERWRITES = {"copy_", "fill_", "zero_", "bernoulli_", "normal_", "uniform_", "random_"}
 _SHAPED_LIKE = {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full"}
 _MOVES_NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
 
 class Operators(TorchDispatchMode):
-    """Records every ATen operator that moves memory: inputs as read, outputs and what it changes in place as written.
+    """Records every ATen operator that moves memory: inputs as read, outputs and in-place changes as written.
 
-    Views and allocations move nothing. A tensor that comes in twice is read once, one that is expanded is read in its
-    real size. What an operator's schema does not say, such as that batch norm updates running statistics, is left out.
+    Views and allocations move nothing. A tensor passed twice is read once; an expanded tensor counts its real size.
+    What an operator's schema omits, such as batch norm's update of the running statistics, is not counted.
     """
 
     def __init__(self) -> None:
@@ -341,7 +341,7 @@ class Operators(TorchDispatchMode):
         self.kernels: list[Kernel] = []
 
     def take(self) -> list[Kernel]:
-        """What was recorded since the last call."""
+        """Returns what was recorded since the last call."""
         taken, self.kernels = self.kernels, []
         return taken
 
@@ -387,7 +387,7 @@ def _tensors(label: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _distinct_bytes(tensor: Tensor) -> int:
-    """Bytes of the elements that lie in different places."""
+    """Bytes of the elements at distinct addresses."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride or not size else 1

@@ -1,4 +1,4 @@
-"""The GPUs that bounds are given for: memory bandwidth and L2 by the vendor's datasheet."""
+"""GPUs that bounds are computed for: memory bandwidth and L2 size from the datasheets."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from mnistnorm.kernels.triton_impl.plans import Memory
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU by its datasheet.
+    """A GPU, from its datasheet.
 
     Attributes:
-        name: as it is sold.
+        name: product name.
         target: key of machine_code.TARGETS.
-        multiprocessors: or compute units.
-        bandwidth: of its memory, bytes per second.
-        l2: bytes of its L2, as PyTorch gives them.
-        source: where bandwidth and L2 are from.
+        multiprocessors: number of multiprocessors or compute units.
+        bandwidth: memory bandwidth, bytes per second.
+        l2: L2 size in bytes, as PyTorch reports it.
+        source: of bandwidth and L2.
     """
 
     name: str
@@ -27,12 +27,12 @@ class GPU:
     source: str
 
     def bound(self, moved: int) -> float:
-        """Seconds that it takes at least to move so many bytes."""
+        """Lower bound in seconds for moving this many bytes."""
         return moved / self.bandwidth
 
     @property
     def memory(self) -> Memory:
-        """What plans are made from."""
+        """The memory sizes that plans depend on."""
         return Memory(self.l2, round(self.bandwidth * LAUNCH_GAP))
 
 

@@ -1,7 +1,7 @@
-"""The kernels that Inductor, behind torch.compile, generates for the stock chain on a GPU that is not there.
+"""The kernels that torch.compile's Inductor generates for the stock chain, without a GPU.
 
-Inductor runs as it does on such a GPU, on fake tensors, up to the source of its Triton kernels; those are neither
-compiled nor run. Needs a process in which TRITON_INTERPRET was not set, and patches torch in it for as long as it runs.
+Inductor runs on fake tensors as on the GPU, up to the source of its Triton kernels, which are neither compiled nor run.
+Requires a process in which TRITON_INTERPRET was not set, and patches torch there while it runs.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from .machine_code import TARGETS
 
 
 class _Stock(nn.Module):
-    """The stock chain as a function of the tensors that it has."""
+    """The stock chain as a function of its tensors that are not None."""
 
     def __init__(self, chain: Chain, present: list[str]) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class _Stock(nn.Module):
 
 
 def inductor(chain: Chain, gpu: GPU) -> Phases:
-    """The kernels of the compiled chain: for each buffer of a kernel, the bytes that Inductor's scheduler counts.
+    """Returns the kernels of the compiled chain, with the bytes of each buffer as counted by Inductor's scheduler.
 
-    The scheduler counts each buffer once in a kernel. Where the source loads one in several places, as a reduction does
-    that loops over its slab once more to write the result, the others are counted as "again".
-    Of AMD's GPUs only the number of multiprocessors and the warp's size go in; the code is that of the CUDA backend.
+    The scheduler counts each buffer once per kernel. If the source loads it in several places, as in a reduction that
+    loops over its slab a second time to write the result, the further loads count as "again".
+    For AMD GPUs only the number of multiprocessors and the warp size are used; the code is the CUDA backend's.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
@@ -56,7 +56,7 @@ def inductor(chain: Chain, gpu: GPU) -> Phases:
 
 
 def _graph(module: nn.Module, values: list[Tensor]) -> torch.fx.GraphModule:
-    """The module's torch functions as a graph of one input for each value."""
+    """Traces the module's torch functions into a graph with one input per value."""
     graph = torch.fx.Graph()
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)
     inputs = []
@@ -70,7 +70,7 @@ def _graph(module: nn.Module, values: list[Tensor]) -> torch.fx.GraphModule:
 
 
 def _kernels(graph: Any, sources: list[tuple[Any, str]]) -> list[Kernel]:
-    """Kernels of a graph; `sources` are the arguments and the source of those that Triton compiles."""
+    """Returns the kernels of a graph; `sources` has the arguments and source of each Triton kernel."""
     kernels = []
     for node in graph.scheduler.nodes:
         reads = dict(node.get_read_write_buffer_accesses(include_reads=True, include_writes=False))
@@ -94,7 +94,7 @@ def _written(arguments: Any) -> set[str]:
 
 @contextmanager
 def _without_device(gpu: GPU) -> Iterator[Phases]:
-    """Makes Inductor generate code for `gpu`, and notes its kernels instead of compiling them."""
+    """Makes Inductor generate code for `gpu`, and records its kernels instead of compiling them."""
     from torch._dynamo import device_interface
     from torch._functorch import config as functorch_config
     from torch._inductor import config
@@ -103,7 +103,7 @@ def _without_device(gpu: GPU) -> Iterator[Phases]:
     from torch._inductor.runtime.hints import DeviceProperties
 
     target = TARGETS[gpu.target].gpu
-    # For AMD, whose architecture has a name: that of the NVIDIA GPU of the same years.
+    # AMD architectures have no number: use that of the NVIDIA GPU of the same years.
     major, minor = divmod(target.arch, 10) if isinstance(target.arch, int) else (9, 0)
     properties = SimpleNamespace(
         name=gpu.name,
@@ -139,7 +139,7 @@ def _without_device(gpu: GPU) -> Iterator[Phases]:
     known: Any = inspect.getattr_static(DeviceProperties, "create").__func__
     with ExitStack() as stack:
         for patch in (
-            # Constants would be folded on the device, code cached, and the backward only compiled when it runs.
+            # Fold no constants on the device, cache no code, compile the backward without running it.
             config.patch(joint_graph_constant_folding=False, force_disable_caches=True),
             functorch_config.patch(force_non_lazy_backward_lowering=True),
             mock.patch.object(GraphLowering, "compile_to_module", collect),

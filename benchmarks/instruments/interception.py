@@ -1,4 +1,4 @@
-"""Launches of our kernels, caught instead of run: for counting their traffic and compiling them for absent GPUs."""
+"""Intercepts launches of our kernels, to count their traffic or compile them without a GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from mnistnorm.kernels.triton_impl.plans import Memory
 
 
 class CaughtLaunch(NamedTuple):
-    """A kernel and everything that it takes to run it."""
+    """A kernel with everything needed to run it."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -27,7 +27,7 @@ class CaughtLaunch(NamedTuple):
 
 @contextmanager
 def launches_caught(catch: Callable[[CaughtLaunch], object]) -> Iterator[None]:
-    """Hands every launch made inside to `catch`, in place of the device."""
+    """Passes every launch in the context to `catch` instead of the device."""
 
     def run(self: Launch, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None:
         catch(CaughtLaunch(self.kernel, self.grid, self.arguments(tensors, varying), self.constants))
@@ -38,7 +38,7 @@ def launches_caught(catch: Callable[[CaughtLaunch], object]) -> Iterator[None]:
 
 @contextmanager
 def planned_for(target: GPUTarget, memory: Memory | None = None) -> Iterator[None]:
-    """Makes the operations that are prepared inside choose their plans for a target, whatever the device."""
+    """Makes operations prepared in the context choose their plans for `target`, whatever the device."""
     with (
         mock.patch.object(operation, "current_target", return_value=target),
         mock.patch.object(operation, "device_memory", return_value=memory),

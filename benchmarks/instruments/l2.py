@@ -1,9 +1,9 @@
-"""A model of a GPU's L2: which of the bytes that our launches load and store reach the memory behind it.
+"""A model of a GPU's L2: how many of the bytes that our launches load and store reach DRAM.
 
-It is a model, compared with no GPU. The L2 has half of the datasheet's size and evicts what was least recently used, in
-units of a kernel's tiles, each of which comes and goes as a whole. Programs start in the order of the grid, two on each
-multiprocessor at a time, and take turns tile by tile. Stores fetch nothing and reach the memory when they are evicted,
-or in the end. A forward and a backward each begin with an empty L2. Only tensors of the input's size are modelled.
+The model has not been compared with a GPU. The L2 has half the datasheet's size and evicts the least recently used
+tile as a whole. Programs start in the order of the grid, two per multiprocessor at a time, and take turns tile by tile.
+Stores fetch nothing and reach DRAM when they are evicted, or at the end. Forward and backward each start with an empty
+L2. Only tensors of the input's size are modelled.
 """
 
 from collections import OrderedDict, deque
@@ -20,7 +20,7 @@ from .gpus import GPU
 from .interception import CaughtLaunch, launches_caught
 from .machine_code import TARGETS
 
-# Programs that a multiprocessor runs at a time, with what registers 8 warps take.
+# Programs that a multiprocessor runs at a time, given the registers of 8 warps each.
 PROGRAMS_AT_A_TIME = 2
 
 LOADED = ("dy_ptr", "x_ptr", "kept_ptr", "residual_ptr")
@@ -44,10 +44,10 @@ class Access(NamedTuple):
 
 
 class LeastRecentlyUsed:
-    """A cache that writes back.
+    """A write-back cache that evicts the least recently used line.
 
     Attributes:
-        read, written: bytes that it has taken from and given to the memory.
+        read, written: bytes read from and written to the memory behind it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -65,7 +65,7 @@ class LeastRecentlyUsed:
             self._evict()
 
     def flush(self) -> None:
-        """Writes what was stored and is still held."""
+        """Evicts everything, which writes what was stored."""
         while self._lines:
             self._evict()
 
@@ -76,7 +76,7 @@ class LeastRecentlyUsed:
 
 
 def dram(chain: Chain, gpu: GPU, plan: Kind | None = None) -> dict[str, tuple[int, int]]:
-    """Bytes of the fused chain that are read from and written to a GPU's memory, by phase."""
+    """Returns the bytes that the fused chain reads from and writes to a GPU's DRAM, by phase."""
     caught: list[CaughtLaunch] = []
 
     def take() -> list[CaughtLaunch]:
@@ -90,7 +90,7 @@ def dram(chain: Chain, gpu: GPU, plan: Kind | None = None) -> dict[str, tuple[in
 
 
 def seconds(moved: Iterable[tuple[int, int]], launches: int, gpu: GPU) -> float:
-    """How long the memory takes for bytes read and written, and what lies between the launches."""
+    """Seconds to move the bytes read and written at full bandwidth, plus the gaps between launches."""
     return gpu.bound(sum(map(sum, moved))) + launches * LAUNCH_GAP
 
 
@@ -107,7 +107,7 @@ def _moved(launches: Iterable[CaughtLaunch], gpu: GPU) -> tuple[int, int]:
 
 
 def in_turn(programs: Iterable[Iterator[list[Access]]], at_a_time: int) -> Iterator[Access]:
-    """The accesses of programs of which so many run at a time, one tile each in turn."""
+    """Yields the accesses of programs that take turns by tile, `at_a_time` of them at a time."""
     waiting = iter(programs)
     running = deque(islice(waiting, at_a_time))
     while running:
@@ -126,7 +126,7 @@ def named(launch: CaughtLaunch) -> dict[str, Any]:
 
 
 def programs(launch: CaughtLaunch) -> Iterator[Iterator[list[Access]]]:
-    """Of each program of a launch, the accesses to large tensors, tile by tile, as in triton_impl/kernels.py."""
+    """Yields the accesses of each program of a launch to large tensors, by tile, as in triton_impl/kernels.py."""
     values = named(launch)
     sizes = (
         values["rows"],

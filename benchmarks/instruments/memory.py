@@ -1,4 +1,4 @@
-"""How much memory a call takes, and what it keeps of that for the backward."""
+"""Peak memory of a call, and the bytes that autograd keeps for the backward."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that torch had allocated on `device` at a time during a call, beyond what was there before.
+    """Peak bytes that torch allocates on `device` during a call, beyond those allocated before it.
 
-    Of the tensors, that is; a process also holds code, and memory that the allocator keeps for later.
+    Counts tensors only, not code or memory cached by the allocator.
     """
     if device.type != "cpu":
         before = torch.accelerator.memory_allocated(device)
@@ -36,10 +36,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """The profiler logs there from C++, whatever is asked of it."""
+    """Silences stderr, since the profiler always logs there from C++."""
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def saved_storages(call: Callable[[], T]) -> tuple[T, list[torch.UntypedStorage]]:
-    """What `call` returns, and the storages of all that autograd keeps meanwhile for the backward."""
+    """Returns the result of `call` and the storages that autograd saves for the backward during it."""
     saved: list[torch.UntypedStorage] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def saved_storages(call: Callable[[], T]) -> tuple[T, list[torch.UntypedStorage]
 
 
 def bytes_beyond(storages: Iterable[torch.UntypedStorage], tensors: Iterable[Tensor]) -> int:
-    """The bytes of `storages`, each counted once, but for those of `tensors`."""
+    """Bytes of `storages`, each counted once, except those of `tensors`."""
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     for tensor in tensors:
         sizes.pop(tensor.untyped_storage().data_ptr(), None)

@@ -1,7 +1,7 @@
-"""A CUDA driver that launches nothing, under Triton's own launcher: the path of a launch, without a GPU.
+"""A stub of the CUDA driver that launches nothing: runs Triton's real launch path without a GPU.
 
-Triton compiles for sm_90, loads the machine code and launches it as ever; the driver beneath says yes to everything and
-remembers the last launch. Needs a C compiler, no GPU, and a process in which TRITON_INTERPRET was not set.
+Triton compiles for sm_90, loads the machine code and launches it as usual; the stub reports success and records the
+last launch. Requires a C compiler, no GPU, and a process in which TRITON_INTERPRET was not set.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from triton.backends.nvidia.driver import CudaDriver
 
 from mnistnorm.kernels.triton_impl import launches
 
-# The most parameters of a kernel that are remembered.
+# The most parameters of a kernel that are recorded; the same in _SOURCE.
 MAX_PARAMETERS = 32
 
 _SOURCE = r"""
@@ -89,16 +89,16 @@ int cuLaunchKernelEx(const Config *config, void *function, void **parameters, vo
 
 
 def unavailable() -> str | None:
-    """Why there is no stub here; None where there is."""
+    """Returns why the stub cannot be used, or None if it can."""
     if torch.cuda.is_available():
-        return "there is a GPU"
+        return "this machine has a GPU"
     if triton.knobs.runtime.interpret:
         return "Triton's interpreter is on"
-    return None if shutil.which("cc") or shutil.which("gcc") else "there is no C compiler"
+    return None if shutil.which("cc") or shutil.which("gcc") else "no C compiler found"
 
 
 class Launched(NamedTuple):
-    """A launch as the driver saw it; of each parameter the lowest 32 bits."""
+    """A launch as the driver saw it; parameters are their lowest 32 bits."""
 
     function: int
     grid: tuple[int, ...]
@@ -107,7 +107,7 @@ class Launched(NamedTuple):
 
 
 class Stub:
-    """The driver's memory."""
+    """The launches that the driver recorded."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -117,7 +117,7 @@ class Stub:
         return ctypes.c_long.in_dll(self._library, "stub_launches").value
 
     def keep_parameters(self, count: int) -> None:
-        """Says how many parameters the next kernels have: the driver is not told."""
+        """Sets how many parameters the next kernels have, which the driver does not know."""
         ctypes.c_int.in_dll(self._library, "stub_parameters").value = count
 
     @property
@@ -132,7 +132,7 @@ class Stub:
 
 
 class _StubDriver(CudaDriver):
-    """Triton's driver for CUDA where torch finds none: one device, whose streams are numbered by device."""
+    """Triton's CUDA driver without torch.cuda: one device, with streams numbered by device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,17 +145,17 @@ class _StubDriver(CudaDriver):
 
 @contextmanager
 def stub_driver() -> Iterator[Stub]:
-    """Makes Triton compile and launch for a GPU that is not there, and launches of tensors on the CPU direct ones.
+    """Makes Triton compile and launch without a GPU, and launches of CPU tensors take the direct path.
 
     Raises:
         RuntimeError: see `unavailable`.
     """
     reason = unavailable()
     if reason:
-        raise RuntimeError(f"the stub of the driver cannot be used: {reason}")
+        raise RuntimeError(f"cannot use the stub of the CUDA driver: {reason}")
     driver: Any = triton.runtime.driver
     file = _build()
-    library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # found by its name from then on
+    library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # later loads by name find it
     previous, libcuda_path = driver._active, triton.knobs.nvidia.libcuda_path
     triton.knobs.nvidia.libcuda_path = str(file.parent)
     try:
@@ -168,7 +168,7 @@ def stub_driver() -> Iterator[Stub]:
 
 
 def _build() -> Path:
-    """The compiled stub, in a folder of Triton's cache: the path is a part of what Triton compiles against it."""
+    """Compiles the stub, in Triton's cache: what Triton compiles against it depends on its path."""
     digest = hashlib.sha256(_SOURCE.encode()).hexdigest()[:16]
     file = Path(triton.knobs.cache.dir, f"stub-driver-{digest}", "libcuda.so.1")
     if not file.exists():

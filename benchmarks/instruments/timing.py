@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from tqdm import trange
 
-# The seconds that a call takes.
+# Returns the seconds that a call takes.
 Clock = Callable[[Callable[[], object]], float]
 
-# Of glibc's mallopt, from malloc.h.
+# Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 # Bytes written before a call is timed on a GPU: more than its caches hold.
 FLUSHED = 2**29
 
-# Bytes of the copy by which a GPU's bandwidth is measured.
+# Bytes of the copy that measures a GPU's bandwidth.
 COPIED = 2**28
 
 
@@ -35,10 +35,10 @@ class Spread(NamedTuple):
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, description: str = "") -> dict[str, list[float]]:
-    """The seconds that each run reports, `rounds` times; every round runs all of them, in turning order.
+    """Returns the seconds that each run reports in `rounds` rounds; every round runs all of them, in rotating order.
 
-    A machine whose speed drifts slows all of one round alike, so ratios are taken round by round. Every other time
-    around the order is reversed: each run leaves the machine to the next one in a state of its own.
+    Drift in the machine's speed affects all runs of a round alike, so ratios are taken per round. Every other rotation
+    is reversed, since each run affects the state of the machine for the next one.
     """
     keep_freed_memory()
     names = list(runs)
@@ -54,9 +54,9 @@ def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, descriptio
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep for this process what is freed, so that no call is charged for the pages that another gave back.
+    """Makes glibc keep freed memory in the process, so that no call pays for pages that another one released.
 
-    Otherwise the page faults of a chain called alone, none of a chain's in a training loop, take as long as its work.
+    Otherwise the page faults of a chain called alone, which a training loop does not have, take as long as its work.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -65,17 +65,17 @@ def keep_freed_memory() -> None:
 
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> Spread:
-    """How many times as fast `fast` was as `slow`, over the rounds."""
+    """Speedup of `fast` over `slow`, over the rounds."""
     return Spread.of([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
 
 
 def clock_of(device: torch.device) -> Clock:
-    """What times a call on `device`: on a GPU from event to event, with nothing of the call's in the L2 cache."""
+    """Returns a clock for calls on `device`; on a GPU it uses events and flushes the L2 before the call."""
     return _gpu_clock(device) if device.type == "cuda" else wall_clock_of(device)
 
 
 def wall_clock_of(device: torch.device) -> Clock:
-    """What times a call and all that it has `device` do."""
+    """Returns a clock for a call and all work that it queues on `device`."""
 
     def clock(call: Callable[[], object]) -> float:
         synchronize(device)
@@ -88,7 +88,7 @@ def wall_clock_of(device: torch.device) -> Clock:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until `device` has done what it was given."""
+    """Waits for all work queued on `device`."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -99,7 +99,7 @@ def _gpu_clock(device: torch.device) -> Clock:
     def clock(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(device):
-            flushed.zero_()  # meanwhile the host is ahead with what follows
+            flushed.zero_()  # takes long enough for the host to queue the call
             start.record()
             call()
             end.record()
@@ -110,7 +110,7 @@ def _gpu_clock(device: torch.device) -> Clock:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a GPU reads and writes when it copies."""
+    """Measures the bytes per second that a GPU reads and writes in a copy."""
     clock = clock_of(device)
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,7 +1,7 @@
-"""Watches every load and store of kernels run by Triton's interpreter: exact traffic, and the faults that it lets pass.
+"""Watches every load and store of kernels in Triton's interpreter: exact traffic, and faults that it does not report.
 
-`correct_interpreter()` alone makes the interpreter compute what a GPU computes; `watch()` does that and watches.
-Both need TRITON_INTERPRET=1 to be set before triton is imported, and are for one thread: so is the interpreter.
+`correct_interpreter()` makes the interpreter compute what a GPU computes; `watch()` does that and watches.
+Both require TRITON_INTERPRET=1 before triton is imported, and support one thread, like the interpreter.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from . import compat
 FaultKind = Literal["atomic", "out of bounds", "overflow", "race", "undefined", "uninitialized"]
 
 
-class KernelFault(RuntimeError):  # noqa: N818 - a fault is the kernel's, the error is that it was launched
-    """What a kernel did that a GPU would not forgive.
+class KernelFault(RuntimeError):  # noqa: N818 - the fault is in the kernel
+    """A kernel did something that is an error on a GPU.
 
     Attributes:
-        kind: what it is:
-            "out of bounds": an active lane outside the tensor its pointer came from, or in a strided one's gaps;
+        kind: one of
+            "out of bounds": an active lane outside the tensor of its pointer, or in the gaps of a strided tensor;
             "race": an address that two programs of a launch store, that one stores and another loads, that a program
-            stores and then loads with no barrier between, or that lanes of one store give different values;
+            stores and then loads without a barrier, or to which lanes of one store write different values;
             "undefined": a lane masked off in a load without `other` reaches a reduction, a store, an address or a mask;
-            "uninitialized": an active lane loads memory that nothing has written;
+            "uninitialized": an active lane loads memory that was never written;
             "overflow": integer arithmetic beyond its 8, 16 or 32 bits;
             "atomic": any atomic operation.
         kernel: the kernel's name.
@@ -96,7 +96,7 @@ class Launch:
 
 @dataclass
 class Trace:
-    """The launches, in order. They keep their tensors alive, so that an address means one tensor throughout a trace."""
+    """The launches, in order. They keep their tensors alive, so that no address is reused within a trace."""
 
     launches: list[Launch] = field(default_factory=list)
 
@@ -122,40 +122,40 @@ def correct_interpreter() -> Iterator[None]:
     """Makes Triton's interpreter compute what a GPU computes.
 
     Casts to bfloat16 round to nearest even; bfloat16 arithmetic is done in float32 and rounded; bfloat16 reductions
-    raise TypeError, for what they give depends on the order of the lanes; other sums are taken pairwise, as threads do,
-    and not one by one; scalar arguments get the type that a compiled kernel gives them (float32, unless the annotation
-    says otherwise); floating-point exceptions are silent. It also patches the language once instead of at each call of
-    a device function, which is most of the interpreter's time.
+    raise TypeError, since their result depends on the order of the lanes; other sums are pairwise, as on a GPU, and not
+    sequential; scalar arguments get their type in a compiled kernel (float32, unless annotated otherwise);
+    floating-point exceptions are silent. It also patches the language once instead of at each call of a device
+    function, which takes most of the interpreter's time.
 
     Raises:
         RuntimeError: TRITON_INTERPRET was not set when triton was imported.
     """
-    with _interpreter_as(_CorrectedBuilder, TritonSemantic, _CorrectedExecutor, _CorrectedReduce, _CorrectedScan):
+    with _patched_interpreter(_CorrectedBuilder, TritonSemantic, _CorrectedExecutor, _CorrectedReduce, _CorrectedScan):
         yield
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[Trace]:
-    """Watches the kernels launched inside, in a corrected interpreter; what torch.empty gives is filled with NaN.
+    """Watches the kernels launched in the context, in a corrected interpreter; fills torch.empty tensors with NaN.
 
     Yields:
-        the trace, which grows by one entry with each launch that ends.
+        the trace, to which each finished launch is appended.
 
     Raises:
-        KernelFault: out of the launch that is at fault.
+        KernelFault: from the launch at fault.
         RuntimeError: TRITON_INTERPRET was not set when triton was imported.
     """
     trace = Trace()
     executor = functools.partial(_WatchedExecutor, trace)
     with (
-        _interpreter_as(_WatchedBuilder, _WatchedSemantic, executor, _WatchedReduce, _WatchedScan),
+        _patched_interpreter(_WatchedBuilder, _WatchedSemantic, executor, _WatchedReduce, _WatchedScan),
         _poisoned_empties(),
     ):
         yield trace
 
 
 @contextlib.contextmanager
-def _interpreter_as(
+def _patched_interpreter(
     builder: type, semantic: type, executor: Callable[..., GridExecutor], reduce: type, scan: type
 ) -> Iterator[None]:
     if not triton.knobs.runtime.interpret:
@@ -170,7 +170,7 @@ def _interpreter_as(
         stack.callback(interpreter._patch_lang(language).restore)
         _set(stack, tl.tensor, "__index__", compat.index)
         _set(stack, interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
-        # As in the compiler a block is true: the interpreter drops the `other=0` of a load of one element.
+        # A block is true, as in the compiler; else the interpreter drops the `other=0` of a one-element load.
         _set(stack, tl.tensor, "__bool__", lambda self: self.type.is_block() or bool(self.handle.data))
         yield
 
@@ -243,7 +243,7 @@ class _CorrectedBuilder(InterpreterBuilder):
         return super().create_fma(x, y, z)
 
 
-def _require_ordered(input: tuple[tl.tensor, ...]) -> None:
+def _reject_bfloat16(input: tuple[tl.tensor, ...]) -> None:
     if any(_is_bfloat16(part.handle) for part in input):
         raise TypeError("a reduction in bfloat16 depends on the order of the lanes: cast to tl.float32 first")
 
@@ -251,12 +251,12 @@ def _require_ordered(input: tuple[tl.tensor, ...]) -> None:
 class _CorrectedReduce(ReduceOps):
     def check_tensor(self, input: tuple[tl.tensor, ...]) -> None:
         super().check_tensor(input)
-        _require_ordered(input)
+        _reject_bfloat16(input)
 
     def sum(self, input: tl.tensor) -> tl.tensor:
         values = input.handle.data
         sums = values.reshape(-1) if self.axis is None else np.moveaxis(values, self.axis, 0)
-        while len(sums) > 1:  # a power of two, as all axes are
+        while len(sums) > 1:  # the length of an axis is a power of two
             sums = sums[0::2] + sums[1::2]
         if not self.keep_dims:
             return self.to_tensor(sums[0], input.dtype)
@@ -267,7 +267,7 @@ class _CorrectedReduce(ReduceOps):
 class _CorrectedScan(ScanOps):
     def check_tensor(self, input: tuple[tl.tensor, ...]) -> None:
         super().check_tensor(input)
-        _require_ordered(input)
+        _reject_bfloat16(input)
 
 
 class _CorrectedExecutor(GridExecutor):
@@ -297,7 +297,7 @@ class _CorrectedExecutor(GridExecutor):
         return tl.tensor(TensorHandle(np.array([value], dtype=interpreter._get_np_dtype(dtype)), dtype), dtype)
 
 
-# Memory: what each tensor owns, and who touched it.
+# Memory: what belongs to each tensor, and who accessed it.
 
 _POISON = {
     tl.float16: 0x7E5A,
@@ -307,7 +307,7 @@ _POISON = {
     tl.int32: 0x5A5A5A5A,
     tl.int64: 0x5A5A5A5A5A5A5A5A,
 }
-"""Bits that stand for "no value": NaNs that no arithmetic gives, and integers too large to be met by chance."""
+"""Bits of uninitialized values: NaNs that arithmetic never gives, and integers too large to occur by chance."""
 
 _EMPTY_FILL = {
     torch.float16: (torch.int16, _POISON[tl.float16]),
@@ -332,7 +332,7 @@ def _poisoned_empties() -> Iterator[None]:
 
         return empty
 
-    _device_constructors()  # remembers for good what torch.empty was when it was first called
+    _device_constructors()  # caches the original torch.empty, at its first call
     with contextlib.ExitStack() as stack:
         for name in ("empty", "empty_like", "empty_strided"):
             _set(stack, torch, name, poisoned(getattr(torch, name)))
@@ -357,7 +357,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _gaps(tensor: torch.Tensor) -> np.ndarray | None:
-    """Which elements of the extent are not the tensor's own; None if all are."""
+    """Mask of the elements in the extent that are not the tensor's; None if all are."""
     elements = _extent(tensor) // tensor.element_size()
     distinct = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     if distinct >= elements:
@@ -369,7 +369,7 @@ def _gaps(tensor: torch.Tensor) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class _Pointer:
-    """What the interpreter gets in place of a tensor."""
+    """Replaces a tensor in the interpreter."""
 
     dtype: torch.dtype
     address: int
@@ -380,7 +380,7 @@ class _Pointer:
 
 @dataclass(frozen=True)
 class _Argument:
-    """A tensor that a launch was given, and the address that the kernel sees it at."""
+    """A tensor argument of a launch, and its address in the kernel."""
 
     name: str
     tensor: torch.Tensor
@@ -406,7 +406,7 @@ class _Argument:
 
 @dataclass(frozen=True)
 class _Access:
-    """The active lanes of one load or store that address one argument: which, and the bytes from its first element."""
+    """The active lanes of one load or store in one argument, and their byte offsets from its first element."""
 
     argument: _Argument
     lanes: np.ndarray | slice
@@ -422,7 +422,7 @@ class _Access:
 
 @dataclass
 class _Memory:
-    """Who touched each granule of one storage: epochs of the launch, 0 for nobody, -1 for more than one program."""
+    """Who accessed each granule of a storage: epochs of the launch, 0 for none, -1 for several programs."""
 
     storage_bytes: int
     granule: int = 0
@@ -436,22 +436,22 @@ class _Memory:
         return np.zeros(-(-self.storage_bytes // self.granule), dtype=np.int32)
 
 
-# The kernel sees each tensor in the middle of 2^44 addresses of its own, so that an address tells its argument.
+# Each tensor is in the middle of its own 2^44 addresses, so that an address identifies its argument.
 _WINDOW = 44
 
 
 class _LaunchWatch:
-    """Judges the accesses of one launch."""
+    """Checks the accesses of one launch."""
 
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.arguments: list[_Argument] = []
         self.memories: dict[int, _Memory] = {}
-        # An epoch ends with a barrier or a program: what was stored before epoch `program`, another program stored.
+        # A barrier or a new program starts an epoch; stores before epoch `program` are from other programs.
         self.epoch = self.program = 0
 
     def pointer(self, name: str, value: Any) -> _Pointer:
-        """Gives a tensor its window."""
+        """Assigns a tensor its window of addresses."""
         tensor = interpreter._unwrap_tensor(value)
         address = (len(self.arguments) << _WINDOW) + (1 << (_WINDOW - 1)) + tensor.data_ptr() % 4096
         argument = _Argument(name, tensor, address, Traffic(tensor))
@@ -478,21 +478,21 @@ class _LaunchWatch:
             self.fail("undefined", f"a lane masked off in a load without `other` reaches {use}")
 
     def load(self, pointers: TensorHandle, mask: np.ndarray, filler: np.ndarray) -> np.ndarray:
-        """Loads, checks and counts; inactive lanes get the filler."""
+        """Loads, checks and counts; inactive lanes get `filler`."""
         addresses, accesses = self._resolve(pointers, mask)
         for access in accesses:
             access.argument.traffic.loaded += access.bytes
             memory, granules = self._granules(access)
             writer, reader = memory.writer[granules], memory.reader[granules]
             stale = (writer != 0) & ((writer < self.program) | (writer == self.epoch))
-            self._forbid(stale, "race", "loads what this launch stores, with no barrier between:", access)
+            self._forbid(stale, "race", "loads what this launch stores, with no barrier in between:", access)
             memory.reader[granules] = np.where((reader == 0) | (reader == self.program), self.program, -1)
         element = pointers.get_element_ty()
         data = interpreter._interpreter.load(addresses, mask, filler, interpreter._get_np_dtype(element))
         if element in _POISON:
             unwritten = _bits(data)[mask] == _POISON[element]
             for access in accesses:
-                self._forbid(unwritten[access.lanes], "uninitialized", "loads what nothing has written:", access)
+                self._forbid(unwritten[access.lanes], "uninitialized", "loads what was never written:", access)
         return data
 
     def store(self, pointers: TensorHandle, values: np.ndarray, mask: np.ndarray) -> None:
@@ -510,17 +510,17 @@ class _LaunchWatch:
             kept = interpreter._interpreter.load(addresses, mask, values, values.dtype)
             lost = (_bits(kept) != _bits(values))[mask]
             for access in accesses:
-                self._forbid(lost[access.lanes], "race", "lanes of one store give different values to", access)
+                self._forbid(lost[access.lanes], "race", "lanes of one store write different values to", access)
 
     def _resolve(self, pointers: TensorHandle, mask: np.ndarray) -> tuple[np.ndarray, list[_Access]]:
-        """Addresses in memory, of all lanes, and what the active ones access."""
+        """Returns the addresses in memory of all lanes, and the accesses of the active ones."""
         active = pointers.data.ravel() if mask.all() else pointers.data[mask]
         if active.size == 0:
             return pointers.data, []
         windows = active >> np.uint64(_WINDOW)
         present = windows[:1] if (windows == windows[0]).all() else np.unique(windows)
         if present.max() >= len(self.arguments):
-            self.fail("out of bounds", "an address that comes from no argument of the launch")
+            self.fail("out of bounds", "an address that belongs to no argument of the launch")
         addresses, accesses = pointers.data, []
         for window in present:
             argument = self.arguments[int(window)]
@@ -537,7 +537,8 @@ class _LaunchWatch:
     def _require_inside(self, access: _Access) -> None:
         argument = access.argument
         outside = (access.offsets < 0) | (access.offsets > argument.extent - access.size)
-        self._forbid(outside, "out of bounds", f"not among {argument.extent // argument.itemsize} elements:", access)
+        elements = argument.extent // argument.itemsize
+        self._forbid(outside, "out of bounds", f"outside the tensor's {elements} elements:", access)
         if argument.gaps is not None:
             between = argument.gaps[access.offsets // argument.itemsize]
             self._forbid(between, "out of bounds", "between the elements of a strided tensor:", access)
@@ -568,7 +569,7 @@ def _location() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-# Undefined lanes: TensorHandle.attr[_UNDEFINED] holds them as a boolean array, where there are any.
+# Undefined lanes: TensorHandle.attr[_UNDEFINED] holds them as a boolean array, if there are any.
 
 _UNDEFINED = "undefined"
 
@@ -630,7 +631,7 @@ _OWN_RULE = ("masked_load", "masked_store", "select", "load", "store", "print", 
 
 
 def _follow_undefined_lanes() -> None:
-    """Gives _WatchedBuilder, for each remaining operation, one that says which lanes of its result are undefined."""
+    """Makes each remaining operation of _WatchedBuilder mark the undefined lanes of its result."""
 
     def moved(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -705,7 +706,7 @@ class _WatchedSemantic(TritonSemantic):
         combine = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[binary_op.__name__]
         low, high = dtype.get_int_min_value(), dtype.get_int_max_value()
         left, right = lhs.handle.data, rhs.handle.data
-        # The results lie between those of the operands' extremes.
+        # All results lie between those of the operands' minima and maxima.
         corners = [
             combine(int(x), int(y), dtype=np.int64)
             for x in (left.min(), left.max())

@@ -48,9 +48,9 @@ def test_modules_are_measured_with_their_launches(tmp_path: Path) -> None:
 def test_modules_are_refused_in_one_line_where_there_is_no_stub(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stub_driver, "unavailable", lambda: "there is no C compiler")
+    monkeypatch.setattr(stub_driver, "unavailable", lambda: "no C compiler found")
     assert host.main(["--modules"]) == 1
-    assert "--modules needs a stub of the CUDA driver: there is no C compiler" in capsys.readouterr().err
+    assert "--modules cannot use the stub of the CUDA driver: no C compiler found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("norm", host.NORMS)
@@ -62,7 +62,7 @@ def test_the_fused_call_reaches_its_launch_and_no_further(norm: str) -> None:
 
     parameters = host.SHAPE[-1:] if norm == "layer" else host.SHAPE[1:2]
     inputs = [torch.randn(shape, requires_grad=True) for shape in (host.SHAPE, parameters, parameters)]
-    with host.launches_left_out(), mock.patch.object(Launch, "run", run):
+    with host.launches_skipped(), mock.patch.object(Launch, "run", run):
         output = host.functions(norm, 0.05)["fused"](*inputs)
         torch.autograd.grad(output, inputs, torch.ones_like(output))
     # The two samples make two partial sums of the parameters' gradients, except where a slab is a channel.

@@ -27,7 +27,7 @@ FLAGS = ["--shapes", "5x6x7x3", "4x8x13x7", "--rounds", "2"]
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--shapes", "64x256"], "four positive sizes such as 64x256x56x56, got '64x256', nor network-128"),
+        (["--shapes", "64x256"], "network-512, ladder or four positive sizes such as 64x256x56x56, got '64x256'"),
         (["--shapes", "4x7x5x5"], "--groups 2 does not divide the 7 channels"),
         (["--shapes", "1x8x1x1", "--norms", "batch"], "one value for each channel"),
         (["--shapes", "1x2x1x1", "--norms", "group"], "one value for each group"),
@@ -155,7 +155,7 @@ def test_one_of_ours_that_is_wrong_is_not_timed(monkeypatch, capsys) -> None:
     )
     assert layers.main(["--shapes", "5x6x7x3", "--rounds", "2", "--norms", "batch", "--dropout", "0"]) == 1
     printed = capsys.readouterr().out
-    assert "skipped: fused is off in its output by" in printed
+    assert "skipped: fused has a wrong output: error" in printed
     assert " stock " in printed
 
 
@@ -210,7 +210,7 @@ class TestPeers:
             ("torchnorm", "layer", True): "last dimension only",
             ("torchnorm", "group", False): "is torch's",
             ("torchnorm", "group", True): "is torch's",
-            ("apex", "group", False): "is torch's but for channels_last",
+            ("apex", "group", False): "falls back to torch's except for channels_last",
         }
         if reason := missing.get((name, norm, channels_last)):
             with pytest.raises(UnavailableError, match=reason):
@@ -223,14 +223,14 @@ class TestPeers:
         with pytest.raises(UnavailableError, match="fails: TypeError: "):
             prepare("torchnorm", Chain("layer", SHAPE), CPU)
         monkeypatch.setattr(sys.modules["torchnorm"], "LayerNorm", lambda width: nn.LayerNorm(width, eps=0.1))
-        with pytest.raises(UnavailableError, match="is off in its output"):
+        with pytest.raises(UnavailableError, match="has a wrong output: error"):
             prepare("torchnorm", Chain("layer", SHAPE), CPU)
 
     def test_on_a_cpu_they_are_named_and_skipped(self, capsys) -> None:
         assert layers.main([*FLAGS, "--norms", "layer", "--contenders", "liger-kernel", "triton", "fused"]) == 0
         printed = capsys.readouterr().out
         for name in ("liger-kernel", "triton"):
-            assert f"skipped: {name} has kernels for GPUs only; what Triton's interpreter takes on a CPU" in printed
+            assert f"skipped: {name} has kernels for GPUs only; on a CPU this would time Triton's" in printed
 
 
 class TestAbsentPeers:
@@ -253,7 +253,7 @@ class TestAbsentPeers:
         for asked in (["all"], ["torchnorm"]):
             names, skipped = layers.choose_contenders(asked, CPU)
             assert "torchnorm" not in names
-            assert skipped["torchnorm"] == "is installed, but not to be imported: OSError: libcuda.so is missing"
+            assert skipped["torchnorm"] == "is installed but cannot be imported: OSError: libcuda.so is missing"
 
     def test_broken_since_something_else_is_missing(self, path) -> None:
         (path / "torchnorm.py").write_text("import surely_not_installed")
@@ -343,10 +343,10 @@ class TestPytestBenchmark:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
-            ("--shapes 3", "expected four positive sizes"),
+            ("--shapes 3", "expected network-128, network-512, ladder or four positive sizes"),
             ("--shapes 2x4x5x5 --groups 3", "--groups 3 does not divide the 4 channels"),
             ("--device cuda:77", "--device cuda:77 cannot be used"),
-            ("--json x.json", "take --benchmark-json"),
+            ("--json x.json", "use pytest-benchmark's --benchmark-json"),
             ("'", "No closing quotation"),
         ],
     )

@@ -88,7 +88,7 @@ def test_traffic(tmp_path, capsys) -> None:
     flags = ["--shape", "4x8x5x7", "--norms", "batch", "group", "--dropout", "0.1", "--tensors"]
     assert traffic.main([*flags, "--json", str(document), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("the interpreter saw the fused launches make these accesses") == 2
+    assert printed.count("the interpreter counted the same bytes for the fused launches") == 2
     assert "nothing was run on a GPU" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     chains = json.loads(document.read_text())["chains"]
@@ -106,7 +106,7 @@ def test_traffic_says_when_the_interpreter_counts_otherwise(monkeypatch, capsys)
     unlike = {"forward": [Kernel("forward_kernel", {"x_ptr": 1}, {})], "backward": []}
     monkeypatch.setattr(traffic, "launches", lambda phases: unlike)
     assert traffic.main(["--shape", "2x2x3x3", "--norms", "layer"]) == 1
-    assert "the interpreter counted other bytes than the formulas" in capsys.readouterr().err
+    assert "the interpreter and the formulas count different bytes" in capsys.readouterr().err
 
 
 def test_bounds_are_bytes_over_bandwidth() -> None:

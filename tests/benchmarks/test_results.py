@@ -101,7 +101,7 @@ def test_a_command_that_fails_changes_nothing(copy: Path, monkeypatch, capsys) -
     monkeypatch.setitem(PARTS, "host", PARTS["host"]._replace(command="python -m surely_not_there"))
     before = results_page()
     assert results.main(["--only", "host"]) == 1
-    assert "host is left as it was" in capsys.readouterr().err
+    assert "host is unchanged because its command failed" in capsys.readouterr().err
     assert results_page() == before
 
 
@@ -123,7 +123,7 @@ def test_drift_is_found(copy: Path, capsys) -> None:
     text = results_page()
     results.PAGES[1].write_text(text.replace("| batch | 7,652 |", "| batch | 7,651 |"))
     assert results.main(["--check"]) == 1
-    assert "results.md is not what docs/results gives" in capsys.readouterr().err
+    assert "results.md differs from docs/results" in capsys.readouterr().err
     assert results.main(["--render"]) == 0
     assert results_page() == text
 
@@ -136,7 +136,7 @@ def test_other_documents_are_refused(content: str, copy: Path, capsys) -> None:
     file.write_text(content)
     before = (results.RESULTS / "layers.json").read_text()
     assert results.main(["--take", f"layers={file}"]) == 1
-    assert f"{file} is not what python -m benchmarks.layers --rounds 60 writes" in capsys.readouterr().err
+    assert f"{file} was not written by python -m benchmarks.layers --rounds 60" in capsys.readouterr().err
     assert (results.RESULTS / "layers.json").read_text() == before
 
 
@@ -144,13 +144,11 @@ def test_damaged_results_and_markers_are_named(copy: Path, capsys) -> None:
     text = results_page()
     results.PAGES[1].write_text(text.replace("<!-- end of results: layers -->", ""))
     assert results.main(["--check"]) == 1
-    assert (
-        "README.md, results.md, fuse.md have 0 places, not one, between <!-- results: layers -->"
-        in capsys.readouterr().err
-    )
+    markers = "<!-- results: layers --> ... <!-- end of results: layers -->"
+    assert f"expected {markers} once in README.md, results.md, fuse.md, found 0" in capsys.readouterr().err
     (results.RESULTS / "layers.json").write_text("{")
     assert results.main(["--check"]) == 1
-    assert "layers.json is damaged: measure it by" in capsys.readouterr().err
+    assert "layers.json is damaged: run python -m benchmarks.results --only layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
