@@ -1,4 +1,4 @@
-"""The benchmark of host time measures every norm and pass, and launches nothing."""
+"""benchmarks.host measures every norm and pass, and launches nothing."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_the_fused_call_reaches_its_launch_and_no_further(norm: str) -> None:
     with host.launches_skipped(), mock.patch.object(Launch, "run", run):
         output = host.functions(norm, 0.05)["fused"](*inputs)
         torch.autograd.grad(output, inputs, torch.ones_like(output))
-    # The two samples make two partial sums of the parameters' gradients, except where a slab is a channel.
+    # Two samples give two partial sums of the parameter gradients, except where a slab is a channel.
     sums = [] if norm == "batch" else ["parameter_sums_kernel"]
     assert kernels == ["forward_kernel", "backward_kernel", *sums]
 

@@ -1,4 +1,4 @@
-"""The benchmark of layers: what it refuses, skips, checks, prints, writes and draws."""
+"""benchmarks.layers: what it rejects, skips, checks, prints, writes and plots."""
 
 import json
 import subprocess
@@ -145,7 +145,7 @@ def test_what_is_saved_is_counted_once_and_without_what_is_alive_anyway() -> Non
     }
     statistics = 2 * 4 * elements // SHAPE[-1]
     assert saved["stock", 0.0] == saved["fused", 0.0] == statistics
-    assert saved["fused", 0.5] - statistics in (0, 2 * 4 * SHAPE[-1])  # weight and bias may be kept as scaled
+    assert saved["fused", 0.5] - statistics in (0, 2 * 4 * SHAPE[-1])  # scaled copies of weight and bias may be kept
     assert saved["stock", 0.5] >= statistics + 4 * elements
 
 
@@ -160,7 +160,7 @@ def test_one_of_ours_that_is_wrong_is_not_timed(monkeypatch, capsys) -> None:
 
 
 class TestPeers:
-    """A stand-in for each, of torch's own operations, since none is installed where there is no GPU."""
+    """Uses stand-ins built from torch operations, since the peers are not installed without a GPU."""
 
     @pytest.fixture(autouse=True)
     def stand_ins(self, monkeypatch) -> None:
@@ -269,7 +269,7 @@ def test_compiled_needs_a_compiler(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler
 def test_compiled(tmp_path) -> None:
     if not contenders._has_compiler():
         pytest.skip("there is no C++ compiler")
@@ -304,7 +304,7 @@ def test_of_a_gpu_the_bandwidth_is_shown_and_drawn() -> None:
 
 
 class TestPytestBenchmark:
-    """`pytest benchmarks` times what the flag --layers asks for."""
+    """`pytest benchmarks` times the cases that --layers selects."""
 
     def config(self, flags: str) -> Any:
         return SimpleNamespace(getoption=lambda name: flags, stash={})

@@ -1,4 +1,4 @@
-"""The programs that count: what they print, write and refuse."""
+"""The programs that count and benchmarks.models: what they print, write and reject."""
 
 import copy
 import json
@@ -119,7 +119,7 @@ def test_bounds_are_bytes_over_bandwidth() -> None:
 def test_changes_since_a_baseline() -> None:
     rows = json.loads(BASELINE.read_text())["kernels"]
     assert compiled.changes(rows, rows) == ([], [])
-    assert compiled.changes([], rows) == ([], [])  # nothing of it was asked for
+    assert compiled.changes([], rows) == ([], [])  # the flags selected none of the baseline
     changed, worse = compiled.changes(rows[1:], rows)
     assert ([change.partition(":")[0] for change in changed], worse) == (["gone"], [])
 

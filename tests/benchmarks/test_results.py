@@ -1,4 +1,4 @@
-"""The pages' tables are what docs/results gives, and what docs/results holds is what the programs write."""
+"""The pages' tables match docs/results, and docs/results matches what the programs write."""
 
 import importlib
 import json
@@ -41,7 +41,7 @@ LAYERS_TABLE = (
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The pages and docs/results, to be written to."""
+    """A writable copy of the pages and docs/results."""
     shutil.copytree(results.RESULTS, tmp_path / "docs" / "results")
     pages = tuple(tmp_path / page.relative_to(results.ROOT) for page in results.PAGES)
     for page, target in zip(results.PAGES, pages, strict=True):
@@ -140,7 +140,7 @@ def test_other_documents_are_refused(content: str, copy: Path, capsys) -> None:
     assert (results.RESULTS / "layers.json").read_text() == before
 
 
-def test_damaged_results_and_markers_are_named(copy: Path, capsys) -> None:
+def test_damaged_results_and_markers_are_reported(copy: Path, capsys) -> None:
     text = results_page()
     results.PAGES[1].write_text(text.replace("<!-- end of results: layers -->", ""))
     assert results.main(["--check"]) == 1

@@ -1,4 +1,4 @@
-"""The benchmark of the training: its steps, its epochs, what it prints and writes."""
+"""benchmarks.training: steps, epochs, and what it prints and writes."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from mnistnorm.engine import Trainer
 
 
 def stand_in(accuracies: list[float] | None = None) -> Any:
-    """A trainer of 6 images in batches of 2 that notes the numbers of the images of its steps."""
+    """A trainer of 6 images in batches of 2 that records the indices of the images in its steps."""
     split = Split(torch.zeros(6, 1, 28, 28, dtype=torch.uint8), torch.arange(6))
     seen: list[torch.Tensor] = []
     return SimpleNamespace(
@@ -83,7 +83,7 @@ def test_a_gpu_has_the_loops_of_cuda_graphs(
     assert printed.count("note: ") == 1
 
 
-@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11's own
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # from torch 2.11
 def test_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "training.json"
     flags = "--norms group --dropout 0.05 --steps 1 --rounds 2 --batch-size 8 --json"

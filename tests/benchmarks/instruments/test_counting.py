@@ -1,4 +1,4 @@
-"""Traffic of torch's operators against hand-counted cases, and of what Inductor generates against what it must move."""
+"""Traffic of torch's operators and Inductor's kernels against hand-counted cases."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_an_operator_reads_its_inputs_and_writes_its_outputs() -> None:
     assert record(torch.max, x, 0) == [Kernel("max", {"self": 40}, {"output[0]": 4, "output[1]": 8})]
 
 
-def test_a_tensor_that_comes_in_twice_is_read_once_and_an_expanded_one_in_its_real_size() -> None:
+def test_a_tensor_passed_twice_is_read_once_and_an_expanded_one_in_its_real_size() -> None:
     x = torch.zeros(10)
     assert record(torch.mul, x, x) == [Kernel("mul", {"self": 40}, {"output": 40})]
     wide = torch.zeros(1).expand(10)
@@ -51,7 +51,7 @@ def test_in_place_operators_write_what_they_change() -> None:
 
 
 def units(kernels: list[Kernel]) -> tuple[int, int]:
-    """Whole activations read and written; statistics and parameters are far less than one."""
+    """Whole activations read and written; statistics and parameters are much smaller than one."""
     reads, writes = total(kernels)
     return reads // UNIT, writes // UNIT
 
@@ -66,7 +66,7 @@ def test_eager_norm_and_relu(norm: str, again: tuple[int, int]) -> None:
 
 
 def test_eager_dropout_and_residual() -> None:
-    """Dropout adds 1R + 1W and writes a mask of bytes, which its backward reads besides 1R + 1W; the sum 2R + 1W."""
+    """Dropout adds 1R + 1W and writes a mask of bytes, which its backward reads on top of 1R + 1W; the sum 2R + 1W."""
     plain, more = (
         once(eager(Chain("batch", SHAPE, dropout=p, residual=residual))) for p, residual in ((0, False), (0.5, True))
     )
@@ -90,7 +90,7 @@ def test_default_groups() -> None:
 
 @pytest.fixture(scope="module")
 def generated():
-    """What Inductor generates for an H100 and a T4, in a process without the interpreter."""
+    """Returns Inductor's kernels for an H100 or a T4, from a process without the interpreter."""
     gpus = {gpu.name: gpu for gpu in GPUS}
     with machine_code.compiler_processes(1) as pool:
         yield lambda chain, gpu: pool.submit(inductor, chain, gpus[gpu]).result()
@@ -98,7 +98,7 @@ def generated():
 
 @pytest.mark.slow
 def test_inductor_fuses_layer_norm(generated) -> None:
-    """Forward 1R + 1W and the ReLU's mask of a byte an element; backward dy, x and mask for dx, again for dweight."""
+    """Forward 1R + 1W and the ReLU's mask, a byte per element; backward dy, x and mask for dx, again for dweight."""
     unit = 64 * 8 * 56 * 56 * 4
     phases = generated(Chain("layer", (64, 8, 56, 56)), "H100")
     statistics = 2 * unit // 56
@@ -112,7 +112,7 @@ def test_inductor_fuses_layer_norm(generated) -> None:
 
 @pytest.mark.slow
 def test_inductor_loops_over_a_slab_once_more(generated) -> None:
-    """Few multiprocessors, many channels: one kernel for each channel, which loads it twice."""
+    """Few multiprocessors, many channels: one program per channel, which loads it twice."""
     chain = Chain("batch", (16, 256, 28, 28))
     phases = generated(chain, "T4")
     assert [len(kernels) for kernels in phases.values()] == [1, 1]

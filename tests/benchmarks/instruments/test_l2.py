@@ -1,4 +1,4 @@
-"""The model of the L2: sequences whose misses are known, what the watch sees as well, and what plans gain by it."""
+"""The L2 model: sequences with known misses, accesses as seen by the watch, and the gain of plans."""
 
 from unittest import mock
 
@@ -18,7 +18,7 @@ BY_NAME = {gpu.name: gpu for gpu in GPUS}
 
 
 def moved(capacity, accesses):
-    """Bytes read and written by accesses: the name of a line of 10 bytes, in capitals where it is stored."""
+    """Bytes read and written by accesses: names of 10-byte lines, upper case for a store."""
     cache = l2.LeastRecentlyUsed(capacity)
     for name in accesses:
         cache.access(name.lower(), 10, name.isupper())
@@ -31,8 +31,8 @@ def moved(capacity, accesses):
     ("accesses", "read", "written"),
     [
         ("abcabc", 3, 0),
-        ("abcdabcd", 8, 0),  # each line is evicted just before it comes again
-        ("abcddcba", 5, 0),  # backwards, all that are held are found
+        ("abcdabcd", 8, 0),  # each line is evicted just before it is accessed again
+        ("abcddcba", 5, 0),  # in reverse, all lines held are hits
         ("abcadabca", 6, 0),
         ("AABB", 0, 2),
         ("AbcdA", 3, 2),
@@ -48,7 +48,7 @@ def test_lines_of_several_sizes():
     cache = l2.LeastRecentlyUsed(100)
     for line, size in (("a", 60), ("b", 40), ("a", 60), ("c", 30)):
         cache.access(line, size, False)
-    assert (cache.read, cache.held) == (130, 90)  # b made room
+    assert (cache.read, cache.held) == (130, 90)  # b was evicted
     cache.access("d", 200, True)  # more than fits
     assert (cache.held, cache.written) == (0, 200)
 
@@ -61,7 +61,7 @@ def test_programs_take_turns():
 
 
 def offsets(place, values):
-    """Elements of a tile, by the definition of the layouts."""
+    """Offsets of a tile's elements, from the definition of the layouts."""
     rows, channels, positions = (
         range(at * values[block], min((at + 1) * values[block], size))
         for at, block, size in zip(
@@ -111,7 +111,7 @@ def test_accesses_are_those_that_the_watch_sees(norm, shape, plan, channels_last
         counting.by_phase(chain, "meta", INTERPRETED_TARGET, plan, list, memory)
     resolve = watch._LaunchWatch._resolve
 
-    def noting_resolve(self, pointers, mask):
+    def recording_resolve(self, pointers, mask):
         addresses, accesses = resolve(self, pointers, mask)
         for access in accesses:
             name, itemsize = access.argument.name, access.argument.itemsize
@@ -121,13 +121,13 @@ def test_accesses_are_those_that_the_watch_sees(norm, shape, plan, channels_last
 
     start = watch._LaunchWatch.__init__
 
-    def noting_start(self, kernel):
+    def recording_start(self, kernel):
         seen.append({})
         start(self, kernel)
 
     with (
-        mock.patch.object(watch._LaunchWatch, "_resolve", noting_resolve),
-        mock.patch.object(watch._LaunchWatch, "__init__", noting_start),
+        mock.patch.object(watch._LaunchWatch, "_resolve", recording_resolve),
+        mock.patch.object(watch._LaunchWatch, "__init__", recording_start),
     ):
         counting.interpreted(chain, INTERPRETED_TARGET, plan, memory)
     assert len(caught) == len(seen)
@@ -137,7 +137,7 @@ def test_accesses_are_those_that_the_watch_sees(norm, shape, plan, channels_last
         values = l2.named(launch)
         tiles = [[each for tile in program for each in tile] for program in l2.programs(launch)]
         busy = [program for program in tiles if program]
-        # A program that has nothing to load appears in neither.
+        # A program with nothing to load appears in neither.
         assert len(busy) == len(by_program)
         for program, accesses in zip(busy, by_program.values(), strict=True):
             order = sorted((name, sorted(elements)) for name, elements in accesses)
@@ -149,7 +149,7 @@ def test_accesses_are_those_that_the_watch_sees(norm, shape, plan, channels_last
 
 
 def times(chain, gpu):
-    """Seconds by the model: of each load and store reaching the memory, as in two launches; and as planned."""
+    """Modelled seconds without an L2 and slab blocks, and with them."""
     target = TARGETS[gpu.target].gpu
     phases = counting.launches(counting.fused(chain, target))
     large = sum(
@@ -193,7 +193,7 @@ def test_nothing_gets_slower(chain, gpu):
     assert after <= before
 
 
-# The memory of an H100 takes little longer for a block than its launches do.
+# On an H100 moving a block takes little longer than launching it.
 @pytest.mark.parametrize(
     ("name", "gain"),
     [("A100", 1.15), ("L4", 1.15), ("L40S", 1.15), ("RTX 4090", 1.15), ("B200", 1.15), ("H100", 1.1)],

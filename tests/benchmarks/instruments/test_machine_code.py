@@ -1,4 +1,4 @@
-"""What is said of compiled kernels, against kernels of which it is known; all in processes without the interpreter."""
+"""Reports on compiled kernels, against kernels with known properties; in processes without the interpreter."""
 
 import inspect
 
@@ -45,7 +45,7 @@ def sum_kernel(x_ptr, y_ptr, scale_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def hoarding_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """Keeps BLOCK values until their sum is known."""
+    """Keeps BLOCK values in registers until their sum is known."""
     offsets = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets)
     tl.store(y_ptr + offsets, x / tl.sum(x))
@@ -137,7 +137,7 @@ def test_narrow_and_wide_elements(run, target, dtype, bits):
 def test_spills(run, target):
     kept = run(compile_hoarding, target, 1024, 4)
     assert (kept.spills, kept.local_memory) == (False, 0)
-    # A thread keeps 512 values, each in a register of its own, and has 512 registers at most.
+    # A thread keeps 512 values, each in its own register, and has at most 512 registers.
     spilled = run(compile_hoarding, target, 512 * machine_code.TARGETS[target].gpu.warp_size, 1)
     assert spilled.spills
     assert spilled.spill_stores > 0
@@ -169,7 +169,7 @@ def lines_of(kernel):
 
 
 def compare_with_triton():
-    """Our report, and the instructions of the code that Triton would load."""
+    """Returns our report, and the instructions of the code that Triton would load."""
     with machine_code.capture("sm_90") as captured:
         x = torch.empty(4096, device="meta")
         sum_kernel[(1,)](x, x, x, BLOCK=4096)
@@ -191,7 +191,7 @@ def test_cluster(run, target):
 
 
 class TestOccupancy:
-    """Against the CUDA occupancy calculator, and by hand for AMD."""
+    """Against the CUDA occupancy calculator; for AMD, against values computed by hand."""
 
     @staticmethod
     def occupancy(target, registers=32, num_warps=4, shared=0, simd_warps=0):

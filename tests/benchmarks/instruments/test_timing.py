@@ -1,4 +1,4 @@
-"""Timing side by side."""
+"""Interleaved timing and keep_freed_memory."""
 
 import ctypes
 import subprocess
@@ -13,7 +13,7 @@ from benchmarks.instruments.timing import interleaved
 ROOT = Path(timing.__file__).parents[2]
 
 
-def test_every_round_runs_all_in_turning_order() -> None:
+def test_every_round_runs_all_in_rotating_order() -> None:
     order = []
 
     def run(name: str):
@@ -27,8 +27,8 @@ def test_every_round_runs_all_in_turning_order() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_freed_memory_is_kept() -> None:
-    # 2^14 pages, more than glibc ever keeps by itself. Aligning a tensor cuts a piece off its chunk, and glibc caches
-    # seven pieces of a size before it joins one to the chunk again: the first calls, up to eight or so, may find none.
+    # 2^14 pages, more than glibc keeps by default. Aligning a tensor splits a piece off its chunk, and glibc caches
+    # seven pieces of a size before it merges one with the chunk again: the first eight calls or so may reuse nothing.
     code = """
 import resource, torch
 from benchmarks.instruments.timing import keep_freed_memory
@@ -41,6 +41,6 @@ def faults():
 keep_freed_memory()
 print(max([faults() for _ in range(32)][-8:]))
 """
-    # In a process of its own: what other tests have left in the heap of this one would matter.
+    # In a separate process, since the heap left by other tests affects the result.
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(result.stdout) < 2**10

@@ -1,4 +1,4 @@
-"""Every fault that the tracer names, planted in a small kernel and shown to be caught, beside a correct twin."""
+"""Every kind of fault is caught in a small kernel, and a correct variant of the kernel passes."""
 
 import inspect
 
