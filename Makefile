@@ -1,11 +1,10 @@
-# Every target sets itself up: the first one makes the virtual environment and installs into it, once. (`gpu` does not,
-# where RUN names another Python.)
+# Every target first creates the virtual environment if it is missing (`gpu` does not when RUN names another Python).
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
-# A process for each core, of one thread: the tests are many and small. Those of a group share what they compile.
+# One single-threaded process per core, because the tests are many and small. Tests of a group share compiled kernels.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadgroup
 
 .PHONY: setup train compare test test-slow test-exhaustive test-oldest lint bench results gpu gpu-all clean
@@ -14,12 +13,12 @@ setup: $(VENV)/installed
 
 $(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mnistnorm needs Python 3.10 or newer: make PYTHON=python3.x")'
-	@test -e $(VENV) || rm -f $(VENV)  # a link to nowhere
+	@test -e $(VENV) || rm -f $(VENV)  # a dangling link
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-# make train ARGS=--resume continues a run that was stopped.
+# make train ARGS=--resume continues a stopped run.
 train: setup
 	$(RUN) -m mnistnorm.train --fused $(ARGS)
 
@@ -36,7 +35,7 @@ test-exhaustive: setup
 	$(PYTEST) -m exhaustive --junit-xml=.pytest_cache/exhaustive.xml $(ARGS)
 	$(RUN) -m tests.kernels.triton_impl.test_compile_matrix .pytest_cache/exhaustive.xml
 
-# The default tests with the oldest versions of torch, torchvision and Triton that setup.py allows.
+# The default tests with the oldest torch, torchvision and Triton that setup.py allows.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
@@ -45,21 +44,22 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# make bench ARGS="--layers='--shapes ladder --dtypes bfloat16'" takes the flags of benchmarks.layers.
+# make bench ARGS="--layers='--shapes ladder --dtypes bfloat16'" passes flags to benchmarks.layers.
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
-# Measures what README.md and docs/results.md claim, an hour or two of a quiet machine; ARGS='--only layers host' does a part of it.
+# Measures the tables of README.md, docs/results.md and docs/fuse.md: one to two hours on an idle machine.
+# make results ARGS='--only layers host' measures some of them.
 results: setup
 	$(RUN) -m benchmarks.results $(ARGS)
 
-# What a GPU can tell, into gpu/, the most telling first; docs/gpu.md says what to do with it. `make gpu` takes less than
-# eight minutes, `make gpu-all` the rest of an hour. `make gpu RUN=python3` takes a Python that has torch and Triton:
-# it makes no virtual environment and needs no network.
+# Tests and benchmarks for a GPU, the most informative first; the output goes to gpu/, see docs/gpu.md. `make gpu` takes
+# less than eight minutes, `make gpu-all` about an hour. `make gpu RUN=python3` uses a Python that already has torch and
+# Triton: it creates no virtual environment and needs no network.
 GPU ?= H100
 TARGET ?= sm_90
 GPU_TESTS := -m pytest -o addopts= -W default -m 'not slow and not exhaustive' -q
-# $(call stage,NAME,SECONDS,COMMAND): what fails or takes longer is noted, and the next stage goes on.
+# $(call stage,NAME,SECONDS,COMMAND): a stage that fails or takes longer is listed in gpu/failures.txt; the next one runs.
 stage = PYTHONUNBUFFERED=1 timeout $(2) $(RUN) $(3) > gpu/$(1).txt 2>&1 \
 	|| echo 'gpu/$(1).txt: failed, or took longer than $(2) s' | tee -a gpu/failures.txt
 

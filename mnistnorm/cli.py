@@ -183,8 +183,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add_setting(group, "weight_decay", "weight decay of the convolutions (%(default)s)")
     add_setting(group, "l1", "factor of the convolutions' L1 penalty (%(default)s)")
     add_setting(group, "label_smoothing", "label smoothing, as in nn.CrossEntropyLoss (%(default)s)")
-    add_setting(group, "augment", "augment the training images by random affine and, with --elastic, elastic maps (on)")
-    add_setting(group, "elastic", "largest displacement of the elastic maps, in pixels (depends on norm)")
+    add_setting(group, "augment", "augment the training images by affine and, with --elastic, elastic distortion (on)")
+    add_setting(group, "elastic", "largest displacement of the elastic distortion, in pixels (depends on norm)")
 
     group = parser.add_argument_group("data")
     add_setting(group, "dataset", "mnist is part of the package, the others are downloaded (%(default)s)")

@@ -223,13 +223,13 @@ def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
     return values
 
 
-# Grid points along each side of an image that an elastic map moves.
+# Grid points along each side of an image that the elastic distortion moves.
 NODES = 5
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random affine and elastic maps; each parameter is drawn uniformly between minus its bound and its bound.
+    """Random affine and elastic distortion; each parameter is drawn uniformly between minus its bound and its bound.
 
     Source: Simard, Steinkraus & Platt 2003, "Best Practices for Convolutional Neural Networks", section 2; here the
     displacements are interpolated (bicubically) between a few random ones instead of smoothed.
