@@ -1,6 +1,6 @@
-"""Normalization, dropout, residual add and activation as one operation forward and one backward."""
+"""Normalization, dropout, residual add and activation, fused into one operation in each direction."""
 
-if __name__ == "kernels":  # in a checkout: beside mnistnorm.kernels everything would exist twice
+if __name__ == "kernels":  # in a checkout: a second copy of mnistnorm.kernels
     raise ImportError("import mnistnorm.kernels instead")
 
 from .functional import batch_norm_relu, group_norm_relu, layer_norm_relu

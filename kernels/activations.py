@@ -1,6 +1,6 @@
-"""The activations that a fused operation can end with: one entry of `_KINDS` each.
+"""The activations of the fused operations: one entry of `_KINDS` each.
 
-An entry's formulas for Triton are its branches in `activate` and `activation_gradient` of device_functions.py.
+Their formulas in Triton are in `activate` and `activation_gradient` of device_functions.py.
 """
 
 import math
@@ -19,18 +19,18 @@ class _Kind(NamedTuple):
     """Formulas and properties of an activation. Every function takes the parameter last, used or not.
 
     Attributes:
-        forward: of a tensor; differentiable.
+        forward: the activation; differentiable.
         forward_: the same in place.
-        backward: of grad_output and the pre-activation, or the output where `gradient_from_output`; differentiable
-            with respect to grad_output.
+        backward: the gradient, from grad_output and the pre-activation, or the output if `gradient_from_output`;
+            differentiable with respect to grad_output.
         modules: the torch.nn classes that compute it.
-        gradient_from_output: whether the output tells the gradient: then backward needs no pre-activation.
+        gradient_from_output: whether backward takes the output instead of the pre-activation.
         records_output: whether autograd saves at most the output of `forward_`, not a copy of its input.
-        masks: whether the gradient passes unchanged where the output is the pre-activation, and is 0 elsewhere and
-            where the output is 0: then the output alone tells which elements dropout removed.
-        default: of the parameter, 0 where there is none.
-        attribute: of the modules, that holds the parameter; functions have an argument of this name.
-        functions: the functions of torch, and the names of Tensor's methods, that compute it; see Activation.of_call.
+        masks: whether the gradient is 0 where the output is 0 or not the pre-activation, and unchanged elsewhere: then
+            the output alone shows which elements dropout removed.
+        default: default of the parameter, 0 if there is none.
+        attribute: attribute of the modules that holds the parameter; functions have an argument of this name.
+        functions: torch functions, and names of Tensor methods, that compute it; see Activation.of_call.
     """
 
     forward: Callable[[Tensor, float], Tensor]
@@ -147,7 +147,7 @@ class Activation:
 
     @classmethod
     def of(cls, activation: "str | nn.Module | Activation") -> "Activation":
-        """The activation that a name (with torch's default parameter) or a module of torch.nn stands for.
+        """The activation of a name (with torch's default parameter) or of a module of torch.nn.
 
         Raises:
             ValueError: unknown name or module, or a slope that is not positive and finite.
@@ -168,9 +168,9 @@ class Activation:
 
     @classmethod
     def of_call(cls, function: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Activation | None":
-        """The activation that a call of a function of torch, or of a Tensor's method of that name, computes.
+        """The activation that a call of a torch function, or of the Tensor method of that name, computes.
 
-        None where it is no known one, or has arguments that are not numbers.
+        None if it is not a known one, or has arguments that are not constants.
         """
         further = [*args[1:], *kwargs.values()]
         if not all(isinstance(value, (int, float, str, type(None))) for value in further):
@@ -220,7 +220,7 @@ class Activation:
         return self.kind.forward_(input, self.parameter)
 
     def backward(self, grad_output: Tensor, value: Tensor) -> Tensor:
-        """The gradient of the input; `value` is the pre-activation, or the output where `gradient_from_output`."""
+        """The gradient of the input; `value` is the pre-activation, or the output if `gradient_from_output`."""
         return self.kind.backward(grad_output, value, self.parameter)
 
 

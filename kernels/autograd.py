@@ -1,4 +1,4 @@
-"""The one autograd.Function of the fused operation: what is saved, and how it is differentiated once and twice."""
+"""The autograd.Function of the fused operation, with its first and higher derivatives."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from .torch_impl.differentiable import normalize, normalize_channels
 
 
 def apply(operation: Operation, inputs: Inputs, buffers: Buffers, seed: Seed, requires_grad: bool) -> Tensor:
-    """Runs an operation, recorded by autograd if gradients are enabled and one of the inputs requires one."""
+    """Runs an operation; autograd records it if gradients are enabled and an input requires one."""
     if requires_grad and torch.is_grad_enabled() and not operation.is_recorded_by_torch(inputs):
         output: Tensor = _Fused.apply(*inputs, operation, buffers, seed)
         return output
@@ -42,7 +42,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _differentiable_backward(operation, needs, ctx.seed, grad_output, saved)
         elif is_batchedtensor(grad_output) or is_legacy_batchedtensor(grad_output):
-            # is_grads_batched=True, or torch.func.vmap of torch.autograd.grad: the gradient stands for several.
+            # is_grads_batched=True, or torch.func.vmap of torch.autograd.grad: grad_output is a batch of gradients.
             with torch.enable_grad():
                 gradients = _differentiable_backward(operation, needs, ctx.seed, grad_output, saved)
         elif needs[3]:
@@ -54,7 +54,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _in_strides(input: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Restores the strides that forward saw, after a hook for saved tensors changed them: dropout depends on them."""
+    """Restores the strides of the forward, on which dropout depends, after a saved-tensor hook changed them."""
     if any(stride == 0 and n > 1 for stride, n in zip(strides, input.shape, strict=True)):
         return input.contiguous()  # forward made overlapping inputs contiguous
     return torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device).copy_(input)
@@ -63,10 +63,10 @@ def _in_strides(input: Tensor, strides: tuple[int, ...]) -> Tensor:
 def _differentiable_backward(
     operation: Operation, needs: Needs, seed: Seed, grad_output: Tensor, saved: Saved
 ) -> tuple[Tensor | None, ...]:
-    """The gradients again, by differentiable operations of torch: what create_graph=True asks for."""
+    """Computes the gradients by differentiable operations, for create_graph=True."""
     epilogue, activation = operation.epilogue, operation.epilogue.activation
     kept = saved[-1] if operation.keeps else None
-    # Views, so that the gradients are those of this operation alone where one input was computed from another.
+    # Views, so that the gradients are those of this operation alone if one input was computed from another.
     input, weight, bias, residual = (
         None if tensor is None else tensor.view_as(tensor)
         for tensor in (*saved[:3], kept if operation.keeps == "residual" else None)

@@ -1,4 +1,4 @@
-"""Differences between the supported versions of PyTorch and Triton; each entry names the one that needs no shim."""
+"""Shims for the supported versions of PyTorch and Triton; each names the first version that does not need it."""
 
 import inspect
 from functools import lru_cache
@@ -10,21 +10,21 @@ from torch import nn
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
-# torch 2.13 renames it.
+# Renamed in torch 2.13.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# torch 2.13 adds the argument; the old one also leaves the buffers of the processes as they are at the start.
-LEAVE_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if TORCH >= (2, 13) else "broadcast_buffers": False}
+# torch 2.13 adds forward_sync_buffers; broadcast_buffers=False also skips the broadcast at construction.
+NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if TORCH >= (2, 13) else "broadcast_buffers": False}
 
-# torch 2.14: group norm takes any strides of dimensions of length 1, and has the gradient of a bias without a weight.
-GROUP_NORM_IS_PARTICULAR = TORCH < (2, 14)
+# Before torch 2.14, group norm needs standard strides in dimensions of length 1, and a weight for the bias's gradient.
+GROUP_NORM_NEEDS_WORKAROUNDS = TORCH < (2, 14)
 
 if TYPE_CHECKING or "bias" in inspect.signature(nn.GroupNorm).parameters:
     NormBase = nn.Module
 else:
 
     class NormBase(nn.Module):
-        """Gives batch, group and instance norm the option `bias`, as a base before them; torch 2.13 has it."""
+        """Adds the option `bias` to batch, group and instance norm, as the first base class; torch 2.13 has it."""
 
         def __init__(self, *arguments: Any, bias: bool = True, **options: Any) -> None:
             super().__init__(*arguments, **options)

@@ -14,21 +14,21 @@ from .activations import Activation
 from .norms import Buffers, Norm, statistics_dtype
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""Input, weight, bias and residual: the tensors that gradients are for."""
+"""Input, weight, bias and residual: the tensors that get gradients."""
 Kept = Literal["output", "residual"]
 Needs = tuple[bool, bool, bool, bool]
-"""Whether the gradients of input, weight, bias and residual are asked for."""
+"""Whether the gradients of input, weight, bias and residual are needed."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Those of input, weight, bias and residual; None for each that is not asked for."""
+"""Gradients of input, weight, bias and residual; None for those that are not needed."""
 Seed = int | Tensor
-"""Decides what dropout drops; a tensor, 0-dim int64 on the input's device, in a CUDA graph and where torch traces."""
+"""Seed of the dropout mask; in CUDA graphs and traced calls a 0-dim int64 tensor on the input's device."""
 Saved = tuple[Tensor | None, ...]
-"""What an operation keeps for its backward: input, weight, bias, then its statistics, then the kept tensor if any."""
+"""Tensors saved for backward: input, weight, bias, then the statistics, then the kept tensor if any."""
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What follows the affine part of the norm.
+    """The operations after the affine part of the norm.
 
     Attributes:
         dropout_p: probability to zero an element.
@@ -40,19 +40,19 @@ class Epilogue:
 
     @property
     def scale(self) -> float:
-        """What dropout multiplies the kept elements by."""
+        """The factor by which dropout scales the kept elements."""
         return 0.0 if self.dropout_p == 1.0 else 1.0 / (1.0 - self.dropout_p)
 
     @property
     def passes_gradient(self) -> bool:
-        """Whether the gradient of the residual is that of the output itself."""
+        """Whether the gradient of the residual equals that of the output."""
         return self.activation.name == "identity"
 
     def keeps(self, has_residual: bool, reads_output: bool) -> Kept | None:
-        """Which tensor is saved besides the input; it is alive anyway.
+        """Which tensor is saved besides the input; either is alive anyway.
 
-        Without a residual the pre-activation is recomputed from the input, except by an implementation that
-        `reads_output` where the output tells the gradient, because reading costs less.
+        Without a residual, backward recomputes the pre-activation from the input. If `reads_output`, and if the output
+        determines the gradient, it reads the output instead, because that is cheaper.
         """
         if self.passes_gradient or not (has_residual or reads_output):
             return None
@@ -62,17 +62,17 @@ class Epilogue:
 
 
 class Operation(ABC):
-    """A norm and its epilogue in one implementation, for tensors of one kind: everything that calls with them share.
+    """A norm and its epilogue in one implementation, for tensors of one kind (shapes, strides, dtypes, device).
 
     Args:
         norm, epilogue: what is computed.
-        inputs: tensors of that kind: shapes, strides, dtypes, device.
+        inputs: tensors of that kind.
         reads_output: see `Epilogue.keeps`.
 
     Attributes:
-        keeps: what the last of the saved tensors is, if it is not one of the statistics.
-        input_strides: of the input.
-        dtype: of the statistics.
+        keeps: which tensor is saved last, after the statistics, if any.
+        input_strides: strides of the input.
+        dtype: dtype of the statistics.
     """
 
     def __init__(self, norm: Norm, epilogue: Epilogue, inputs: Inputs, *, reads_output: bool) -> None:
@@ -84,32 +84,32 @@ class Operation(ABC):
 
     @abstractmethod
     def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Returns the output and the statistics for backward, None where it takes none; updates `buffers`.
+        """Returns the output and the statistics for backward, None if it needs none; updates `buffers`.
 
-        The seed decides what is dropped.
+        `seed` determines the dropout mask.
         """
 
     @abstractmethod
     def backward(self, needs: Needs, seed: Seed, grad_output: Tensor, saved: Saved) -> Gradients:
-        """The gradients; that of a residual only where `epilogue.passes_gradient` is False."""
+        """Returns the gradients; that of a residual only if `epilogue.passes_gradient` is False."""
 
     @abstractmethod
     def mean_and_rstd(self, saved: Saved) -> tuple[Tensor, Tensor]:
-        """The statistics among the saved tensors."""
+        """Returns mean and rstd from the saved tensors."""
 
     @abstractmethod
     def dropout_factor(self, input: Tensor, seed: Seed) -> Tensor:
-        """0 where forward drops an element and 1 / (1 - dropout_p) elsewhere, of the input's shape and dtype."""
+        """0 for the elements that forward drops, 1 / (1 - dropout_p) for the others; of the input's shape and dtype."""
 
     def is_recorded_by_torch(self, inputs: Inputs) -> bool:
-        """Whether autograd is to record the operations of `forward` instead of using `backward`."""
+        """Whether autograd records the operations of `forward` instead of calling `backward`."""
         return False
 
 
 def gradients_of(
     epilogue: Epilogue, needs: Needs, grad_output: Tensor, compute: Callable[[Needs], Gradients]
 ) -> Gradients:
-    """The gradients that are needed; the residual's is passed on where it is that of the output itself."""
+    """Computes the needed gradients; passes `grad_output` on to the residual if `epilogue.passes_gradient`."""
     passed_on = None
     if needs[3] and epilogue.passes_gradient:
         needs, passed_on = (needs[0], needs[1], needs[2], False), grad_output

@@ -1,4 +1,4 @@
-"""The three public functions: they check their arguments and cache what they prepare for calls of the same kind."""
+"""The three public functions: they check their arguments, and cache a prepared operation for calls of the same kind."""
 
 import operator
 from collections.abc import Sequence
@@ -46,27 +46,26 @@ def batch_norm_relu(
         weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
         training: normalize with the statistics of this batch.
         momentum: weight of this batch in the running statistics; a number or a 0-dim tensor, or None for a cumulative
-            average, which takes `num_batches_tracked`.
+            average, which requires `num_batches_tracked`.
         eps: added to the variance.
-        num_batches_tracked: 0-dim; counts the batch, in place, when `training`.
-        residual: added before the activation; of the input's shape, dtype (nothing is promoted) and device.
-        dropout_p: probability to zero an element of the normalized tensor, whatever `training` is (the modules pass 0
-            in eval mode). A zeroed element is 0 whatever it was, NaN included. Each replay of a CUDA graph draws
-            another mask. Under torch.compile, torch.export and torch.func the mask follows torch.manual_seed as well,
-            but is not that of an eager call.
+        num_batches_tracked: 0-dim; incremented in place when `training`.
+        residual: added before the activation; of the input's shape, dtype (no type promotion) and device.
+        dropout_p: probability to zero an element of the normalized tensor, regardless of `training` (the modules pass
+            0 in eval mode). NaN is zeroed, too. Each replay of a CUDA graph draws a new mask. Under torch.compile,
+            torch.export and torch.func the mask follows torch.manual_seed as well, but differs from the eager one.
         activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu", "gelu_tanh", "hardswish", "identity", or
-            a module of torch.nn that computes one of them, whose parameters count: nn.LeakyReLU(0.2).
+            a module of torch.nn that computes one of them, with its parameters: nn.LeakyReLU(0.2).
         process_group: compute the batch statistics over the batches of all its processes, which must have the same
             number of channels; a process may have no samples. Second derivatives are not available then.
         impl: "triton", "torch", or "auto" (Triton on a device that it compiles for, PyTorch elsewhere).
 
     Returns:
-        A tensor of the input's shape and dtype, in its memory format where that is dense. torch.autocast changes
+        A tensor of the input's shape and dtype, in its memory format if that is dense. torch.autocast changes
         neither: half-precision outputs of a convolution under autocast work with float32 parameters.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.batch_norm or F.dropout would; before anything is computed or
-            changed, except that a process group with one value per channel in all is detected only during the
+        TypeError, ValueError, RuntimeError: as F.batch_norm and F.dropout raise them; before anything is computed or
+            changed, except that a process group with one value per channel in total is detected only during the
             collective.
         RuntimeError: a residual or parameter has another shape, dtype or device than documented above; impl="triton"
             does not run on the device.
@@ -80,7 +79,7 @@ def batch_norm_relu(
     if process_group is None:
         classes = momentum.__class__, num_batches_tracked.__class__
         options = ("batch", training, *classes, eps, dropout_p, activation, impl)
-        key, ready = _find(options, input, weight, bias, residual, running_mean, running_var)
+        key, ready = _look_up(options, input, weight, bias, residual, running_mean, running_var)
         if ready is not None:
             buffers = Buffers(running_mean, running_var, float(momentum))  # type: ignore[arg-type]
             seed = draw_seed(input) if dropout_p else 0
@@ -134,22 +133,22 @@ def group_norm_relu(
 
     Args:
         input: (N, C, ...); float16, bfloat16, float32 or float64; any strides.
-        num_groups: number of groups that the C channels are divided into; C of them make it instance norm.
+        num_groups: number of groups to divide the C channels into; C groups are instance norm.
         weight, bias: (C,), in the input's dtype or, for a half-precision input, in float32.
         eps: added to the variance.
         residual, dropout_p, activation, impl: as for `batch_norm_relu`.
 
     Returns:
-        A tensor of the input's shape and dtype, under torch.autocast too, in its memory format where that is dense.
+        A tensor of the input's shape and dtype, under torch.autocast too, in its memory format if that is dense.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.group_norm or F.dropout would, and otherwise as `batch_norm_relu`;
-            before anything is computed.
+        TypeError, ValueError, RuntimeError: as F.group_norm, F.dropout and `batch_norm_relu` raise them; before
+            anything is computed.
 
     Source: Wu & He 2018, "Group Normalization", equations 1 to 3.
     """
     options = ("group", num_groups, num_groups.__class__, eps, dropout_p, activation, impl)
-    key, ready = _find(options, input, weight, bias, residual)
+    key, ready = _look_up(options, input, weight, bias, residual)
     if ready is not None:
         seed = draw_seed(input) if dropout_p else 0
         return apply(ready[0], (input, weight, bias, residual), NO_BUFFERS, seed, ready[1])
@@ -197,13 +196,13 @@ def layer_norm_relu(
         A tensor of the input's shape and dtype, under torch.autocast too.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where F.layer_norm or F.dropout would, and otherwise as `batch_norm_relu`;
-            before anything is computed.
+        TypeError, ValueError, RuntimeError: as F.layer_norm, F.dropout and `batch_norm_relu` raise them; before
+            anything is computed.
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
     """
     options = ("layer", normalized_shape, normalized_shape.__class__, eps, dropout_p, activation, impl)
-    key, ready = _find(options, input, weight, bias, residual)
+    key, ready = _look_up(options, input, weight, bias, residual)
     if ready is not None:
         seed = draw_seed(input) if dropout_p else 0
         return apply(ready[0], (input, weight, bias, residual), NO_BUFFERS, seed, ready[1])
@@ -231,7 +230,7 @@ _ready: dict[Key, Ready] = {}
 _kind = operator.attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
 
 
-def _find(
+def _look_up(
     options: Key,
     input: Tensor,
     weight: Tensor | None,
@@ -240,9 +239,9 @@ def _find(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
 ) -> tuple[Key | None, Ready | None]:
-    """The cache key of a call, everything but the values of its tensors, and its cached entry.
+    """The cache key of a call, which is everything but the values of its tensors, and its cached entry.
 
-    No key for a call that torch may trace, or that the checks will refuse.
+    The key is None for a call that torch may trace or that the checks will reject.
     """
     if compiler.may_trace():
         return None, None
@@ -258,7 +257,7 @@ def _find(
             None if running_var is None else (_kind(running_var), running_var.stride()),
         )
         return key, _ready.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # not a tensor, an option that is not hashable, no strides
+    except (AttributeError, TypeError, RuntimeError):  # not a tensor, an unhashable option, no strides
         return None, None
 
 
@@ -281,26 +280,26 @@ def _call(
         if counter is not None:
             counter.add_(1)
         return output
-    # Count before computing: a checkpointed region is computed again only up to the last tensor that it saves.
+    # Count before computing: a checkpointed region is recomputed only up to the last tensor that it saves.
     if counter is not None:
         counter.add_(1)
     if input.numel() == 0 and not synchronises:
         return _empty_output(inputs)
     operation = prepare(implementation, norm, epilogue, inputs, buffers)
     requires_grad = any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    if key is not None and not any(isinstance(option, Tensor | nn.Module) for option in key[0]):  # which can change
+    if key is not None and not any(isinstance(option, Tensor | nn.Module) for option in key[0]):  # these can change
         remember(_ready, key, (operation, requires_grad))
     seed = draw_seed(input) if epilogue.dropout_p > 0 else 0
     try:
         return apply(operation, inputs, buffers, seed, requires_grad)
-    except ValueError:  # of a process group with too few values, found by the collective
+    except ValueError:  # from the collective of a process group with too few values
         if counter is not None:
             counter.sub_(1)
         raise
 
 
 def _empty_output(inputs: Inputs) -> Tensor:
-    """An output of no elements, with gradients of zero."""
+    """An empty output, with zero gradients for the parameters."""
     input, weight, bias, residual = inputs
     output = input.clone()
     for parameter in (weight, bias):
@@ -335,7 +334,7 @@ def _check(
 ) -> Epilogue:
     """Checks the arguments that the three functions share; errors have torch's types."""
     if input.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        # torch raises this for such a dtype: a kind of RuntimeError.
+        # torch raises this subclass of RuntimeError for such a dtype.
         raise NotImplementedError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     epilogue = check_epilogue(dropout_p, activation)
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -356,7 +355,7 @@ def _check(
 
 
 def check_epilogue(dropout_p: float, activation: ActivationLike, impl: Impl = "auto") -> Epilogue:
-    """The epilogue of these options.
+    """Checks these options and returns their epilogue.
 
     Raises:
         ValueError: one of them is out of range or unknown.

@@ -1,4 +1,4 @@
-"""Which of the two implementations computes a call: what `impl` means."""
+"""Selects the implementation of a call, as given by `impl`."""
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache
@@ -14,18 +14,18 @@ from .torch_impl.operation import TorchOperation
 Impl = Literal["auto", "triton", "torch"]
 Implementation = Literal["triton", "torch"]
 
-# The most entries of a cache of operations; a full one is emptied.
+# Maximum number of entries of a cache of operations; a full cache is cleared.
 MAX_CACHED = 4096
 
 _prepared: dict[Hashable, Operation] = {}
 
 
 def choose_implementation(impl: Impl, device: torch.device) -> Implementation:
-    """What `impl` means for tensors on `device`.
+    """The implementation that `impl` selects for tensors on `device`.
 
     Raises:
         ValueError: unknown `impl`.
-        RuntimeError: it does not run on `device`.
+        RuntimeError: `impl` does not run on `device`.
     """
     check_impl(impl)
     if impl == "torch" or (impl == "auto" and device.type == "cpu"):
@@ -38,8 +38,8 @@ def choose_implementation(impl: Impl, device: torch.device) -> Implementation:
     return "triton"
 
 
-# torch.compile calls it and uses the answer as a constant, instead of tracing it. This attribute is what
-# torch.compiler.assume_constant_result sets, which would import the compiler.
+# torch.compile calls it and uses the result as a constant, instead of tracing it. Set the attribute by hand, because
+# torch.compiler.assume_constant_result imports the compiler.
 choose_implementation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -50,7 +50,7 @@ def check_impl(impl: str) -> None:
 
 @lru_cache
 def missing_for_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels do not run on `device`; None where they do."""
+    """Why the Triton kernels do not run on `device`; None if they do."""
     try:
         import triton
     except ImportError:
@@ -77,7 +77,7 @@ def prepare(
     inputs: Inputs,
     buffers: Buffers = NO_BUFFERS,
 ) -> Operation:
-    """The operation for checked tensors like these, made once for each kind of them."""
+    """The operation for checked tensors like these; cached by their kinds."""
     tensors = (*inputs, buffers.running_mean, buffers.running_var)
     key = (implementation, norm, epilogue, *map(kind_of, tensors))
     operation = _prepared.get(key)
@@ -103,5 +103,5 @@ def remember(cache: dict[Any, Any], key: Hashable, value: object) -> None:
 
 
 def kind_of(tensor: Tensor | None) -> Hashable:
-    """What tensors of one kind have in common."""
+    """The properties of a tensor that operations are prepared for."""
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)

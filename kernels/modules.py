@@ -1,4 +1,4 @@
-"""The fused layers as modules: each replaces a norm of torch.nn and the dropout and activation behind it."""
+"""The fused layers: each replaces a norm of torch.nn and the dropout, residual add and activation after it."""
 
 import operator
 import warnings
@@ -20,7 +20,7 @@ from .implementations import Impl
 
 
 class FusedLayer(compat.NormBase):
-    """What every fused layer adds to the norm that it extends: dropout, residual and activation."""
+    """Base class of the fused layers: adds dropout, residual and activation to a norm."""
 
     dropout_p: float
     activation: ActivationLike
@@ -40,12 +40,12 @@ class FusedLayer(compat.NormBase):
         self.dropout_p, self.activation, self.impl = dropout_p, epilogue.activation.short, impl
 
     in_forward = False
-    """Whether a forward that fuse rewrote calls it, with `_in_place`; any other call is then for the norm alone."""
+    """Whether a forward that fuse rewrote calls it, with `_in_place`; any other call then computes the norm alone."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, _in_place: bool | None = None) -> Tensor:
-        """Of the input's shape and dtype; `residual` of the same shape is added before the activation.
+        """Returns a tensor of the input's shape and dtype; `residual` of the same shape is added before the activation.
 
-        With `_in_place`, which fuse passes, a residual of another shape or dtype is added as well, as torch does it.
+        With `_in_place`, which fuse passes, a residual of another shape or dtype is added by torch's rules.
         """
         if isinstance(input, fx.Proxy):
             return self._record(input, residual, _in_place)
@@ -64,21 +64,21 @@ class FusedLayer(compat.NormBase):
     def _call(
         self, function: Callable[..., Any], input: Any, residual: Any, dropout_p: float, activation: ActivationLike
     ) -> Any:
-        """Calls `_function`, or what stands for it, with all that the layer holds."""
+        """Calls `function`, which has the arguments of `_function`, with the layer's parameters and options."""
         return function(
-            *(input, self._normalized_together(input), self.weight, self.bias, self.eps),
+            *(input, self._norm_argument(input), self.weight, self.bias, self.eps),
             residual=residual,
             dropout_p=dropout_p if self.training else 0.0,
             activation=activation,
             impl=self.impl,
         )
 
-    def _normalized_together(self, input: Any) -> Any:
+    def _norm_argument(self, input: Any) -> Any:
         """The second argument of `_function`: the number of groups, or the normalized shape."""
         raise NotImplementedError
 
     def _record(self, input: fx.Proxy, residual: Any, in_place: bool | None) -> Any:
-        """Records a call in a trace of torch.fx: of the layer as a leaf, or of its function if it is the root."""
+        """Records a call in a torch.fx trace: the layer as a leaf, or its function if the layer is the root."""
         tracer: Any = input.tracer
         path = tracer.path_of_module(self)
         if path == "":
@@ -105,40 +105,40 @@ def _fits(residual: Any, input: Tensor) -> bool:
     )
 
 
-class _CopiedGroup:
-    """Stands for a process group, which cannot be copied, where a module that has one is copied or pickled."""
+class _GroupPlaceholder:
+    """Replaces a process group, which cannot be copied, while a module is copied or pickled."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_CopiedGroup":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_GroupPlaceholder":
         return self
 
-    def __reduce__(self) -> tuple[Callable[[], "_CopiedGroup"], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], "_GroupPlaceholder"], tuple[()]]:
         if self.group is not None and self.group.group_desc != "default_pg":
             raise TypeError("only the default process group can be pickled: set process_group to None first")
         return _unpickled_group, ()
 
 
-def _unpickled_group() -> _CopiedGroup:
+def _unpickled_group() -> _GroupPlaceholder:
     if not dist.is_initialized():
         warnings.warn(
             "a batch norm over the default process group was unpickled before torch.distributed.init_process_group: "
             "its process_group is None",
             stacklevel=2,
         )
-    return _CopiedGroup(dist.group.WORLD)
+    return _GroupPlaceholder(dist.group.WORLD)
 
 
-# The layers whose channels were compared, and the name of the group: kept apart so that it is not copied or pickled.
+# Layers whose channels were compared, and the name of the group: not an attribute, so that it is not copied or pickled.
 _checked: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class _BatchNormAct(FusedLayer, _NormBase):
-    """The batch norms, which differ in the inputs that they accept."""
+    """Base class of the batch norms, which differ only in the inputs that they accept."""
 
     layouts: ClassVar[dict[int, str]]
-    """The names of an input's dimensions, by their number."""
+    """Names of the input's dimensions, by their number."""
     _function = staticmethod(batch_norm_relu)
 
     def __init__(
@@ -165,11 +165,11 @@ class _BatchNormAct(FusedLayer, _NormBase):
 
     def __getstate__(self) -> dict[str, Any]:
         group = self.process_group
-        return {**super().__getstate__(), "process_group": None if group is None else _CopiedGroup(group)}
+        return {**super().__getstate__(), "process_group": None if group is None else _GroupPlaceholder(group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         group = state["process_group"]
-        super().__setstate__({**state, "process_group": group.group if isinstance(group, _CopiedGroup) else group})
+        super().__setstate__({**state, "process_group": group.group if isinstance(group, _GroupPlaceholder) else group})
 
     def extra_repr(self) -> str:
         group = self.process_group
@@ -222,7 +222,7 @@ class BatchNormAct2d(_BatchNormAct):
 
     Parameters, buffers, state_dict keys and initialization are those of nn.BatchNorm2d: a state_dict of either loads
     into the other. It is not a subclass of it, because nn.SyncBatchNorm.convert_sync_batchnorm would replace it and
-    drop the activation: pass `process_group` for synchronised statistics.
+    drop the activation; pass `process_group` for synchronised statistics.
 
     Args:
         num_features: C.
@@ -230,8 +230,8 @@ class BatchNormAct2d(_BatchNormAct):
         dropout_p: probability to zero an element, in training mode only.
         activation: a name or a module of torch.nn, as for `batch_norm_relu`.
         process_group: compute the batch statistics over all its processes, which must have the same number of
-            channels: the first call that is not compiled compares them. Copies of the layer share the group; once
-            unpickled, the layer belongs to the default group of the process that loads it.
+            channels: the first uncompiled call checks that. Copies of the layer share the group; an unpickled
+            layer uses the default group of the process that loads it.
         impl: "auto", "triton" or "torch", as for `batch_norm_relu`.
         device, dtype: of the parameters and buffers.
 
@@ -279,15 +279,15 @@ class GroupNormAct(FusedLayer, nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _normalized_together(self, input: Any) -> int:
+    def _norm_argument(self, input: Any) -> int:
         return self.num_groups
 
 
 class _InstanceNormAct(FusedLayer, _NormBase):
-    """The instance norms, which differ in the inputs that they accept: group norm with a group for each channel."""
+    """Base class of the instance norms: group norms with a group for each channel, for different inputs."""
 
     layouts: ClassVar[dict[int, str]]
-    """The names of a batch's dimensions, by their number."""
+    """Names of the dimensions of a batch, by their number."""
     _function = staticmethod(group_norm_relu)
 
     def __init__(
@@ -308,13 +308,13 @@ class _InstanceNormAct(FusedLayer, _NormBase):
         if track_running_stats:
             raise ValueError(
                 "track_running_stats must be False: the fused instance norms always use the statistics of the sample; "
-                "use the one of torch.nn for running statistics"
+                "use torch.nn's instance norm for running statistics"
             )
         super().__init__(num_features, eps, momentum, affine, False, bias=bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, _in_place: bool | None = None) -> Tensor:
-        if isinstance(input, Tensor) and input.dim() + 1 in self.layouts:  # a sample without a batch
+        if isinstance(input, Tensor) and input.dim() + 1 in self.layouts:  # an unbatched sample
             batch = input.unsqueeze(0), residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
             return super().forward(*batch, _in_place=_in_place).squeeze(0)
         return super().forward(input, residual, _in_place=_in_place)
@@ -332,7 +332,7 @@ class _InstanceNormAct(FusedLayer, _NormBase):
         if input.shape[2:].numel() == 1:
             raise ValueError(f"expected more than 1 spatial element, got input of shape {shape}")
 
-    def _normalized_together(self, input: Any) -> int:
+    def _norm_argument(self, input: Any) -> int:
         return max(1, input.shape[1]) if isinstance(input, Tensor) else self.num_features
 
 
@@ -405,7 +405,7 @@ class LayerNormAct(FusedLayer, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.set_options(dropout_p, activation, impl)
 
-    def _normalized_together(self, input: Any) -> tuple[int, ...]:
+    def _norm_argument(self, input: Any) -> tuple[int, ...]:
         return self.normalized_shape
 
 

@@ -1,4 +1,4 @@
-"""The seed of a call's dropout mask, from torch's default generator: torch.manual_seed governs it."""
+"""Seeds of dropout masks, from torch's default generator, so that torch.manual_seed makes them reproducible."""
 
 import threading
 
@@ -8,22 +8,22 @@ from torch import Tensor
 from .contract import Seed
 
 
-class _Drawn(threading.local):
-    """A tensor for each thread to draw into: making one takes longer than the draw."""
+class _SeedBuffer(threading.local):
+    """A tensor per thread to draw into: creating one takes longer than the draw."""
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):  # what is made in inference mode cannot be changed outside of it
+        with torch.inference_mode(False):  # inference tensors cannot be changed outside of inference mode
             self.value = torch.empty((), dtype=torch.int64, device="cpu")
 
 
-_drawn = _Drawn()
+_seed_buffer = _SeedBuffer()
 
 
 def draw_seed(input: Tensor) -> Seed:
-    """Draws a seed for a call that drops elements of `input`.
+    """Draws a seed for the dropout mask of `input`.
 
-    While a CUDA graph is captured the draw is part of the graph, which gives each replay another seed.
+    During the capture of a CUDA graph, the draw is part of the graph, so that each replay has a new seed.
     """
     if input.is_cuda and torch.cuda.is_current_stream_capturing():
         return torch.empty((), dtype=torch.int64, device=input.device).random_()
-    return int(_drawn.value.random_())
+    return int(_seed_buffer.value.random_())

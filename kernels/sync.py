@@ -1,7 +1,7 @@
-"""Batch statistics over the processes of a group: one collective forward, one backward.
+"""Batch statistics over a process group: one collective in the forward and one in the backward.
 
-Groups are passed by name, which torch.compile can put in a graph. Moments, [3, channels], are the count, the mean and
-the sum of squared deviations of each channel.
+Groups are passed by name, which torch.compile can trace. Moments, [3, channels], are the count, mean and sum of squared
+deviations of each channel.
 """
 
 import torch
@@ -15,20 +15,20 @@ from . import compat
 
 
 def check_channels(input: Tensor, process_group: ProcessGroup) -> None:
-    """Compares the channels by a collective, before a layer's first: with messages of unequal size, backends may hang.
+    """Gathers and compares the number of channels: with unequal sizes, later collectives may hang.
 
     Raises:
         ValueError: in all processes, if their numbers of channels differ.
     """
     channels = input.shape[1]
-    here = torch.tensor([channels], device=input.device)
-    everywhere = here.new_empty(process_group.size())
-    compat.all_gather_single(everywhere, here, group=process_group)
-    for rank, theirs in enumerate(everywhere.tolist()):
-        if theirs != channels:
+    local = torch.tensor([channels], device=input.device)
+    gathered = local.new_empty(process_group.size())
+    compat.all_gather_single(gathered, local, group=process_group)
+    for rank, other in enumerate(gathered.tolist()):
+        if other != channels:
             raise ValueError(
-                "a batch norm must have as many channels in all processes of its process_group, got "
-                f"{channels} here and {theirs} in process {rank} of the group"
+                "a batch norm must have the same number of channels in all processes of its process_group, got "
+                f"{channels} here and {other} in process {rank} of the group"
             )
 
 
@@ -37,7 +37,7 @@ def _group(name: str) -> ProcessGroup:
 
 
 def count_of(input: Tensor) -> int:
-    """The elements of each channel in this process."""
+    """The number of elements per channel in this process."""
     return input.shape[0] * input.shape[2:].numel()
 
 
@@ -52,13 +52,13 @@ def batch_moments(input: Tensor) -> Tensor:
 
 
 def merge_moments(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three moments of the whole from those of its parts, [3, parts, channels] (Chan, Golub & LeVeque 1979)."""
+    """Merges the moments of parts, [3, parts, channels], into those of the whole (Chan, Golub & LeVeque 1979)."""
     counts, means, m2s = parts
     total = counts.sum(0)
-    first = means[0]  # relative to which no sum of large means overflows or loses digits
+    first = means[0]  # subtracted, so that sums of large means neither overflow nor lose digits
     mean = first + (counts / total.clamp(min=1) * (means - first)).sum(0)
     delta = means - mean
-    return total, mean, (m2s + counts * delta * delta).sum(0)  # 0 * delta first: an infinite square would give NaN
+    return total, mean, (m2s + counts * delta * delta).sum(0)  # counts * delta first: 0 * inf would be NaN
 
 
 def batch_statistics(moments: Tensor, count: int, process_group: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +78,7 @@ def batch_statistics(moments: Tensor, count: int, process_group: str) -> tuple[T
 
 
 def averages(sums: Tensor, count: int, process_group: str) -> Tensor:
-    """`sums` over this process's `count` elements, added up over all processes and divided by all their elements."""
+    """Adds up `sums` and `count` over all processes, and returns the total sums divided by the total count."""
     message = torch.cat([sums.flatten(), sums.new_full((1,), count)])
     dist.all_reduce(message, group=_group(process_group))
     return message[:-1].view_as(sums) / message[-1]
@@ -101,7 +101,7 @@ def add_statistics_gradient_(
     grad_bias: Tensor,
     process_group: str,
 ) -> None:
-    """Adds to `grad_input` the share that flows through the mean and variance of the whole group's batch.
+    """Adds to `grad_input` the gradient through the mean and variance of the whole group's batch.
 
     `grad_weight` and `grad_bias` are this process's sums of g * xhat and of g, which autograd returns unreduced, as
     DistributedDataParallel expects.

@@ -114,7 +114,7 @@ def from_main(function: Callable[[], T]) -> T:
 def wrap(model: nn.Module) -> nn.Module:
     """Wraps `model` so that its gradients are averaged over the processes."""
     # Buffers are broadcast only when they are used, at the end of an epoch.
-    return DistributedDataParallel(model, **compat.LEAVE_BUFFERS) if dist.is_initialized() else model
+    return DistributedDataParallel(model, **compat.NO_BUFFER_SYNC) if dist.is_initialized() else model
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What torch.compile, torch.export, torch.func, torch.jit.trace, forward-mode AD and tensors without data see."""
+"""Support for torch.compile, torch.export, torch.func, torch.jit.trace, forward-mode AD and tensors without data."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ _TRACING_MODES = (
 
 
 def is_transformed() -> bool:
-    """Whether a call made now is one of torch.func or in forward mode."""
+    """Whether a torch.func transform or forward-mode AD is active."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_trace() -> bool:
-    """Whether torch might trace or transform a call made now, whatever its input."""
+    """Whether torch might trace or transform a call now, whatever its input."""
     return torch.compiler.is_compiling() or _is_tracing() or is_transformed() or _len_torch_dispatch_stack() > 0
 
 

@@ -1,7 +1,7 @@
-"""The fused operation by operations that torch can trace, differentiate and transform.
+"""The fused operation as operations that torch can trace, differentiate and transform.
 
-The PyTorch implementation is composed of torch's own operations, for the compiler to fuse; the Triton one calls the
-operators of custom_ops.py. Values, dtypes and the guarantees of dropout are those of the eager call; its mask is not.
+The PyTorch implementation consists of torch's operations, for the compiler to fuse; the Triton one calls the operators
+of custom_ops.py. Values, dtypes and the guarantees of dropout are those of an eager call, but the mask differs.
 """
 
 import torch
@@ -15,11 +15,11 @@ from . import custom_ops, is_transformed
 
 
 def compose(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) -> Tensor:
-    """The PyTorch implementation, in the dtype of the statistics throughout: a compiler makes the conversions free."""
+    """The PyTorch implementation, in the dtype of the statistics throughout: the compiler fuses the conversions."""
     input, weight, bias, residual = inputs
     dtype = statistics_dtype(input)
     if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # without a weight, torch's second derivatives leave out the bias's
+        weight = torch.ones_like(bias)  # without a weight, torch's second derivatives omit the bias's
     wide = input.to(dtype)
     if has_single_values(norm, input):
         wide = wide - wide
@@ -34,7 +34,7 @@ def compose(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffers) ->
         value = F.layer_norm(wide, norm.normalized_shape, weight, bias, norm.eps)
     if epilogue.dropout_p > 0:
         dropped = torch.rand_like(value, dtype=torch.float32) < epilogue.dropout_p
-        # Not a product: a dropped element is 0 whatever it was.
+        # masked_fill, not a product: NaN and infinity are zeroed, too.
         value = (value * epilogue.scale).masked_fill(dropped, 0)
     if residual is not None:
         value = value + residual
@@ -45,7 +45,7 @@ def call_operator(norm: Norm, epilogue: Epilogue, inputs: Inputs, buffers: Buffe
     """The Triton implementation."""
     seed = None
     if epilogue.dropout_p > 0:
-        # Made from the input, so that it is fake where that is, and on its device, so that a CUDA graph can hold it.
+        # Created from the input, so that it is fake if the input is, and on its device, as a CUDA graph requires.
         seed = torch.randint_like(inputs[0].new_zeros((), dtype=torch.int64), 2**63 - 1)
     output, mean, var = custom_ops.norm_act(norm, epilogue, inputs, seed, buffers)
     if isinstance(norm, BatchNorm) and norm.use_batch_stats:

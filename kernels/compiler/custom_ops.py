@@ -3,7 +3,7 @@
     mnistnorm::norm_act and mnistnorm::norm_act_backward, for all norms
 
 And, for both implementations, the statistics over a process group: mnistnorm::synchronised_statistics.
-They mutate nothing: batch norm returns its statistics. Eager calls do not use them; those that torch traces do.
+They mutate nothing: batch norm returns its statistics. Calls that torch traces use them, eager calls do not.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from ..norms import NO_BUFFERS, BatchNorm, Buffers, GroupNorm, LayerNorm, Norm, 
 if TYPE_CHECKING:
     from ..triton_impl.launches import Pair
 
-# The arguments that stand for a norm and its epilogue, last in both operators: see `_flat`.
+# The arguments for a norm and its epilogue, last in both operators: see `_flatten`.
 _OPTIONS = (
     "str norm, SymInt[] sizes, float eps, bool use_batch_stats, str? process_group, "
     "float dropout_p, str activation, float parameter"
@@ -33,8 +33,8 @@ _OPTIONS = (
 def norm_act(
     norm: Norm, epilogue: Epilogue, inputs: Inputs, seed: Tensor | None, buffers: Buffers
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output; for a batch norm that uses them, the mean and unbiased variance of the batch."""
-    output, _, mean, var = _call("norm_act", *inputs, seed, *buffers[:2], *_flat(norm, epilogue))
+    """The output, and the mean and unbiased variance of the batch if the norm is a batch norm that uses them."""
+    output, _, mean, var = _call("norm_act", *inputs, seed, *buffers[:2], *_flatten(norm, epilogue))
     return output, mean, var
 
 
@@ -44,7 +44,7 @@ def synchronised_statistics(input: Tensor, process_group: str) -> tuple[Tensor, 
     return mean, var, unbiased
 
 
-def _flat(norm: Norm, epilogue: Epilogue) -> tuple[Any, ...]:
+def _flatten(norm: Norm, epilogue: Epilogue) -> tuple[Any, ...]:
     activation = epilogue.activation
     options = epilogue.dropout_p, activation.name, activation.parameter
     if isinstance(norm, BatchNorm):
@@ -54,8 +54,8 @@ def _flat(norm: Norm, epilogue: Epilogue) -> tuple[Any, ...]:
     return "layer", list(norm.normalized_shape), norm.eps, True, None, *options
 
 
-def _unflat(options: Sequence[Any]) -> tuple[Norm, Epilogue]:
-    """Undoes `_flat`."""
+def _unflatten(options: Sequence[Any]) -> tuple[Norm, Epilogue]:
+    """Undoes `_flatten`."""
     kind, sizes, eps, use_batch_stats, process_group, dropout_p, activation, parameter = options
     norms: dict[str, Callable[[], Norm]] = {
         "batch": lambda: BatchNorm(eps, use_batch_stats, process_group),
@@ -69,25 +69,25 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, the statistics for backward, and the batch's mean and unbiased variance, empty if not used."""
     inputs, seed, running = arguments[:4], arguments[4], arguments[5:7]
     input = inputs[0]
-    norm, epilogue = _unflat(arguments[7:])
+    norm, epilogue = _unflatten(arguments[7:])
     mean, var = input.new_empty(2, 0, dtype=statistics_dtype(input)).unbind()
     buffers = Buffers(*running)
     if isinstance(norm, BatchNorm) and norm.use_batch_stats:
         mean, var = (input.new_zeros(input.shape[1], dtype=mean.dtype) for _ in range(2))
-        buffers = Buffers(mean, var, momentum=1.0)  # which makes the running statistics those of the batch
+        buffers = Buffers(mean, var, momentum=1.0)  # so that they become the statistics of the batch
     operation = prepare("triton", norm, epilogue, inputs, buffers)
     output, (statistics,) = operation.forward(inputs, buffers, 0 if seed is None else seed)
     pair = _pair(norm, input)
     if pair is None or statistics is None:
         statistics = mean.new_empty(0)
-    elif pair.length != pair.second:  # torch may compare whole outputs, and there is nothing in the gaps
+    elif pair.length != pair.second:  # torch may compare whole outputs: fill the gaps
         statistics[pair.length : pair.second] = 0
         statistics[pair.second + pair.length :] = 0
     return output, statistics, mean.clone(), var.clone()
 
 
 def _fake_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    norm, _ = _unflat(arguments[6:])
+    norm, _ = _unflatten(arguments[6:])
     pair = _pair(norm, input)
     statistics = input.new_empty(0 if pair is None else pair.size, dtype=statistics_dtype(input))
     channels = input.shape[1] if isinstance(norm, BatchNorm) and norm.use_batch_stats else 0
@@ -100,7 +100,7 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.options, ctx.has_residual = inputs[7:], residual is not None
-    _, ctx.epilogue = _unflat(ctx.options)
+    _, ctx.epilogue = _unflatten(ctx.options)
     keeps = ctx.epilogue.keeps(ctx.has_residual, reads_output=False)
     kept = {None: None, "output": result, "residual": residual}[keeps]
     ctx.save_for_backward(input, weight, bias, statistics, kept, seed)
@@ -131,8 +131,8 @@ def _backward(
     needs: list[bool],
     *options: Any,
 ) -> list[Tensor]:
-    norm, epilogue = _unflat(options)
-    # What stands for a residual that was not kept has its shape and dtype, which is all that matters here.
+    norm, epilogue = _unflatten(options)
+    # The input replaces a residual that was not kept: only its shape and dtype matter here.
     residual = (
         (kept if epilogue.keeps(has_residual, reads_output=False) == "residual" else input) if has_residual else None
     )
@@ -145,7 +145,7 @@ def _backward(
 
 def _fake_backward(grad_output: Tensor, input: Tensor, weight: Any, bias: Any, *arguments: Any) -> list[Tensor]:
     _, _, _, _, needs, *options = arguments
-    dense = _dense(_unflat(options)[0], input)
+    dense = _dense(_unflatten(options)[0], input)
     formats = torch.preserve_format, torch.contiguous_format, torch.contiguous_format, torch.preserve_format
     return [
         torch.empty_like(tensor, memory_format=memory_format)
@@ -155,7 +155,7 @@ def _fake_backward(grad_output: Tensor, input: Tensor, weight: Any, bias: Any, *
 
 
 def _pair(norm: Norm, input: Tensor) -> "Pair | None":
-    """Where the mean and rstd of each slab lie in the statistics; None where none are saved."""
+    """Where the mean and rstd of each slab are in the statistics; None if they are not saved."""
     from ..triton_impl.launches import Pair  # not at the top: importing it imports Triton
     from ..triton_impl.plans import saves_statistics
 
@@ -201,7 +201,7 @@ def _refuse(ctx: Any, *gradients: Any) -> Any:
 
 
 class _Formula(NamedTuple):
-    """How an operator is differentiated, as `register_autograd` takes it."""
+    """The gradient formula of an operator, as `register_autograd` takes it."""
 
     backward: Callable[..., Any] = _refuse
     setup_context: Callable[..., None] | None = None
@@ -211,7 +211,7 @@ _formulas: dict[str, _Formula] = {}
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """Calls the operator mnistnorm::`name`, also where torch.func transforms it."""
+    """Calls the operator mnistnorm::`name`, also under torch.func."""
     operator = getattr(torch.ops.mnistnorm, name).default
     if torch.compiler.is_compiling():
         return operator(*arguments)
@@ -223,7 +223,7 @@ def _call(name: str, *arguments: Any) -> Any:
 
 
 class _Transformed(torch.autograd.Function):
-    """An operator for torch.func, which does not use the gradients that are registered for autograd."""
+    """An operator for torch.func, which does not use the formulas of `register_autograd`."""
 
     generate_vmap_rule = True
 
@@ -234,7 +234,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *arguments, name = inputs  # in this order, so that ctx.needs_input_grad is the operator's
+        *arguments, name = inputs  # name is last, so that ctx.needs_input_grad is the operator's
         ctx.formula = _formulas[name]
         if ctx.formula.setup_context is not None:
             ctx.formula.setup_context(ctx, arguments, output)
@@ -255,7 +255,7 @@ def _register(
     library.register_autograd(qualified, formula.backward, setup_context=formula.setup_context)
 
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
-        """A call for each element of the batch."""
+        """Calls the operator for each element of the batch."""
         calls = [
             getattr(torch.ops.mnistnorm, name).default(
                 *(

@@ -1,4 +1,4 @@
-"""Finds norm [-> dropout] [-> + residual] -> activation chains in traced forwards, and puts one call in their place."""
+"""Finds norm [-> dropout] [-> + residual] -> activation chains in traced forwards, and replaces each by one call."""
 
 import copy
 import operator
@@ -21,14 +21,14 @@ from .parts import (
     NoChain,
     activation_of,
     dropout_of,
-    passes_on,
+    is_no_op,
     stock_norm,
 )
 from .report import class_name
 from .tracing import Trace, Traces, first_line
 
 _IDENTITY = Activation("identity")
-_OTHER_SIDE = "the sum behind it is fused with the norm on the other side"
+_OTHER_OPERAND = "the sum after it is fused with the norm of the other operand"
 _KNOWN_FUNCTIONS = ("torch", "_operator", "math", "builtins", "None")
 
 
@@ -37,7 +37,7 @@ class Match:
     """A chain in a graph: its nodes from the norm to the activation, and what they are.
 
     Attributes:
-        inside: the paths of the modules of whose forwards it takes in a part.
+        inside: the paths of the modules whose forwards contain a part of it.
         mode: the path of the module whose mode its dropout follows.
     """
 
@@ -50,7 +50,7 @@ class Match:
 
     @property
     def residuals(self) -> list[Any]:
-        """What the sums add. Looked up in the graph as it is by now."""
+        """What the sums add, in the current state of the graph."""
         return [next((a for a in node.args if a not in self.nodes), None) for node in self.sums]
 
     @property
@@ -60,13 +60,13 @@ class Match:
 
 
 class Chains:
-    """The chains of one forward, in a copy of its graph in which calls may be expanded to what they compute.
+    """The chains of one forward, in a copy of its graph in which calls may be inlined.
 
     Args:
-        trace: of the forward.
-        traces: of all forwards.
-        inside: the paths of the modules to expand; None for all that may return the output of a norm.
-        norms: the norms to look at; None for all.
+        trace: trace of the forward.
+        traces: traces of all forwards.
+        inside: the paths of the modules to inline; None for all that may return the output of a norm.
+        norms: the norms to consider; None for all.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ class Chains:
         while pending:
             node = pending.pop()
             called = self._trace_of(node)
-            if called and called.ends_open and (inside is None or node.target in inside):
-                pending += self._expand(node, called)
+            if called and called.returns_norm and (inside is None or node.target in inside):
+                pending += self._inline(node, called)
         self._match_all(norms)
 
     def _trace_of(self, node: fx.Node) -> Trace | None:
-        """What can be put in the place of a call."""
+        """The trace that can replace a call, if any."""
         trace = self.traces.get(self.modules[str(node.target)]) if node.op == "call_module" else None
         return trace if trace is not None and trace.is_single and trace.problem is None else None
 
-    def _expand(self, node: fx.Node, trace: Trace) -> list[fx.Node]:
-        """Puts the nodes of the forward that is called in the place of the call."""
+    def _inline(self, node: fx.Node, trace: Trace) -> list[fx.Node]:
+        """Replaces a call by the nodes of the forward that it calls."""
         called = str(node.target)
         given = trace.call.arguments(node)
         copies: dict[fx.Node, Any] = {}
@@ -117,30 +117,30 @@ class Chains:
         return [new for inner, new in copies.items() if inner.op != "placeholder"]
 
     def _match_all(self, norms: Collection[nn.Module] | None) -> None:
-        """Finds for each call of a norm its chain, or why it has none. No two chains share a node."""
-        taken: set[fx.Node] = set()
+        """Finds the chain of each call of a norm, or why it has none. No two chains share a node."""
+        used_sums: set[fx.Node] = set()
         for norm in self.graph.nodes:
             module = self.modules[str(norm.target)] if norm.op == "call_module" else None
             if not isinstance(module, NORMS) or (norms is not None and module not in norms):
                 continue
             try:
                 match = self._match(norm, module)
-                if not taken.isdisjoint(match.sums):
-                    raise NoChain(_OTHER_SIDE)
-                taken.update(match.sums)
+                if not used_sums.isdisjoint(match.sums):
+                    raise NoChain(_OTHER_OPERAND)
+                used_sums.update(match.sums)
                 self.found[norm] = match
             except NoChain as reason:
-                self.found[norm] = reason.with_traceback(None)  # whose frames would keep the model alive
+                self.found[norm] = reason.with_traceback(None)  # a traceback would keep the model alive
         for chain in list(self.found.values()):
             for other in chain.residuals if isinstance(chain, Match) else ():
                 if isinstance(self.found.get(other), NoChain):
-                    self.found[other] = NoChain(_OTHER_SIDE, "no activation")
+                    self.found[other] = NoChain(_OTHER_OPERAND, "no activation")
 
     def _match(self, norm: fx.Node, module: nn.Module) -> Match:
         if stock_norm(module)[1]:
             raise NoChain("a part of it has hooks")
         if len(norm.args) != 1 or norm.kwargs or "forward" in vars(module):
-            raise NoChain("called in an unusual way")
+            raise NoChain("called with other than one positional argument, or its forward is overridden")
         match = Match([norm])
         while match.activation.name == "identity":
             node = match.nodes[-1]
@@ -152,7 +152,7 @@ class Chains:
             called = self._trace_of(user)
             if called and self._begins_with_part(called):
                 match.inside.add(str(user.target))
-                self._expand(user, called)
+                self._inline(user, called)
                 continue
             self._add(match, user)
         for node in match.nodes[:-1]:
@@ -161,7 +161,7 @@ class Chains:
         for node, residual in zip(match.sums, match.residuals, strict=True):
             self._check_sum(node, match.nodes[match.nodes.index(node) - 1], residual)
         if any(node.meta["context"] != norm.meta["context"] for node in match.nodes):
-            raise NoChain("what follows runs under another grad mode, autocast, checkpoint or saved-tensor hook")
+            raise NoChain("what follows it runs under another grad mode, autocast, checkpoint or saved-tensor hook")
         if match.sums:
             self._check_between(match)
         match.inside.update(*(node.meta.get("inside", ()) for node in match.nodes))
@@ -176,15 +176,15 @@ class Chains:
             owner = "".join(f"{path}." for path in user.meta.get("inside", ())[-1:])
             match.mode = str(user.target) if training is None else owner.rstrip(".")
             if training is not None and getattr(training, "target", None) != f"{owner}training":
-                raise NoChain("the dropout behind it does not follow the mode")
+                raise NoChain("the dropout after it does not follow its training mode")
         elif user.op != "call_module" and user.target in SUMS:
             match.sums.append(user)
-        elif not passes_on(user, self.modules):
+        elif not is_no_op(user, self.modules):
             raise NoChain(f"followed by {self._name(user)}", "no activation", user.op == "output")
         match.nodes.append(user)
 
     def _begins_with_part(self, trace: Trace) -> bool:
-        """Whether a forward begins with what may follow a norm, and so is expanded where it does."""
+        """Whether a forward begins with what may follow a norm, so that it is inlined after a norm."""
         first = next(iter(trace.graph.nodes))
         if first.op != "placeholder" or len(first.users) != 1:
             return False
@@ -194,25 +194,25 @@ class Chains:
             user.op == "output"
             or activation_of(user, modules) is not None
             or dropout_of(user, modules) is not None
-            or passes_on(user, modules)
+            or is_no_op(user, modules)
             or (user.op != "call_module" and user.target in SUMS)
             or (called is not None and called.is_single and called.problem is None and self._begins_with_part(called))
         )
 
     def _check_sum(self, sum_node: fx.Node, before: fx.Node, residual: Any) -> None:
         if len(sum_node.args) != 2 or sum_node.kwargs:
-            raise NoChain("the sum behind it has further arguments")
+            raise NoChain("the sum after it has further arguments")
         if not isinstance(residual, fx.Node):
-            raise NoChain("the sum behind it does not add a tensor")
+            raise NoChain("the sum after it does not add a tensor")
         if sum_node.target in SUMS_IN_PLACE and sum_node.args[0] is not before and not self._is_temporary(residual):
-            raise NoChain("the sum behind it changes the other tensor in place")
+            raise NoChain("the sum after it changes the other tensor in place")
         shapes = [getattr(node.meta.get("tensor_meta"), "shape", None) for node in (before, residual)]
         if shapes[0] != shapes[1]:
             first, second = (shape if shape is None else tuple(shape) for shape in shapes)
-            raise NoChain(f"the sum behind it broadcasts {first} and {second}")
+            raise NoChain(f"the sum after it broadcasts {first} and {second}")
 
     def _is_temporary(self, node: fx.Node) -> bool:
-        """Whether nothing but its one user can tell that a tensor is changed in place."""
+        """Whether only the one user of a tensor can see an in-place change of it."""
         if len(node.users) != 1 or node.meta.get("stored"):
             return False
         if node.op == "call_module":
@@ -222,17 +222,17 @@ class Chains:
         return node.target in (operator.add, operator.mul)
 
     def _check_between(self, match: Match) -> None:
-        """The norm is to be called where the sum is: nothing before may change its input, or use its statistics."""
+        """The call of the norm moves to the sum: nothing in between may change its input or use its statistics."""
         norm = node = match.nodes[0]
         buffers = {f"{norm.target}.{name}" for name, _ in self.modules[str(norm.target)].named_buffers()}
         buffers.discard(f"{norm.target}.training")
         if any(node.op == "get_attr" and node.target in buffers for node in self.graph.nodes):
-            raise NoChain("its running statistics are used where it is called")
+            raise NoChain("its running statistics are used in the forward that calls it")
         while (node := node.next) is not match.sums[-1]:
             if buffers and node.target == norm.target:
-                raise NoChain("it is called again before the sum behind it")
+                raise NoChain("it is called again before the sum after it")
             if node not in match.nodes and self._may_write(node, self.modules):
-                raise NoChain("something between it and the sum behind it may change a tensor in place")
+                raise NoChain("an operation between it and the sum after it may change a tensor in place")
 
     def _may_write(self, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         """Whether the node may change one of its inputs."""
@@ -264,12 +264,12 @@ class Chains:
         return "the output" if node.op == "output" else getattr(node.target, "__name__", str(node.target))
 
     def own(self) -> list[Match]:
-        """The chains that do not lie within a forward that was expanded."""
+        """The chains that do not lie within one inlined forward."""
         matches = [match for match in self.found.values() if isinstance(match, Match)]
         return [m for m in matches if not set.intersection(*({*node.meta.get("inside", ())} for node in m.nodes))]
 
     def fuse(self) -> None:
-        """Puts one call in the place of each chain: at its norm, or at its sum, by which the residual is known."""
+        """Replaces each chain by one call: at its norm, or at its sum, where the residual is known."""
         for match in self.found.values():
             if isinstance(match, NoChain):
                 continue
@@ -289,23 +289,23 @@ class Chains:
                 self.graph.erase_node(node)
 
 
-def note_shapes(model: nn.Module, traces: Traces, example_inputs: tuple[Any, ...]) -> None:
-    """Runs the model, and writes the shapes of its values into the traces of its forwards."""
+def record_shapes(model: nn.Module, traces: Traces, example_inputs: tuple[Any, ...]) -> None:
+    """Runs the model, and records the shapes of its values in the traces of its forwards."""
     scratch = scratch_copy(model)
     try:
         with torch.no_grad():
-            scratch(*example_inputs)  # without ShapeProp, which prints a traceback where this fails
+            scratch(*example_inputs)  # without ShapeProp, which prints a traceback on failure
     except Exception as error:
         raise ValueError(f"the model does not run on example_inputs: {first_line(error)}") from error
     for traced, module in zip(traces.paths, scratch.modules(), strict=True):
-        module.register_forward_pre_hook(_Shapes(traces.get(traced)), with_kwargs=True)
+        module.register_forward_pre_hook(_ShapeRecorder(traces.get(traced)), with_kwargs=True)
     with torch.no_grad():
         scratch(*example_inputs)
 
 
 @dataclass
-class _Shapes:
-    """Notes the shapes of the values in a forward at its first call."""
+class _ShapeRecorder:
+    """Records the shapes of the values in a forward at its first call."""
 
     trace: Trace | None
 

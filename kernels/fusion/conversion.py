@@ -1,9 +1,8 @@
-"""Converts models: fuse puts fused layers where a model has norm, dropout, sum and activation; unfuse undoes it.
+"""Converts models: fuse replaces norm, dropout, sum and activation by fused layers; unfuse undoes it.
 
-Both work on a copy of the model's modules that shares its parameters and buffers, and change classes there: a norm
-becomes a fused layer, the module whose forward has the chain gets a forward that torch.fx has traced and fuse has
-edited, and an activation or dropout module that nothing calls any more is marked. All paths, parameters, buffers, hooks
-and attributes stay where they are.
+Both copy the model's modules, share its parameters and buffers, and change classes in the copy: a norm becomes a fused
+layer, the module whose forward has the chain gets a forward that was traced by torch.fx and edited, and activation and
+dropout modules that are no longer called are marked. Paths, parameters, buffers, hooks and attributes stay in place.
 """
 
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from torch.nn.utils import parametrize
 
 from ..activations import Activation
 from ..modules import FusedLayer
-from .chains import Chains, Match, note_shapes
+from .chains import Chains, Match, record_shapes
 from .copying import copy_structure, has_hooks
-from .forwards import TracedForward, put_forward, remove_forward
+from .forwards import TracedForward, replace_forward, restore_forward
 from .parts import (
     FUSED,
     FUSED_BATCH_NORMS,
@@ -41,24 +40,24 @@ def fuse(
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> "FusedModel":
-    """The model with each norm [-> dropout] [-> + residual] -> activation as one operation.
+    """Fuses each norm [-> dropout] [-> + residual] -> activation of a model into one operation.
 
-    The result shares the parameters and buffers of `model`, which is not changed: train the one or the other. Paths,
-    state_dict keys, modes, hooks and optimizers made before stay good. What is not certain is left alone: torch.fx must
-    show that the norm's output goes nowhere else. `result.fusion_report`, a `FusionReport`, says what was fused and why
-    the rest was not. Python values that forwards read, other than `training` and tensors, must stay as they are.
+    The result shares the parameters and buffers of `model`, which is not changed: train only one of them. Paths,
+    state_dict keys, modes, hooks and existing optimizers stay valid. A chain is fused only if torch.fx shows that
+    nothing else uses the norm's output. `result.fusion_report`, a `FusionReport`, lists what was fused, and why the
+    rest was not. Python values that forwards read, other than `training` and tensors, must not change afterwards.
 
-    A forward that has a chain is replaced by a traced one, for calls like the traced one: other values of arguments
-    with a default take the original forward, and so does a module that children were added to or removed from, or whose
-    fused parts were replaced. Sums are fused where both sides have the same shape and dtype, which each call checks. A
-    dropout in a chain keeps its p and follows the norm's mode. Under CUDA's autocast stock layer and group norms return
-    float32, fused ones the input's dtype. No other thread may run a model meanwhile: torch.fx patches nn.Module. See
-    docs/fuse.md.
+    A forward that has a chain is replaced by a traced one. The original forward still runs for calls unlike the traced
+    one, such as other values of arguments with a default, and after children of the module were added or removed or
+    fused parts replaced. Sums are fused if both operands have the same shape and dtype, which each call checks. A
+    dropout in a chain keeps its p and follows the norm's mode. Under CUDA autocast, stock layer and group norms return
+    float32, fused ones the input's dtype. No other thread may run a model during the call, because torch.fx patches
+    nn.Module. See docs/fuse.md.
 
     Args:
         model: any module, before it is wrapped (DistributedDataParallel) or compiled.
-        example_inputs: the arguments of one call, in order; sums that broadcast there are left alone.
-        process_group: take the statistics of all batch norms, fused or not, over its processes, all of which must call.
+        example_inputs: the positional arguments of one call; sums that broadcast in it are left alone.
+        process_group: compute the statistics of all batch norms, fused or not, over its processes; all must call fuse.
 
     Returns:
         A module of the same class, with the attribute `fusion_report`.
@@ -66,14 +65,14 @@ def fuse(
     Raises:
         TypeError: `model` is not a module, or is a wrapped or compiled one; process_group is not a ProcessGroup; a
             batch norm of an unknown class cannot be synchronised.
-        ValueError: the model does not run on `example_inputs`; the processes have batch norms of different channels.
-        RuntimeError: the modules cannot be copied; process_group is given and torch.distributed not initialised.
+        ValueError: the model does not run on `example_inputs`; the processes have different batch norms.
+        RuntimeError: the modules cannot be copied; process_group is given, but torch.distributed is not initialised.
     """
     _check_model(model)
     if process_group is not None and not isinstance(process_group, ProcessGroup):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}")
     if process_group is not None and not dist.is_initialized():
-        raise RuntimeError("process_group must be alive: call torch.distributed.init_process_group first")
+        raise RuntimeError("process_group requires torch.distributed: call torch.distributed.init_process_group first")
     result = copy_structure(model)
     kinds = {path: class_name(module) for path, module in result.named_modules()}
     left: dict[str, NoChain] = {}
@@ -83,15 +82,15 @@ def fuse(
         traces.append(Traces(result, mode=True))
     if example_inputs is not None:
         inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-        note_shapes(result, traces[0], inputs)
-    chains = _certain_chains(result, traces, {*fused, *left}, left)
+        record_shapes(result, traces[0], inputs)
+    chains = _find_chains(result, traces, {*fused, *left}, left)
     forwards, absorbed = _rewrite_forwards(result, traces, chains)
     for path, chain in chains.items():
         _fuse_norm(result.get_submodule(path), *chain.kind, in_forward=True)
     for path, norms in absorbed.items():
         _absorb(result.get_submodule(path), norms)
     for path, forward in forwards.items():
-        put_forward(result.get_submodule(path), forward)
+        replace_forward(result.get_submodule(path), forward)
     if process_group is not None:
         _synchronise(result, process_group)
     fused |= chains
@@ -110,21 +109,21 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """The model with stock modules again: what fuse made is undone.
+    """Converts fused layers back to stock modules, and undoes what fuse changed.
 
-    A fused layer made by hand becomes an `UnfusedLayer` of stock modules. The result shares the parameters and buffers
-    of `model`, which is not changed. State_dict keys stay as they are. Statistics over a process group become those of
-    one process.
+    A fused layer that fuse did not create becomes an `UnfusedLayer` of stock modules. The result shares the parameters
+    and buffers of `model`, which is not changed. The state_dict keys stay the same. Statistics over a process group
+    become those of one process.
 
     Raises:
         TypeError: `model` is not a module, or is a wrapped or compiled one.
-        RuntimeError: the modules cannot be copied, or a fused layer is of a class that is not known.
+        RuntimeError: the modules cannot be copied, or a fused layer has an unknown class.
     """
     _check_model(model)
     result = copy_structure(model)
     vars(result).pop("fusion_report", None)
     for path, module in list(result.named_modules()):
-        remove_forward(module)
+        restore_forward(module)
         if isinstance(module, Absorbed):
             del module.norms
             module.__class__ = vars(module).pop("absorbed")
@@ -144,7 +143,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _fuse_own_epilogue(path: str, model: nn.Module, left: dict[str, NoChain]) -> "_Chain | None":
-    """Converts a norm that applies dropout and activation itself, which takes no trace."""
+    """Converts a norm that applies dropout and activation itself, for which no trace is needed."""
     module = model.get_submodule(path)
     if not isinstance(module, NORMS) or not module._modules:
         return None
@@ -173,10 +172,8 @@ class _Chain:
     owner: str | None = None
 
 
-def _certain_chains(
-    model: nn.Module, traces: list[Traces], done: set[str], left: dict[str, NoChain]
-) -> dict[str, _Chain]:
-    """The norms that begin a chain at every call, each of the same kind; adds to `left` why the others do not."""
+def _find_chains(model: nn.Module, traces: list[Traces], done: set[str], left: dict[str, NoChain]) -> dict[str, _Chain]:
+    """The norms that begin a chain of the same kind in every call; adds to `left` why the others do not."""
     found: dict[str, list[NoChain | _Chain]] = {}
     returned: dict[str, NoChain] = {}
     calls: dict[str, Call] = {}
@@ -186,13 +183,13 @@ def _certain_chains(
             if not calls.setdefault(each.paths[module], trace.call).is_like(trace.call):
                 trace.problem = CALLS_DIFFER
             chains = Chains(trace, each, inside=None if trace.problem is None else ())
-            trace.ends_open = any(isinstance(what, NoChain) and what.is_open for what in chains.found.values())
+            trace.returns_norm = any(isinstance(what, NoChain) and what.is_returned for what in chains.found.values())
             for node, what in chains.found.items():
                 path = each.paths[chains.modules[str(node.target)]]
                 if isinstance(what, Match):
-                    found.setdefault(path, []).append(_describe(what, chains, model))
-                elif what.is_open and trace.problem is None and module in called:
-                    returned[path] = what  # the callers tell what follows
+                    found.setdefault(path, []).append(_check_match(what, chains, model))
+                elif what.is_returned and trace.problem is None and module in called:
+                    returned[path] = what  # the callers show what follows
                 else:
                     found.setdefault(path, []).append(what)
     chains_of: dict[str, _Chain] = {}
@@ -213,14 +210,14 @@ def _certain_chains(
         elif not matches:
             left[path] = NoChain(_why_not_called(path, traces), "unknown")
         elif len({match.kind for match in matches}) > 1:
-            left[path] = NoChain("called in several places, which differ")
+            left[path] = NoChain("called in several places with different chains")
         else:
             chains_of[path] = matches[0]
     return chains_of
 
 
-def _describe(match: Match, chains: Chains, model: nn.Module) -> NoChain | _Chain:
-    """A chain in a forward, or what stands in the way of fusing it."""
+def _check_match(match: Match, chains: Chains, model: nn.Module) -> NoChain | _Chain:
+    """The chain of a match, or why it cannot be fused."""
     paths = chains.traces.paths
     owner = paths[chains.trace.module]
     if chains.trace.problem is not None:
@@ -232,7 +229,7 @@ def _describe(match: Match, chains: Chains, model: nn.Module) -> NoChain | _Chai
     if match.mode is not None:
         mode = model.get_submodule(paths[chains.modules[match.mode]])
         if mode.training != modules[match.members[0]].training:
-            return NoChain("the dropout behind it is in another mode")
+            return NoChain("the dropout after it is in another mode")
     return _Chain((match.activation, match.dropout_p), bool(match.sums), owner)
 
 
@@ -242,13 +239,13 @@ def _why_not_called(path: str, traces: list[Traces]) -> str:
         path = path.rpartition(".")[0]
         if path in reasons:
             return f"the forward of {path or 'the model'} cannot be traced: {reasons[path]}"
-    return "not called by a forward that is traced"
+    return "not called by a traced forward"
 
 
 def _rewrite_forwards(
     model: nn.Module, traces: list[Traces], wanted: dict[str, _Chain]
 ) -> tuple[dict[str, TracedForward], dict[str, list[str]]]:
-    """By path: the forwards to put in; the activations and dropouts that nothing calls any more, with their norms."""
+    """By path: the new forwards; the activations and dropouts that are no longer called, with their norms."""
     forwards: dict[str, list[Chains | None]] = {}
     absorbed: dict[str, dict[str, None]] = {}
     called: set[str] = set()
@@ -282,9 +279,9 @@ def _rewrite_forwards(
 
 
 class Absorbed(nn.Module):
-    """Stands where an activation or dropout was that is now a part of the fused layers at `norms`.
+    """Replaces an activation or dropout that is now a part of the fused layers at `norms`.
 
-    Only an original forward calls it: it computes what it did.
+    Only an original forward calls it, and it computes the same as before.
     """
 
     absorbed: type[nn.Module]
@@ -328,7 +325,7 @@ def _unfuse_norm(path: str, module: Any) -> None:
 
 
 class UnfusedLayer(nn.Sequential):
-    """What a fused layer computes, by stock modules; with the state_dict of its norm."""
+    """The stock modules of a fused layer, with the state_dict of the norm."""
 
     norm: nn.Module
     dropout: nn.Module
@@ -352,7 +349,7 @@ def _unfuse_by_hand(layer: Any, stock: type[nn.Module]) -> None:
     dropout_p, activation = layer.dropout_p, Activation.of(layer.activation)
     for name in ("dropout_p", "activation", "impl", "process_group"):
         vars(norm).pop(name, None)
-    for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):  # around the whole layer
+    for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):  # these belong to the whole layer
         vars(parts)[name], vars(norm)[name] = vars(norm)[name], vars(parts)[name]
     vars(layer).clear()
     vars(layer).update(vars(parts))
@@ -366,21 +363,21 @@ def _synchronise(model: nn.Module, process_group: ProcessGroup) -> None:
     for path, module in model.named_modules():
         if isinstance(module, (*FUSED_BATCH_NORMS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             channels[path] = module.num_features
-    everywhere: list[Any] = [None] * process_group.size()
-    dist.all_gather_object(everywhere, channels, group=process_group)
-    for rank, theirs in enumerate(everywhere):
-        if theirs != channels:
-            differing = next(path for path in channels | theirs if channels.get(path) != theirs.get(path))
+    gathered: list[Any] = [None] * process_group.size()
+    dist.all_gather_object(gathered, channels, group=process_group)
+    for rank, other in enumerate(gathered):
+        if other != channels:
+            differing = next(path for path in channels | other if channels.get(path) != other.get(path))
             raise ValueError(
                 f"all processes must have the same batch norms: {differing} has {channels.get(differing)} channels "
-                f"here and {theirs.get(differing)} in process {rank} of the group"
+                f"here and {other.get(differing)} in process {rank} of the group"
             )
     for path in channels:
         module = model.get_submodule(path)
         if not isinstance(module, FusedLayer):
             try:
                 if stock_norm(module)[1]:
-                    raise NoChain("it has an activation of its own")
+                    raise NoChain("it has its own activation")
             except NoChain as reason:
                 raise TypeError(f"{path} cannot be synchronised: it is a {class_name(module)}: {reason}") from reason
             _fuse_norm(module, Activation("identity"), 0.0)

@@ -1,4 +1,4 @@
-"""Copies the modules of a model, which go on sharing its parameters."""
+"""Copies the modules of a model, which share its parameters."""
 
 import copy
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def copy_structure(model: Model, *, share_buffers: bool = True) -> Model:
-    """A copy of the modules and of what they refer to, with the same parameters, hooks and process groups.
+    """Copies the modules and what they refer to, but shares the parameters, hooks and process groups.
 
-    With `share_buffers` the buffers, and tensors that are plain attributes, are the same as well. Does not call the
-    __deepcopy__ or __getstate__ of a module: they may leave out its mode and attributes.
+    With `share_buffers`, buffers and tensors that are plain attributes are shared as well. Does not call __deepcopy__
+    or __getstate__ of a module, because they may omit its mode and attributes.
 
     Raises:
         RuntimeError: the model cannot be copied.
@@ -29,7 +29,7 @@ def copy_structure(model: Model, *, share_buffers: bool = True) -> Model:
     modules = list(model.modules())
     for module in modules:
         kind = type(module)
-        if isinstance(module, fx.GraphModule):  # each has a class of its own, which holds its forward
+        if isinstance(module, fx.GraphModule):  # each has its own class, which holds its forward
             kind = type(kind.__name__, kind.__bases__, {"__module__": kind.__module__})
         memo[id(module)] = object.__new__(kind)
     for module in modules:
@@ -39,7 +39,7 @@ def copy_structure(model: Model, *, share_buffers: bool = True) -> Model:
             elif isinstance(value, ProcessGroup):
                 memo[id(value)] = value
         for hook in (hook for name in _HOOKS for hook in vars(module)[name].values()):
-            # Share the objects that registered hooks: they wait for the calls.
+            # Share the objects that registered hooks: they expect to see the calls.
             memo |= {id(part): part for part in _parts(hook) if id(part) not in memo}
     try:
         for module in modules:
@@ -62,12 +62,12 @@ def _parts(hook: Any) -> Iterator[Any]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called before or after the module's forward or backward."""
+    """Whether the module has forward or backward hooks."""
     return any(vars(module)[name] for name in _HOOKS)
 
 
 def scratch_copy(module: nn.Module) -> nn.Module:
-    """A copy to run: without hooks, and with buffers of its own, for whatever the forward does to them."""
+    """A copy to run, without hooks and with its own buffers, which the forward may change."""
     scratch = copy_structure(module, share_buffers=False)
     for child in scratch.modules():
         for name in _HOOKS:
@@ -76,7 +76,7 @@ def scratch_copy(module: nn.Module) -> nn.Module:
 
 
 def copy_to_trace(module: nn.Module) -> nn.Module:
-    """A scratch copy in which modes and tensor attributes are buffers, so that torch.fx records their use."""
+    """A scratch copy in which training flags and tensor attributes are buffers, so that torch.fx records their use."""
     scratch = scratch_copy(module)
     for child in scratch.modules():
         names = [name for name, value in vars(child).items() if name == "training" or isinstance(value, Tensor)]

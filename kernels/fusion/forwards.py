@@ -1,4 +1,4 @@
-"""Puts an edited graph in the place of a module's forward."""
+"""Replaces the forward of a module by an edited graph."""
 
 import operator
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from .tracing import Call
 
 @dataclass(frozen=True)
 class _Number:
-    """Stands for the node of this number."""
+    """Refers to the node of this number."""
 
     value: int
 
 
 class _Computation(NamedTuple):
-    """What a graph computes, with the trace's structure, changed and is_single."""
+    """The function of a graph, with the trace's structure, changed and is_single."""
 
     function: Any
     structure: Any
@@ -29,13 +29,13 @@ class _Computation(NamedTuple):
 
 
 class TracedForward:
-    """A forward in the place of another, for calls that are like the traced one, as long as the module's children stay.
+    """Replaces a forward in calls like the traced one, as long as the module has the same children.
 
-    `parts` are the paths of the modules that were fused, and their classes, which are known once these are converted.
+    `parts` has the paths of the fused modules and their classes, which are known after the conversion.
 
-    Made of the nodes of graphs, with numbers for those that they refer to: pickle would recurse through the nodes.
-    Where the forward branches on training flags there are two graphs, for when all of these are off and on; without one
-    of them that mode has the original forward.
+    Graphs are stored as steps that refer to each other by number, because pickle would recurse through nodes. If the
+    forward branches on training flags, there are two graphs, for all flags off and all on; if one of them is None, the
+    original forward runs in that mode.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TracedForward:
         return cls(made[0].trace.call, list(module._modules), parts, branches, graphs)
 
     def __call__(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
-        compute = self.compute[0] if not self.branches else self._of_mode(module)
+        compute = self.compute[0] if not self.branches else self._for_mode(module)
         tensors = self.call.tensors(args, kwargs)
         if compute is None or tensors is None or not self._fits(module):
             return original(module, *args, **kwargs)
@@ -70,14 +70,14 @@ class TracedForward:
         return pytree.tree_unflatten(leaves[:count], compute.structure)
 
     def _fits(self, module: nn.Module) -> bool:
-        """Whether the module has the children that it had when it was fused."""
+        """Whether the module still has the children that it had when it was fused."""
         try:
             parts = [(operator.attrgetter(path)(module), kind) for path, kind in self.parts.items()]
         except AttributeError:
             return False
         return list(module._modules) == self.children and all(isinstance(part, kind) for part, kind in parts)
 
-    def _of_mode(self, module: nn.Module) -> "_Computation | None":
+    def _for_mode(self, module: nn.Module) -> "_Computation | None":
         modes = {operator.attrgetter(flag)(module) for flag in self.branches}
         return self.compute[int(True in modes)] if len(modes) == 1 else None
 
@@ -95,7 +95,7 @@ def _steps(graph: fx.Graph) -> list[tuple[str, Any, Any, Any]]:
 
 
 def _generate(steps: list[tuple[str, Any, Any, Any]]) -> Any:
-    """A function of the module and tensors; GraphModule generates it, what it calls is looked up in the module."""
+    """Generates a function of the module and tensors; what it calls is looked up in the module."""
     graph, nodes = fx.Graph(), list[fx.Node]()
     for op, target, *arguments in steps:
         args, kwargs = fx.node.map_aggregate(arguments, lambda a: nodes[a.value] if isinstance(a, _Number) else a)
@@ -104,16 +104,16 @@ def _generate(steps: list[tuple[str, Any, Any, Any]]) -> Any:
     return type(fx.GraphModule(dict.fromkeys(names), graph)).forward
 
 
-def put_forward(module: nn.Module, forward: TracedForward) -> None:
-    """Makes the module compute `forward`. Its class becomes one that is derived from its own."""
+def replace_forward(module: nn.Module, forward: TracedForward) -> None:
+    """Makes the module run `forward`. Its class becomes a subclass of its own."""
     forward.parts.update((path, type(module.get_submodule(path))) for path in forward.parts)
     if "traced_forward" not in vars(module):
         module.__class__ = _with_traced_forward(type(module))
     vars(module)["traced_forward"] = forward
 
 
-def remove_forward(module: nn.Module) -> None:
-    """Undoes put_forward, where it was applied."""
+def restore_forward(module: nn.Module) -> None:
+    """Undoes replace_forward, if it was applied."""
     vars(module).pop("traced_forward", None)
     module.__class__ = vars(type(module)).get("original", type(module))
 

@@ -1,4 +1,4 @@
-"""What a chain consists of: which modules and calls of torch are a norm, a dropout, a sum or an activation."""
+"""The parts of a chain: which modules and torch calls are a norm, a dropout, a sum or an activation."""
 
 import operator
 from typing import Any
@@ -25,7 +25,7 @@ FUSED: dict[type[nn.Module], type[FusedLayer]] = {
 }
 STOCK = {fused: stock for stock, fused in FUSED.items()}
 
-# Subclasses whose own forward computes what that of torch.nn does; those of norm_act apply `drop` and `act` behind it.
+# Subclasses whose own forward computes the same as torch.nn's; those of norm_act apply `drop` and `act` after it.
 _TIMM_NORMS = {
     "timm.layers.norm_act.BatchNormAct2d": nn.BatchNorm2d,
     "timm.layers.norm_act.GroupNormAct": nn.GroupNorm,
@@ -50,18 +50,18 @@ _DROPOUTS = {F.dropout, torch.dropout}
 
 
 class NoChain(Exception):  # noqa: N818 - a finding rather than an error
-    """Why a norm does not begin a chain; `status` as in LeftAlone. `is_open`: the forward returns its output."""
+    """Why a norm does not begin a chain; `status` as in LeftAlone. `is_returned`: the forward returns its output."""
 
-    def __init__(self, reason: str, status: Status = "chain", is_open: bool = False) -> None:
+    def __init__(self, reason: str, status: Status = "chain", is_returned: bool = False) -> None:
         super().__init__(reason)
-        self.status, self.is_open = status, is_open
+        self.status, self.is_returned = status, is_returned
 
 
 def stock_norm(module: nn.Module) -> tuple[type[nn.Module], tuple[Activation, float] | None]:
-    """The class of torch.nn whose forward `module` computes; the activation and dropout that it applies itself, if any.
+    """The torch.nn class whose forward `module` computes; the activation and dropout that it applies itself, if any.
 
     Raises:
-        NoChain: there is none that can be fused.
+        NoChain: it cannot be fused.
     """
     kind: Any = type(module)
     name = class_name(module)
@@ -90,7 +90,7 @@ def stock_norm(module: nn.Module) -> tuple[type[nn.Module], tuple[Activation, fl
 
 
 def activation_of_module(module: nn.Module | None) -> Activation | None:
-    """The activation that a module computes, None where it is no known one."""
+    """The activation that a module computes; None if it is not a known one."""
     if module is None or "forward" in vars(module):
         return None
     try:
@@ -100,7 +100,7 @@ def activation_of_module(module: nn.Module | None) -> Activation | None:
 
 
 def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
-    """The activation that a node computes, None where it is no known one. An identity is none."""
+    """The activation that a node computes; None if it is not a known one or is the identity."""
     if node.op == "call_module":
         activation = activation_of_module(modules[str(node.target)])
         return None if activation is not None and activation.name == "identity" else activation
@@ -108,7 +108,7 @@ def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | 
 
 
 def dropout_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, Any] | None:
-    """The probability and the argument `training` of a dropout, which is None for a module; None for another node."""
+    """The probability and the argument `training` (None for a module) of a dropout; None for another node."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         return (float(module.p), None) if type(module) is nn.Dropout and "forward" not in vars(module) else None
@@ -116,7 +116,7 @@ def dropout_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, Any
         return None
     p, training = _dropout_arguments(*node.args, **node.kwargs)
     if isinstance(p, fx.Node):
-        raise NoChain("the probability of the dropout behind it is computed")
+        raise NoChain("the probability of the dropout after it is not a constant")
     return float(p), training
 
 
@@ -126,7 +126,7 @@ def _dropout_arguments(
     return p, training if train is None else train
 
 
-def passes_on(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_no_op(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the node returns its input unchanged."""
     if node.op == "call_module":
         module = modules[str(node.target)]

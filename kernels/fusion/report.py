@@ -11,9 +11,9 @@ Status = Literal["chain", "no activation", "already fused", "unknown"]
 
 @dataclass(frozen=True)
 class FusedChain:
-    """A chain that became one operation: the path and class of its norm, and what else is part of it.
+    """A chain that was fused: the path and class of its norm, and its other parts.
 
-    `rewritten` is the path of the module whose forward was rewritten for it, "" for the model, None where none was.
+    `rewritten` is the path of the module whose forward was rewritten for it: "" for the model, None if there is none.
     """
 
     norm: str
@@ -26,7 +26,7 @@ class FusedChain:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A norm that stays as it is: its path, class, and why; and whether an activation follows it, as far as known."""
+    """A norm that was left alone: its path, class and the reason; `status` says whether an activation follows it."""
 
     norm: str
     kind: str
@@ -36,14 +36,14 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What fuse did: every norm of the model is in one of the two tuples, in the order of the model."""
+    """What fuse did: each norm of the model is in one of the two tuples, in the order of the model."""
 
     fused: tuple[FusedChain, ...]
     left: tuple[LeftAlone, ...]
 
     @property
     def chains(self) -> int:
-        """The number of norms with an activation behind them that were not fused before."""
+        """The number of norms that are followed by an activation and were not fused before."""
         return len(self.fused) + sum(norm.status == "chain" for norm in self.left)
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class FusionReport:
         groups: dict[str, list[str]] = {}
         for chain in self.fused:
             parts = [chain.kind, *([f"dropout {chain.dropout_p}"] * (chain.dropout_p > 0)), *(["sum"] * chain.residual)]
-            where = "" if chain.rewritten is None else ", in a forward that was rewritten"
+            where = "" if chain.rewritten is None else ", in a rewritten forward"
             groups.setdefault(f"{' + '.join([*parts, chain.activation])}{where}", []).append(chain.norm)
         for norm in self.left:
             groups.setdefault(f"{norm.kind} left alone: {norm.reason}", []).append(norm.norm)
@@ -72,7 +72,7 @@ class FusionReport:
 
 
 def class_name(module: nn.Module) -> str:
-    """The class with its module, as short as torch.nn is imported: torch.nn.BatchNorm2d, timm.layers.norm.LayerNorm."""
+    """The class name with its module, torch.nn where possible: torch.nn.BatchNorm2d, timm.layers.norm.LayerNorm."""
     kind = type(module)
     is_of_torch = getattr(nn, kind.__name__, None) is kind
     return f"torch.nn.{kind.__name__}" if is_of_torch else f"{kind.__module__}.{kind.__qualname__}"
@@ -81,6 +81,6 @@ def class_name(module: nn.Module) -> str:
 if TYPE_CHECKING:
 
     class FusedModel(nn.Module, Any):
-        """To type checkers: of the class of the model that was fused, with the report."""
+        """For type checkers: a model of the class that was fused, with the report."""
 
         fusion_report: FusionReport

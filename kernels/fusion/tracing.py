@@ -1,4 +1,4 @@
-"""Traces the forward of each module of a model by torch.fx, and tells whether the trace can stand for the forward."""
+"""Traces the forward of each module of a model with torch.fx, and checks whether the trace can replace the forward."""
 
 import gc
 import inspect
@@ -23,22 +23,22 @@ from .report import class_name
 
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_ASKS = "it, or a function that it calls, asks for the type of a value"
+_CHECKS_TYPE = "it, or a function that it calls, checks the type of a value"
 CALLS_DIFFER = "it is called with different arguments"
 _TENSOR_LAYERS = (*NORMS, nn.modules.conv._ConvNd, nn.Linear, nn.modules.dropout._DropoutNd)
-_CHANGED = object()  # replaces what a call put into an argument of its caller: a trace that uses it fails
-_TRACING = RLock()  # a trace by torch.fx patches classes, and so does _refusing_functions
+_UNKNOWN = object()  # replaces what a callee put into an argument of its caller: a trace that uses it fails
+_TRACING = RLock()  # torch.fx patches classes while it traces, and so does _rejecting_functions
 
 
 class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
-    """A forward that cannot be traced."""
+    """Raised for a forward that cannot be traced."""
 
 
 @dataclass(frozen=True)
 class Call:
     """How a forward was called in a trace: the structure of its arguments by name, and their leaves.
 
-    Of a leaf that is a tensor only the class is kept. `only_tensors` is the number of arguments where each of them is
+    A leaf that is a tensor is stored as the class Tensor. `only_tensors` is the number of arguments if each of them is
     one tensor, else -1.
     """
 
@@ -56,24 +56,24 @@ class Call:
         return cls(signature, structure, kinds, len(kinds) if is_plain else -1)
 
     def is_like(self, other: "Call") -> bool:
-        """Whether the calls differ in nothing but the tensors."""
+        """Whether the calls differ only in their tensors."""
         return bool(self.structure == other.structure and self.leaves == other.leaves)
 
     def arguments(self, node: fx.Node) -> list[Any]:
-        """The tensors that the node of such a call passes."""
+        """The tensors that a node passes in such a call."""
         leaves = pytree.tree_leaves(_by_name(self.signature, node.args, node.kwargs))
         return [argument for argument, leaf in zip(leaves, self.leaves, strict=True) if leaf is Tensor]
 
     @classmethod
     def with_tensors(cls, module: nn.Module) -> "Call":
-        """With a tensor for each argument that has no default."""
+        """A call with a tensor for each argument that has no default."""
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         required = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
         return cls.of(module, (), dict.fromkeys(required, torch.empty(0)))
 
     def tensors(self, args: Any, kwargs: Any) -> Any:
-        """The tensors of another call that is the same but for them; None of one that is not."""
+        """The tensors of another call if it differs only in them, else None."""
         if len(args) == self.only_tensors and not kwargs and all(map(_is_tensor, args)):
             return args
         try:
@@ -82,15 +82,15 @@ class Call:
             return None
         if structure != self.structure or not all(map(_is_same, self.leaves, leaves)):
             return None
-        return [leaf for leaf, mine in zip(leaves, self.leaves, strict=True) if mine is Tensor]
+        return [leaf for leaf, expected in zip(leaves, self.leaves, strict=True) if expected is Tensor]
 
     def changed(self, args: Any, kwargs: Any, structure: Any) -> list[Any]:
-        """The arguments of such a call that are in the structure of the changed ones."""
+        """The arguments of such a call that the forward changes; `structure` is that of a trace's `changed`."""
         return [_by_name(self.signature, args, kwargs)[name] for name in structure.context]
 
     @property
     def problem(self) -> str | None:
-        """Why it cannot be told whether another call is the same, None where it can."""
+        """Why this call cannot be compared with another one; None if it can."""
         for name, value in pytree.tree_unflatten(self.leaves, self.structure).items():
             if not all(leaf is Tensor or type(leaf) in _CONSTANTS for leaf in pytree.tree_leaves(value)):
                 return f"its argument {name} is neither a tensor nor a number, string or None"
@@ -116,13 +116,13 @@ class Trace:
     """What a forward computes when it is called like `call`; each module that it calls is one node.
 
     Attributes:
-        graph: from the call's tensors to the tuple of the leaves of the result, and then of what was changed.
-        structure: of the result.
-        changed: the structure of the arguments that the forward changes, by name: lists of leaves.
-        branches: the training flags that the forward branches on.
-        problem: why the graph cannot stand for the forward; None where it can.
+        graph: from the call's tensors to a tuple of the leaves of the result and then those of the changed arguments.
+        structure: structure of the result.
+        changed: structure of the arguments that the forward changes, by name: lists of leaves.
+        branches: training flags that the forward branches on.
+        problem: why the graph cannot replace the forward; None if it can.
         is_tensor: whether the result is certainly a tensor.
-        ends_open: whether the forward returns the output of a norm, which may be part of a chain of its caller.
+        returns_norm: whether the forward returns the output of a norm, which may be part of a chain of its caller.
     """
 
     module: nn.Module
@@ -133,15 +133,15 @@ class Trace:
     branches: set[str]
     problem: str | None
     is_tensor: bool
-    ends_open: bool = False
+    returns_norm: bool = False
 
     @property
     def is_single(self) -> bool:
-        """Whether the forward gives one tensor, rather than a structure."""
+        """Whether the forward returns one value, rather than a structure, and changes no argument."""
         return bool(self.structure.is_leaf() and not self.changed.context)
 
     def result(self, proxy: fx.Proxy) -> Any:
-        """What the call recorded as `proxy` returns, with its leaves read from there."""
+        """The result of the call recorded as `proxy`, with leaves that are read from the proxy."""
         leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]
         values = pytree.tree_unflatten(leaves[: self.structure.num_leaves], self.structure)
         return pytree.tree_map_with_path(
@@ -156,29 +156,29 @@ def _read(value: Any, path: Any) -> Any:
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is: torch.fx takes it for `x = x + y`, which leaves other names of x unchanged."""
+    """Records `x += y` as in-place: torch.fx records `x = x + y`, which leaves aliases of x unchanged."""
 
     tracer: "_Tracer"
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """What isinstance asks for where a class is not that of this: a tensor would answer otherwise."""
-        self.tracer.note(_ASKS)
+        """isinstance reads this if the type does not match; a tensor would give another answer."""
+        self.tracer.note(_CHECKS_TYPE)
         return _Proxy
 
     def __getattr__(self, name: str) -> Any:
-        if not hasattr(Tensor, name):  # the answer that a tensor gives to hasattr
+        if not hasattr(Tensor, name):  # so that hasattr answers as for a tensor
             raise AttributeError(f"tensors have no attribute {name}")
-        if not callable(getattr(Tensor, name)):  # such as shape: a value like others, not a method to be called
+        if not callable(getattr(Tensor, name)):  # such as shape: a value, not a method
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
     def __repr__(self) -> str:
-        raise Untraceable("it makes text of a value, which a trace would do once")
+        raise Untraceable("it converts a value to a string, which a trace would do only once")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):  # such as data: no trace would show it
-            raise Untraceable("it changes an attribute of a value")
+        if name not in ("tracer", "node"):  # such as data: a trace would not record it
+            raise Untraceable("it sets an attribute of a value")
         super().__setattr__(name, value)
 
 
@@ -191,11 +191,11 @@ for _function in IN_PLACE_OPERATORS:
 
 
 class Traces(dict[nn.Module, Trace]):
-    """The traces of a model's forwards, those of callees before those of callers.
+    """The traces of a model's forwards, callees before callers.
 
-    Each forward is traced as it is called by the others, with the results of the modules that it calls itself; the
-    parts of a module that cannot be traced as if they got tensors. Where a forward branches on a training flag, it goes
-    the way of `mode`. The modules are copies, of those at `paths`; `roots` were traced as if they got tensors.
+    Each forward is traced with the arguments that its caller passes. The `roots` are traced with tensors as arguments:
+    the model, and the children of modules that cannot be traced. A forward that branches on a training flag takes the
+    branch of `mode`. The modules are copies of those at `paths`.
     """
 
     def __init__(self, model: nn.Module, mode: bool) -> None:
@@ -204,7 +204,7 @@ class Traces(dict[nn.Module, Trace]):
         self.paths = {module: path for path, module in copied.named_modules()}
         self.untraceable: dict[nn.Module, str] = {}
         self.roots: list[nn.Module] = []
-        with _TRACING, _refusing_functions():
+        with _TRACING, _rejecting_functions():
             pending = [copied]
             while pending:
                 module = pending.pop(0)
@@ -218,7 +218,7 @@ class Traces(dict[nn.Module, Trace]):
                     pending += [child for each in opaque for child in each.children()]
 
     def trace(self, module: nn.Module, args: Any = None, kwargs: Any = None) -> Trace | None:
-        """The trace of a call, by default with tensors; None of one that cannot be traced."""
+        """The trace of a call, by default with tensors; None if it cannot be traced."""
         if _is_leaf(module) or module in self.untraceable or (args is None and module in self):
             return self.get(module)
         known = self.get(module)
@@ -242,7 +242,7 @@ class Traces(dict[nn.Module, Trace]):
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether nothing inside the module can be fused, or all that can be is."""
+    """Whether there is nothing inside the module to fuse, or everything is fused already."""
     is_of_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
     is_container = isinstance(module, nn.Sequential) or type(module).forward is nn.Module.forward
     has_branches = "traced_forward" in vars(module) and bool(vars(module)["traced_forward"].branches)
@@ -250,7 +250,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Traces one forward. Raises where a trace would be wrong, and notes where it cannot stand for the forward."""
+    """Traces one forward. Raises if a trace would be wrong, and notes why it cannot replace the forward."""
 
     proxy_buffer_attributes = True
 
@@ -266,23 +266,23 @@ class _Tracer(fx.Tracer):
 
     def record(self, module: nn.Module, call: Call) -> Trace:
         if "forward" in vars(module):
-            raise Untraceable("it is replaced on the instance")
-        before = _held_by(module)
+            raise Untraceable("it is overridden on the instance")
+        before = _referenced_by(module)
         if any(issubclass(type(value), _GENERATORS) for value in before):
-            raise Untraceable("it has a generator of random numbers")
+            raise Untraceable("it holds a generator of random numbers")
         self.note(call.problem)
         if type(module).__reduce__ is not object.__reduce__:  # such as a GraphModule
             self.note(
-                "it is a GraphModule: fuse the model that it was made of"
+                "it is a GraphModule: fuse the model that it was created from"
                 if isinstance(module, fx.GraphModule)
-                else f"{class_name(module)} copies itself in its own way"
+                else f"{class_name(module)} overrides __reduce__"
             )
         code = getattr(type(module).forward, "__code__", None)
         if code is not None and "type" in code.co_names:
-            self.note(_ASKS)
-        with _without_random_numbers(), _answering_isinstance(getattr(type(module).forward, "__globals__", {})):
+            self.note(_CHECKS_TYPE)
+        with _rejecting_random_numbers(), _patched_isinstance(getattr(type(module).forward, "__globals__", {})):
             graph = self.trace(module, call)  # type: ignore[arg-type]
-        after = _held_by(module)
+        after = _referenced_by(module)
         if len(after) != len(before) or not all(map(operator.is_, after, before)):
             self.note("it changes attributes")
         if len({node.meta["context"] for node in graph.nodes}) > 1:
@@ -291,11 +291,11 @@ class _Tracer(fx.Tracer):
             stored = {proxy.node for reference in self.proxies if (proxy := reference()) is not None}
             if not any(node.op.startswith("call") for node in stored):
                 break
-            gc.collect()  # of proxies that only refer to each other
+            gc.collect()  # frees proxies that only refer to each other
         for node in stored:
             node.meta["stored"] = True
         if any(node.op.startswith("call") for node in stored):
-            self.note("it keeps a value")
+            self.note("it stores a value")
         for node in reversed(graph.nodes):
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
@@ -324,9 +324,11 @@ class _Tracer(fx.Tracer):
             bound.arguments.update(pytree.tree_unflatten(leaves, call.structure))
             given = pytree.tree_unflatten(leaves, call.structure)
             result, self.structure = pytree.tree_flatten(root_fn(*bound.args, **bound.kwargs))
-            changed = {name: bound.arguments[name] for name, value in given.items() if not _has(bound, name, value)}
+            changed = {
+                name: bound.arguments[name] for name, value in given.items() if not _unchanged(bound, name, value)
+            }
             if any(not isinstance(v, list) or len(pytree.tree_leaves(v)) != len(v) for v in changed.values()):
-                self.note("it changes what an argument holds")
+                self.note("it modifies the contents of an argument")
             changes, self.changed = pytree.tree_flatten(changed)
             return (*result, *changes)
 
@@ -338,13 +340,13 @@ class _Tracer(fx.Tracer):
         if trace is None:
             return proxy
         for value in trace.call.changed(args, kwargs, trace.changed):
-            value[:] = [_CHANGED] * len(value)
+            value[:] = [_UNKNOWN] * len(value)
         return trace.result(proxy)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         value = super().getattr(attr, attr_val, parameter_proxy_cache)
         if attr == "training" and type(value) is not _Proxy:
-            raise Untraceable("it reads the mode of a module that is not its own")
+            raise Untraceable("it reads the training flag of a module that it does not contain")
         return value
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -357,7 +359,7 @@ class _Tracer(fx.Tracer):
         if type(a) is not _Proxy:
             return super().create_arg(a)
         if a.tracer is not self:
-            raise Untraceable("it uses a value of another forward")
+            raise Untraceable("it uses a value from another forward")
         return a.node
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -371,30 +373,30 @@ class _Tracer(fx.Tracer):
         return proxy
 
     def get_fresh_qualname(self, prefix: str) -> str:
-        self.note("it makes a tensor that does not depend on its inputs")
+        self.note("it creates a tensor that does not depend on its inputs")
         return super().get_fresh_qualname(prefix)
 
 
-def _has(bound: inspect.BoundArguments, name: str, value: Any) -> bool:
-    """Whether an argument still holds what it did."""
+def _unchanged(bound: inspect.BoundArguments, name: str, value: Any) -> bool:
+    """Whether an argument still contains the same objects."""
     before, after = pytree.tree_leaves(value), pytree.tree_leaves(bound.arguments[name])
     return len(before) == len(after) and all(map(operator.is_, before, after))
 
 
-def _held_by(module: nn.Module) -> list[Any]:
-    """What a module refers to beside other modules, to any depth."""
-    held: list[Any] = [vars(module)]
+def _referenced_by(module: nn.Module) -> list[Any]:
+    """All objects that a module refers to, to any depth, except other modules."""
+    referenced: list[Any] = [vars(module)]
     seen: set[int] = set()
     skipped = (fx.Proxy, Tensor, nn.Module, fx.Graph, type, ModuleType, FunctionType)
-    for value in held:  # which grows meanwhile
+    for value in referenced:  # the list grows in the loop
         if id(value) not in seen and not issubclass(type(value), skipped):
             seen.add(id(value))
-            held += gc.get_referents(value)
-    return held
+            referenced += gc.get_referents(value)
+    return referenced
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:
-    """isinstance for a forward that is traced: a value that is certainly a tensor is one."""
+    """isinstance for a traced forward: a value that is certainly a tensor counts as one."""
     if type(value) is _Proxy and value.tracer.gives_tensor(value.node):
         each = kinds if isinstance(kinds, tuple) else get_args(kinds) or (kinds,)
         if all(isinstance(kind, type) and (kind is Tensor or not issubclass(kind, Tensor)) for kind in each):
@@ -403,8 +405,8 @@ def _isinstance(value: Any, kinds: Any) -> bool:
 
 
 @contextmanager
-def _answering_isinstance(names: dict[str, Any]) -> Iterator[None]:
-    """Puts _isinstance among the global names of a forward, as torch.fx does with the functions that it wraps."""
+def _patched_isinstance(names: dict[str, Any]) -> Iterator[None]:
+    """Puts _isinstance in the global names of a forward, as torch.fx does with wrapped functions."""
     before = names.get("isinstance", isinstance)
     names["isinstance"] = _isinstance
     try:
@@ -416,14 +418,14 @@ def _answering_isinstance(names: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _refusing_functions() -> Iterator[None]:
-    """Refuses autograd Functions, whose gradients torch.fx does not see."""
+def _rejecting_functions() -> Iterator[None]:
+    """Rejects autograd Functions, whose gradients torch.fx does not record."""
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+    def reject(*args: Any, **kwargs: Any) -> Any:
         raise Untraceable("it applies an autograd Function or a checkpoint")
 
     function: Any = torch.autograd.Function
-    apply, function.apply = vars(function)["apply"], refuse
+    apply, function.apply = vars(function)["apply"], reject
     try:
         yield
     finally:
@@ -431,15 +433,15 @@ def _refusing_functions() -> Iterator[None]:
 
 
 @contextmanager
-def _without_random_numbers() -> Iterator[None]:
-    """Refuses random numbers that a trace would freeze, and restores the generators."""
+def _rejecting_random_numbers() -> Iterator[None]:
+    """Rejects random numbers, which would be constants in a trace, and restores the generators."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield
         after = np.random.get_state()  # noqa: NPY002
         same_numpy = all(np.array_equal(a, b) for a, b in zip(after, before[2], strict=True))
         if not (torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1] and same_numpy):
-            raise Untraceable("it draws random numbers of its own")
+            raise Untraceable("it draws random numbers while it is traced")
     finally:
         torch.set_rng_state(before[0])
         random.setstate(before[1])
@@ -447,7 +449,7 @@ def _without_random_numbers() -> Iterator[None]:
 
 
 def _context() -> tuple[Any, ...]:
-    """What a `with` statement can change and a graph does not record."""
+    """State that a `with` statement can change and a graph does not record."""
     devices = ("cpu", "cuda")
     return (
         torch.is_grad_enabled(),
@@ -459,5 +461,5 @@ def _context() -> tuple[Any, ...]:
 
 
 def first_line(error: Exception) -> str:
-    """What to say of an error in a report."""
+    """The first line of an error's message, or the name of its class."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,7 +1,7 @@
-"""Statistics and gradients on a CPU where torch's own kernels are slow; computed in float32 or a wider input's dtype.
+"""Statistics and gradients on a CPU where torch's kernels are slow; computed in float32, or float64 if the input is.
 
-Batch norm of a dense tensor works on its columns, (N, C * ...): sums over the samples are matrix products, and the
-values of a channel are repeated along a row. Layer norm of short rows avoids every cost per row.
+Batch norm views a dense tensor as a matrix (N, C * ...): matrix products sum over the samples, and the values of a
+channel are repeated along a row. Layer norm of short rows avoids torch's overhead per row.
 """
 
 import math
@@ -14,43 +14,40 @@ from torch import Tensor
 _aten = torch.ops.aten
 _native_backward = _aten.native_layer_norm_backward.default
 
-# The fewest elements for which batch statistics of contiguous tensors are computed here, with several threads and with
-# one: by planes of at least LARGE_PLANE elements, otherwise, on one thread, by columns. Up to 3 times as fast as torch.
+# Minimum number of elements to compute batch statistics of contiguous tensors here, on several threads and on one: by
+# planes of at least LARGE_PLANE elements or, on one thread, by columns. Up to 3 times as fast as torch.
 BATCH_STATISTICS_ELEMENTS = 2**21
 ONE_THREAD_ELEMENTS = 2**18
 LARGE_PLANE = 256
 # The same for channels last, where torch's batch norm is even slower.
 CHANNELS_LAST_ELEMENTS = 2**14
-# But not with this many channels or more, or whole cache lines of them: there the threads of torch's batch norm do not
-# share cache lines.
+# Leave this many channels or more, or whole cache lines of them, to torch: its threads share no cache lines then.
 MANY_CHANNELS = 24
-# Columns are summed one sample after the other: rounding errors grow with the number of samples.
+# Maximum number of samples to sum by columns: the sums are sequential, and rounding errors grow with the samples.
 MANY_SAMPLES = 2**12
 
-# Short rows are handled here where there are enough of them to make up for the overhead of an autograd.Function.
 # torch's layer norm is slow for rows that do not fill a vector register; its forward on one thread also for rows that
-# do not fill two.
+# do not fill two. Handle them here if there are enough to make up for the overhead of an autograd.Function.
 VECTOR = 8
 SHORT_ROW = 2 * VECTOR - 1
 SHORT_ROWS_ELEMENTS = 2**14
-# For rows up to this length, the threads of torch's backward spend most of their time on cache lines that two of them
-# share to sum the parameters' gradients. Our own sums avoid that; for longer rows, and more of them, it helps to ask
-# for one gradient at a time.
+# For rows up to this length, the threads of torch's backward contend for cache lines when they sum the parameters'
+# gradients. Our own sums avoid that; for longer and more rows, it helps to compute one gradient at a time.
 CONTENDED_ROW = 32
 MANY_ROWS = 2**12
 LONG_CONTENDED_ROW = 128
 MANY_LONG_ROWS = 2**14
-# The elements of a row that is long enough for torch's backward to be fast.
+# Row length from which torch's backward is fast.
 WIDE_ROW = 2**10
 CACHE_LINE = 64
 # The largest mean, in standard deviations, for which E[x^2] - E[x]^2 is exact enough: it loses log2(1 + 4^2) = 4 bits.
 MAX_SAFE_MEAN_TO_STD = 4.0
 # The same for x * rstd - mean * rstd, as torch's batch norm computes it: its error is 2^-24 of that product.
 MAX_SAFE_PRODUCT = 2.0**16
-# The range of weights by which the output can be divided to recover the normalized value without overflow.
+# Range of weights for which output / weight recovers the normalized value without overflow.
 DIVISIBLE = (2.0**-60, 2.0**60)
-# Elements processed at a time, so that the temporaries stay in the outermost cache.
-PART = 2**20
+# Elements processed at a time, so that the temporaries stay in the last-level cache.
+CHUNK = 2**20
 
 
 class _Columns(NamedTuple):
@@ -67,7 +64,7 @@ class _Columns(NamedTuple):
         return cls(dense.reshape(input.shape[0], -1), input.shape[1], channels_last)
 
     def repeat(self, *per_channel: Tensor) -> tuple[Tensor, ...]:
-        """Vectors of one value per channel to vectors of one per column."""
+        """Expands vectors of one value per channel to one value per column."""
         count = self.values.shape[1] // self.channels
         values = torch.stack(per_channel)
         repeated = (
@@ -76,7 +73,7 @@ class _Columns(NamedTuple):
         return repeated.reshape(len(values), -1).unbind()
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of each channel of a matrix of this one's shape."""
+        """The mean of each channel of a matrix of the same shape."""
         means = torch.mv(values.t(), values.new_full((len(values),), 1 / len(values)))
         return means.view(-1, self.channels).mean(0) if self.channels_last else means.view(self.channels, -1).mean(1)
 
@@ -88,7 +85,7 @@ def _has_exact_products(dtype: torch.dtype) -> bool:
 
 
 def has_columns(input: Tensor) -> bool:
-    """Whether `scale_and_shift` and `batch_norm_backward` take `input`."""
+    """Whether `scale_and_shift` and `batch_norm_backward` support `input`."""
     return (
         not input.is_contiguous()
         and input.is_cpu
@@ -103,7 +100,7 @@ def has_columns(input: Tensor) -> bool:
 
 
 def has_batch_statistics(input: Tensor) -> bool:
-    """Whether `batch_statistics` takes `input`."""
+    """Whether `batch_statistics` supports `input`."""
     if not input.is_contiguous():
         return has_columns(input)
     if input.numel() < ONE_THREAD_ELEMENTS or not input.is_cpu:
@@ -125,14 +122,14 @@ def _has_large_planes(input: Tensor) -> bool:
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, biased and unbiased variance of each channel, centred, in two passes, and a scratch tensor to reuse."""
+    """Mean, biased and unbiased variance of each channel, in two passes, and a scratch tensor to reuse."""
     samples, channels = input.shape[:2]
     count = input.numel() // channels
     if _has_large_planes(input):
         half = input.dtype in (torch.float16, torch.bfloat16)
         ones = input.new_ones(channels, dtype=torch.float32) if half else None
-        # Group norm computes mean and rstd of each plane in one vectorized pass. This eps does not change a variance
-        # but keeps the rstd of a constant plane finite. Equal counts merge as in Chan, Golub & LeVeque (1979).
+        # Group norm computes mean and rstd of each plane in one vectorized pass. The eps only keeps the rstd of
+        # a constant plane finite. Equal counts merge as in Chan, Golub & LeVeque (1979).
         plane = input.shape[2:].numel()
         scratch, means, rstds = torch.native_group_norm(input, ones, None, samples, channels, plane, channels, 1e-30)
         mean = means.mean(0)
@@ -141,12 +138,12 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         columns = _Columns.of(input)
         mean = columns.mean(columns.values)
         centred = columns.values - columns.repeat(mean)[0]
-        # The rounding error of the mean; it matters where the deviation is small next to the mean.
+        # The rounding error of the mean; it matters if the deviations are small compared to the mean.
         remainder = columns.mean(centred)
         var = columns.mean(centred.square_())
         mean, var = mean + remainder, var.sub_(remainder.square()).clamp_(min=0)
         scratch = centred.as_strided(input.shape, input.stride())
-    if not mean.isfinite().all():  # sums overflow before values do
+    if not mean.isfinite().all():  # the sum may overflow although the mean does not
         mean = input.transpose(0, 1).flatten(1).mean(1, dtype=torch.float64).to(mean.dtype)
     # The square of a finite deviation may overflow: then rstd is 0, as in torch.
     var.masked_fill_(var.isnan() & mean.isfinite(), math.inf)
@@ -183,16 +180,16 @@ def batch_norm_backward(
 
 
 def sums_sequentially(input: Tensor) -> bool:
-    """Whether the channels lie side by side: torch then sums each channel element by element, in float32."""
+    """Whether the channels are adjacent in memory: torch then sums each one sequentially, in float32."""
     if input.is_contiguous():
-        side_by_side = input.numel() == input.shape[0] * input.shape[1]
+        adjacent = input.numel() == input.shape[0] * input.shape[1]
     else:
-        side_by_side = input.dim() in (4, 5) and input.movedim(1, -1).is_contiguous()
-    return side_by_side and input.is_cpu and input.dtype != torch.float64
+        adjacent = input.dim() in (4, 5) and input.movedim(1, -1).is_contiguous()
+    return adjacent and input.is_cpu and input.dtype != torch.float64
 
 
 def cancels(mean: Tensor, rstd: Tensor, limit: float = MAX_SAFE_MEAN_TO_STD) -> bool:
-    """Whether a mean is so large that float32 loses the deviation from it.
+    """Whether a mean is so large that the deviation from it is lost in float32.
 
     The default limit is for E[x^2] - E[x]^2, as torch's group norm computes it on a CPU for channels last, and for the
     sums of `sums_sequentially`; MAX_SAFE_PRODUCT is for x * rstd - mean * rstd.
@@ -201,7 +198,7 @@ def cancels(mean: Tensor, rstd: Tensor, limit: float = MAX_SAFE_MEAN_TO_STD) -> 
 
 
 def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
-    """Whether `short_rows_forward` takes `input`."""
+    """Whether `short_rows_forward` supports `input`."""
     longest = SHORT_ROW if torch.get_num_threads() == 1 else VECTOR - 1
     return _has_rows(input, normalized_shape, longest, SHORT_ROWS_ELEMENTS)
 
@@ -209,7 +206,7 @@ def has_short_rows(input: Tensor, normalized_shape: tuple[int, ...]) -> bool:
 def has_own_layer_norm(
     input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
 ) -> bool:
-    """Whether layer norm is computed here rather than by one call of torch's kernel in each direction."""
+    """Whether layer norm is computed here rather than by one call each of torch's forward and backward."""
     needs = [parameter is not None and parameter.requires_grad for parameter in (weight, bias)]
     return has_short_rows(input, normalized_shape) or _sums(input, normalized_shape, *needs) != "torch"
 
@@ -221,7 +218,7 @@ def _sums(
     if not (needs_weight or needs_bias):
         return "torch"
     if input.is_cpu and input.dtype in (torch.float16, torch.bfloat16):
-        # Torch adds them up in half precision.
+        # torch sums them in half precision.
         return "own"
     if torch.get_num_threads() > 1 and input.shape[-1] * input.element_size() % CACHE_LINE != 0:
         length = input.shape[-1]
@@ -247,7 +244,7 @@ def _has_rows(input: Tensor, normalized_shape: tuple[int, ...], longest: int, fe
 def short_rows_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm as the batch norm of one sample with a channel for each row, whose kernel is faster."""
+    """Layer norm as batch norm of one sample with a channel for each row, which is faster in torch."""
     length = input.shape[-1]
     rows = input.numel() // length
     output, mean, rstd = torch.native_batch_norm(input.view(1, rows, length), None, None, None, None, True, 0.0, eps)
@@ -257,12 +254,12 @@ def short_rows_forward(
 
 
 def scale_rows_(matrix: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """matrix * weight + bias in place, for parameters of one row."""
+    """Computes matrix * weight + bias in place; weight and bias have the elements of a row."""
     rows, length = matrix.shape
-    several = math.gcd(rows, 64)  # an inner loop over a single short row would be slow
-    values = matrix.view(-1, several * length)
+    repeats = math.gcd(rows, 64)  # an inner loop over a single short row would be slow
+    values = matrix.view(-1, repeats * length)
     weight, bias = (
-        None if parameter is None else parameter.reshape(-1).repeat(several) for parameter in (weight, bias)
+        None if parameter is None else parameter.reshape(-1).repeat(repeats) for parameter in (weight, bias)
     )
     if weight is not None and bias is not None:
         torch.addcmul(bias, values, weight, out=values)
@@ -284,9 +281,9 @@ def layer_norm_backward(
     rstd: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias, computed in the way that is exact and fastest; on other devices, by torch.
+    """Gradients of input, weight and bias, by the fastest exact method; on devices other than a CPU, by torch.
 
-    `output` is xhat * weight + bias wherever `grad` is not 0, if there is such a tensor.
+    `output`, if given, is xhat * weight + bias wherever `grad` is not 0.
     """
     if _has_rows(input, normalized_shape, VECTOR - 1, SHORT_ROWS_ELEMENTS) and _has_exact_products(input.dtype):
         return _short_rows_backward(grad, input, weight, mean, rstd, needs)
@@ -306,7 +303,7 @@ def layer_norm_backward(
 def _short_rows_backward(
     grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The backward of `short_rows_forward`, its sums by matrix products."""
+    """The backward of `short_rows_forward`; matrix products compute the sums."""
     length = input.shape[-1]
     grad = grad.reshape(-1, length)
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
@@ -314,9 +311,9 @@ def _short_rows_backward(
     xhat = (input.view(-1, length) - mean).mul_(rstd)
     grad_times_xhat = grad * xhat
     if needs[1] or needs[2]:
-        every_row = grad.new_ones(grad.shape[0])
-        grad_weight = torch.mv(grad_times_xhat.t(), every_row) if needs[1] else None
-        grad_bias = torch.mv(grad.t(), every_row) if needs[2] else None
+        ones = grad.new_ones(grad.shape[0])
+        grad_weight = torch.mv(grad_times_xhat.t(), ones) if needs[1] else None
+        grad_bias = torch.mv(grad.t(), ones) if needs[2] else None
     if needs[0]:
         average = grad.new_full((length,), 1 / length) if weight is None else weight / length
         grad_input = grad.clone() if weight is None else grad * weight
@@ -327,9 +324,9 @@ def _short_rows_backward(
 
 
 def _output_sums(grad: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """The gradients of 1-D weight and bias from the output; None where that is not exact enough.
+    """The gradients of 1-D weight and bias from the output; None if that is not exact enough.
 
-    They need no statistics of the rows: sum(grad * xhat) = (sum(grad * output) - bias * sum(grad)) / weight.
+    No statistics are needed: sum(grad * xhat) = (sum(grad * output) - bias * sum(grad)) / weight.
     """
     if output.dtype != weight.dtype:  # half precision
         return None
@@ -355,11 +352,11 @@ def _row_sums(
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     grad_weight = mean.new_zeros(length) if needs[1] else None
     grad_bias = mean.new_zeros(length) if needs[2] else None
-    count = max(1, PART // length)
-    for part in (slice(first, first + count) for first in range(0, len(rows), count)):
-        grads = grad[part].to(mean.dtype)
+    count = max(1, CHUNK // length)
+    for chunk in (slice(first, first + count) for first in range(0, len(rows), count)):
+        grads = grad[chunk].to(mean.dtype)
         if grad_weight is not None:
-            grad_weight.add_(_column_sums((rows[part] - mean[part]).mul_(rstd[part]).mul_(grads))[0])
+            grad_weight.add_(_column_sums((rows[chunk] - mean[chunk]).mul_(rstd[chunk]).mul_(grads))[0])
         if grad_bias is not None:
             grad_bias.add_(_column_sums(grads)[0])
     sums = (None if each is None else each.view(normalized_shape) for each in (grad_weight, grad_bias))
@@ -367,26 +364,26 @@ def _row_sums(
 
 
 def _column_sums(values: Tensor, factors: Tensor | None = None) -> list[Tensor]:
-    """The sum of the rows of a float32 or float64 matrix and, with factors, the sum of its product with them.
+    """The column sums of a float32 or float64 matrix and, with factors, those of its product with them.
 
-    Short rows are summed by the backward of torch's layer norm, several times as fast as by Tensor.sum: as many at a
-    time as make a wide row of whole cache lines for each thread.
+    The backward of torch's layer norm sums short rows several times as fast as Tensor.sum. They are joined to wide rows
+    of whole cache lines for each thread.
     """
     rows, length = values.shape
     line = CACHE_LINE // values.element_size()
-    several = line * max(1, WIDE_ROW // (line * length))
-    if length > LONG_CONTENDED_ROW or rows < several:
+    joined = line * max(1, WIDE_ROW // (line * length))
+    if length > LONG_CONTENDED_ROW or rows < joined:
         return _plain_sums(values, factors)
-    rest = rows % several
+    rest = rows % joined
     matrices = (values, values if factors is None else factors)
-    wide, wide_factors = (each[: rows - rest].reshape(-1, several * length) for each in matrices)
-    zeros, weight = wide.new_zeros(len(wide), 1), wide.new_empty(several * length)  # the weight is not read
+    wide, wide_factors = (each[: rows - rest].reshape(-1, joined * length) for each in matrices)
+    zeros, weight = wide.new_zeros(len(wide), 1), wide.new_empty(joined * length)  # the weight is not read
     arguments = (wide, wide_factors, weight.shape, zeros, zeros + 1, weight, weight)
     _, products, sums = _native_backward(*arguments, [False, factors is not None, True])
-    totals = [each.view(several, length).sum(0) for each in (sums, products) if each is not None]
+    totals = [each.view(joined, length).sum(0) for each in (sums, products) if each is not None]
     if rest > 0:
-        of_rest = _plain_sums(values[-rest:], None if factors is None else factors[-rest:])
-        totals = [total.add_(each) for total, each in zip(totals, of_rest, strict=True)]
+        rest_sums = _plain_sums(values[-rest:], None if factors is None else factors[-rest:])
+        totals = [total.add_(each) for total, each in zip(totals, rest_sums, strict=True)]
     return totals
 
 

@@ -1,4 +1,4 @@
-"""The norms by elementary operations, which torch differentiates correctly any number of times, in both modes."""
+"""The norms as elementary operations, with correct derivatives of any order, in reverse and forward mode."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from ..norms import BatchNorm, GroupNorm, LayerNorm, Norm, statistics_dtype
 
 
 def has_single_values(norm: Norm, input: Tensor) -> bool:
-    """Whether each slab is one value, which is to normalize to 0: torch's kernels round x * rstd - mean * rstd."""
+    """Whether each slab has one value, which must normalize to 0: torch's kernels round x * rstd - mean * rstd."""
     return not isinstance(norm, BatchNorm) and norm.geometry(input.shape, False).slab_size == 1
 
 
 def normalize(norm: Norm, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm and affine with the statistics of the input; mean and biased variance of each slab come with them.
+    """The norm with its affine part, and the mean and biased variance of each slab.
 
-    torch's batch norm has no third derivatives, its layer norm wrong ones; in forward mode the second ones are wrong.
+    torch's batch norm has no third derivatives, and its layer norm wrong ones; in forward mode, the second are wrong.
 
     Raises:
-        NotImplementedError: the statistics are those of a process group.
+        NotImplementedError: the norm has a process group.
     """
     if isinstance(norm, BatchNorm) and norm.process_group is not None:
         raise NotImplementedError("second derivatives require a batch norm without a process_group")

@@ -1,4 +1,4 @@
-"""Dropout in PyTorch: the same seed drops the same elements, in forward and backward, so that no mask is kept."""
+"""Dropout in PyTorch: forward and backward draw the same mask from the seed, so that no mask is saved."""
 
 import math
 import threading
@@ -13,17 +13,17 @@ from ..contract import Seed
 _aten = torch.ops.aten
 
 # Up to this probability, draw the indices of the dropped elements; beyond it, a random byte for each element.
-SPARSE = 0.125
-# Elements processed at a time by either method: what is drawn stays small, and the bytes stay in the cache.
+MAX_SPARSE_P = 0.125
+# Elements processed at a time by either method, so that the draws stay small and the bytes in the cache.
 SPARSE_CHUNK = 2**22
 CHUNK = 2**18
 
 
 def drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float, seed: Seed) -> None:
-    """Zeroes each element with probability `dropout_p`. The seed decides which ones, in the order of memory.
+    """Zeroes each element with probability `dropout_p`, in place. The seed determines the mask, in memory order.
 
-    `memory_format` is that of the values. Forward and backward must pass the same one: torch's results for inputs with
-    gaps come in either.
+    `memory_format` is that of the values. Forward and backward must pass the same one: for inputs with gaps, torch's
+    results may have either.
     """
     flat = (values if memory_format == torch.contiguous_format else values.movedim(1, -1)).view(-1)
     if isinstance(seed, Tensor):
@@ -35,25 +35,25 @@ def drop_(values: Tensor, memory_format: torch.memory_format, dropout_p: float, 
         flat.masked_fill_(uniform < dropout_p, 0)
         return
     random = _seeded_random(seed)
-    if dropout_p <= SPARSE:
+    if dropout_p <= MAX_SPARSE_P:
         for part in flat.split(SPARSE_CHUNK):
             part.index_fill_(0, _successes(random, dropout_p, part.numel()), 0)
         return
-    # A byte for each element, whose lowest `count` values drop it, and a second draw for the rest of dropout_p: several
-    # times as fast as a Bernoulli draw for each element.
+    # Draw a byte for each element, drop those with the lowest `count` values, and draw again for the rest of dropout_p:
+    # several times as fast as a Bernoulli draw for each element.
     count = int(dropout_p * 256)
     second_chance = (dropout_p - count / 256) / (1 - count / 256) if count < 256 else 0.0
     for part in flat.split(CHUNK):
-        # Every number from -129 to 127 is exact in half precision too.
+        # Integers from -129 to 127 are exact in half precision, too.
         words = torch.from_numpy(_bytes(random, part.numel())).to(values.dtype)
         if second_chance > 0:
             words.index_fill_(0, _successes(random, second_chance, part.numel()), -129)
-        # Keeps the values whose word is above the threshold and zeroes the others, in one pass.
+        # Keep the values whose word is above the threshold and zero the others, in one pass.
         _aten.threshold_backward.grad_input(part, words, count - 129, grad_input=part)
 
 
 def _hashes(seed: Tensor, count: int) -> Tensor:
-    """`count` uniform numbers of 31 bits, from a seed on the device: no generator of torch takes one.
+    """`count` uniform 31-bit integers from a seed on the device, which torch's generators do not accept.
 
     Source: Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators", figure 17, with variant 13.
     """
@@ -64,22 +64,22 @@ def _hashes(seed: Tensor, count: int) -> Tensor:
 
 
 def _bytes(random: np.random.Generator, count: int) -> Any:
-    """`count` uniform int8."""
+    """`count` uniform int8 values."""
     return random.bit_generator.random_raw(-(-count // 8)).view(np.int8)[:count]
 
 
 def _successes(random: np.random.Generator, probability: float, trials: int) -> Tensor:
-    """The indices of the successes in independent trials, in any order, some more than once.
+    """The indices of the successes in independent trials, unsorted and with duplicates.
 
-    A Poisson number of uniform throws hits each cell independently, a Poisson number of times (Kingman 1993, "Poisson
-    Processes", 2.4): not at all with probability exp(-rate), which is 1 - probability.
+    A Poisson number of uniform draws hits each index independently, a Poisson number of times (Kingman 1993, "Poisson
+    Processes", 2.4): never with probability exp(-rate) = 1 - probability.
     """
     rate = -math.log1p(-probability)
     return torch.from_numpy(random.integers(trials, size=random.poisson(rate * trials)))
 
 
 class _Random(threading.local):
-    """A random number generator for each thread: making one takes much longer than seeding it."""
+    """A random number generator per thread: creating one takes much longer than seeding it."""
 
     def __init__(self) -> None:
         self.generator = np.random.Generator(np.random.SFC64(0))
@@ -89,7 +89,7 @@ _random = _Random()
 
 
 def _seeded_random(seed: int) -> np.random.Generator:
-    """This thread's generator, seeded as its author does it: the seed in all three words, a counter of 1, 12 rounds.
+    """This thread's generator, seeded as in the reference: the seed in all three words, a counter of 1, 12 rounds.
 
     Source: Doty-Humphrey, PractRand 0.94, RNGs/sfc.cpp.
     """

@@ -1,11 +1,11 @@
-"""How tensors lie in memory, as far as torch's kernels depend on it."""
+"""Memory formats and strides that torch's kernels depend on."""
 
 import torch
 from torch import Tensor
 
 
 def memory_format_of(input: Tensor) -> torch.memory_format:
-    """The format of the output: the input's where that is dense, contiguous otherwise."""
+    """The format of the output: that of a dense input, contiguous otherwise."""
     if not input.is_contiguous():
         for dim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
             if input.dim() == dim and input.is_contiguous(memory_format=memory_format):
@@ -14,7 +14,7 @@ def memory_format_of(input: Tensor) -> torch.memory_format:
 
 
 def with_standard_strides(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The tensor in this format, also in the strides of dimensions of length 1, which torch's batch norm depends on."""
+    """The tensor in this format, with standard strides in dimensions of length 1, which torch's batch norm uses."""
     tensor = tensor.contiguous(memory_format=memory_format)
     dims = range(tensor.dim())
     step = 1
@@ -26,7 +26,7 @@ def with_standard_strides(tensor: Tensor, memory_format: torch.memory_format) ->
 
 
 def as_rows(input: Tensor) -> Tensor:
-    """Each channel as one row of a single sample, which torch's batch norm computes correctly for any strides."""
+    """Reshapes (N, C, ...) to (1, C, N * ...), for which torch's batch norm is correct whatever the input's strides."""
     return input.transpose(0, 1).reshape(1, input.shape[1], -1)
 
 

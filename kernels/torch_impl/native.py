@@ -1,6 +1,6 @@
-"""The norms alone, forward and backward: torch's kernels, with workarounds for their bugs, or those of cpu.py.
+"""Forward and backward of the norms alone, by torch's kernels with workarounds for their bugs, or by cpu.py.
 
-Weight and bias are in the dtype of the statistics; dropout has scaled them already.
+Weight and bias have the dtype of the statistics, and include the scale of dropout.
 """
 
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ def forward(
 def with_statistics(
     norm: Norm, input: Tensor, weight: Parameter, bias: Parameter, mean: Tensor, rstd: Tensor
 ) -> Tensor:
-    """The normalized tensor again, from the statistics of `forward`."""
+    """Recomputes the normalized tensor from the statistics of `forward`."""
     if isinstance(norm, BatchNorm):
         return _scale_and_shift(input, weight, bias, mean, rstd)
     if not (input.is_contiguous() and input.dtype == mean.dtype):
         return forward(norm, input, weight, bias, NO_BUFFERS)[0]
-    # As a batch norm of one sample, with a channel for each slab or channel of a sample.
+    # Compute it as batch norm of one sample, with a channel for each slab or for each channel of each sample.
     mean, rstd = mean.reshape(-1), rstd.reshape(-1)
     if isinstance(norm, GroupNorm):
         samples, channels = input.shape[:2]
@@ -62,9 +62,9 @@ def backward(
     rstd: Tensor,
     needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
-    """Gradients of input, weight and bias; others than those needed may come with them.
+    """Gradients of input, weight and bias; may include some that are not needed.
 
-    `grad` has the memory format of the output. `output` is the normalized tensor wherever `grad` is not 0, if known.
+    `grad` has the memory format of the output. `output`, if given, is the normalized tensor wherever `grad` is not 0.
     """
     match norm:
         case BatchNorm():
@@ -80,9 +80,9 @@ def backward(
 
 
 def autograd_is_faster(norm: Norm, input: Tensor, weight: Parameter, bias: Parameter) -> bool:
-    """Whether the gradients that autograd takes of `forward` are right, and faster than `backward`.
+    """Whether autograd through `forward` is correct, and faster than `backward`.
 
-    All parameters and buffers are in the dtype of the statistics.
+    All parameters and buffers have the dtype of the statistics.
     """
     is_half = input.dtype != statistics_dtype(input)
     match norm:
@@ -90,14 +90,14 @@ def autograd_is_faster(norm: Norm, input: Tensor, weight: Parameter, bias: Param
             return (
                 norm.use_batch_stats
                 and norm.process_group is None
-                and 1 not in input.shape  # the strides of gradients have to be made standard
+                and 1 not in input.shape  # the gradients need `with_standard_strides`
                 and not cpu.has_batch_statistics(input)
-                # Autograd would pass a gradient of another layout, or of the rows that `_torch_batch_norm` makes, to a
-                # kernel that rounds its intermediate results to half precision.
+                # For a gradient in another layout, or of the rows that `_torch_batch_norm` makes, autograd calls a
+                # kernel that rounds intermediate results to half precision.
                 and not (is_half and (not input.is_contiguous() or cpu.sums_sequentially(input)))
             )
         case GroupNorm():
-            return not is_half  # torch's second derivatives lose a large mean in half precision
+            return not is_half  # torch's second derivatives are inexact for large means in half precision
         case LayerNorm(normalized_shape):
             return not cpu.has_own_layer_norm(input, normalized_shape, weight, bias)
 
@@ -119,8 +119,8 @@ def _batch_norm(
         mean, var, unbiased, scratch = cpu.batch_statistics(input)
         buffers.update_(mean, unbiased)
     else:
-        # Autograd also saves the running statistics, which it has no use for: aliases without a common version, as a
-        # later call may update them before this one's backward.
+        # Autograd saves the running statistics although it does not use them. Pass aliases with their own version
+        # counters, because a later call may update the statistics before this one's backward.
         running = [
             None if each is None else each.data.to(dtype) for each in (buffers.running_mean, buffers.running_var)
         ]
@@ -138,14 +138,14 @@ def _batch_norm(
 def _scale_and_shift(
     input: Tensor, weight: Parameter, bias: Parameter, mean: Tensor, rstd: Tensor, output: Tensor | None = None
 ) -> Tensor:
-    """Batch norm with given statistics; into `output`, if given, which has the format of the result."""
+    """Batch norm with given statistics; writes to `output`, if given, which has the format of the result."""
     if output is None:
         output = torch.empty_like(input, memory_format=memory_format_of(input))
     if cpu.has_columns(input):
         cpu.scale_and_shift(input, weight, bias, mean, rstd, output)
     elif input.numel() > 0:
         var = rstd.pow(-2)
-        # Two tensors: on a GPU torch writes mean and rstd there and reads them again.
+        # Two separate tensors: on a GPU, torch writes mean and rstd to them and reads them back.
         out = {"out": output, "save_mean": mean.new_empty(0), "save_invstd": mean.new_empty(0)}
         _aten.native_batch_norm.out(input, weight, bias, mean, var, False, 0.0, 0.0, **out)
     return output
@@ -160,7 +160,7 @@ def _torch_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.native_batch_norm in training, whose kernel for channels side by side may lose the deviations."""
+    """torch.native_batch_norm in training; works on rows if its kernel for adjacent channels is too inexact."""
     arguments = (weight, bias, running_mean, running_var, True, momentum, eps)
     if not cpu.sums_sequentially(input):
         return torch.native_batch_norm(input, *arguments)
@@ -193,9 +193,9 @@ def _batch_norm_backward(
         return cpu.batch_norm_backward(grad, input, weight, mean, rstd, needs[0])
     else:
         given = (None, None) if through_statistics else (mean, rstd.pow(-2))
-        asked = [needs[0], needs[1] or group is not None, needs[2] or group is not None]
+        output_mask = [needs[0], needs[1] or group is not None, needs[2] or group is not None]
         gradients = _aten.native_batch_norm_backward.default(
-            grad, input, weight, *given, mean, rstd, through_statistics, 0.0, asked
+            grad, input, weight, *given, mean, rstd, through_statistics, 0.0, output_mask
         )
     if group is not None and needs[0]:
         grad_input, grad_weight, grad_bias = gradients
@@ -204,19 +204,19 @@ def _batch_norm_backward(
 
 
 def _group_norm(norm: GroupNorm, input: Tensor, weight: Parameter, bias: Parameter) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.native_group_norm in the format of the output, and without the cancellation of its channels-last kernel."""
+    """torch.native_group_norm in the format of the output, without the cancellation of its channels-last kernel."""
     memory_format, sizes = memory_format_of(input), _group_sizes(input)
     dense = _dense(input, memory_format)
     output, mean, rstd = torch.native_group_norm(dense, weight, bias, *sizes, norm.num_groups, norm.eps)
     if memory_format != torch.contiguous_format and cpu.cancels(mean, rstd):
         output, mean, var = normalize(norm, input.contiguous(), weight, bias)
         rstd = (var + norm.eps).rsqrt()
-    # On other devices than a CPU, torch's result is always contiguous.
+    # On devices other than a CPU, torch's result is always contiguous.
     return output.contiguous(memory_format=memory_format), mean, rstd
 
 
 def _dense(input: Tensor, memory_format: torch.memory_format) -> Tensor:
-    if compat.GROUP_NORM_IS_PARTICULAR:
+    if compat.GROUP_NORM_NEEDS_WORKAROUNDS:
         return with_standard_strides(input, memory_format)
     return input.contiguous(memory_format=memory_format)
 
@@ -230,7 +230,7 @@ def _layer_norm(norm: LayerNorm, input: Tensor, weight: Parameter, bias: Paramet
         output, mean, rstd = cpu.short_rows_forward(input, weight, bias, norm.eps)
     else:
         if weight is None and input.device.type == "cpu":
-            weight = input.new_ones(norm.normalized_shape)  # torch's kernel takes up to three times as long without
+            weight = input.new_ones(norm.normalized_shape)  # torch's kernel is up to three times as slow without
         output, mean, rstd = torch.native_layer_norm(input, norm.normalized_shape, weight, bias, norm.eps)
         if output.grad_fn is not None:
             output.grad_fn.register_hook(_after_first_derivative)
@@ -238,13 +238,13 @@ def _layer_norm(norm: LayerNorm, input: Tensor, weight: Parameter, bias: Paramet
     return output, mean.view(leading), rstd.view(leading)
 
 
-# Hooks of the nodes that autograd makes where it records layer norm: its third derivatives are wrong.
+# Hooks on autograd's nodes of layer norm, to reject third derivatives: torch's are wrong.
 
 
 def _after_first_derivative(gradients: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]) -> None:
     if torch.is_grad_enabled():  # create_graph=True
         node = next((gradient.grad_fn for gradient in gradients if gradient is not None), None)
-        if node is not None:  # the same of all gradients
+        if node is not None:  # the same for all gradients
             node.register_hook(_after_second_derivative)
 
 

@@ -2,7 +2,7 @@
 
     z = dropout(xhat * weight + bias) + residual,  y = activation(z),  xhat = (x - mean) * rstd
     g = dy * activation'(z) * keep / (1 - p),  dweight = sum(g * xhat),  dbias = sum(g),  h = g * weight
-    dx = rstd * (h - mean(h) - xhat * mean(h * xhat)), the means over what has one mean of x
+    dx = rstd * (h - mean(h) - xhat * mean(h * xhat)), with means over a slab (see norms.py)
 
 (Ioffe & Szegedy 2015, equations 1 to 4.) The 1 / (1 - p) of the dropout is folded into weight and bias.
 """
@@ -30,11 +30,11 @@ class TorchOperation(Operation):
         super().__init__(norm, epilogue, inputs, reads_output=True)
         input, weight, bias, _ = inputs
         is_half = input.dtype != self.dtype
-        # Only torch's kernels for a CPU take half-precision inputs with float32 parameters, in all three norms.
-        self._widens = is_half and input.device.type != "cpu"
+        # Only torch's CPU kernels take half-precision inputs with float32 parameters in all three norms.
+        self._upcasts = is_half and input.device.type != "cpu"
         # Without a float32 weight, torch rounds the statistics of a half-precision input to half precision.
-        self._makes_weight = weight is None and (
-            epilogue.dropout_p > 0 or is_half or (bias is not None and compat.GROUP_NORM_IS_PARTICULAR)
+        self._creates_weight = weight is None and (
+            epilogue.dropout_p > 0 or is_half or (bias is not None and compat.GROUP_NORM_NEEDS_WORKAROUNDS)
         )
         self._has_single_values = has_single_values(norm, input)
         self._parameter_shape = norm.parameter_shape(input)
@@ -42,20 +42,20 @@ class TorchOperation(Operation):
         self._may_be_recorded = self._is_recordable(inputs, buffers)
 
     def _is_recordable(self, inputs: Inputs, buffers: Buffers) -> bool:
-        """Whether autograd's own gradients could be right, keeping no more than `backward` needs."""
+        """Whether autograd through `forward` may be correct, and saves no more than `backward` needs."""
         input, weight, bias, residual = inputs
         activation = self.epilogue.activation
         parameters = weight, bias, buffers.running_mean, buffers.running_var
-        if not activation.kind.records_output or self._widens or (self._makes_weight and input.dtype != self.dtype):
+        if not activation.kind.records_output or self._upcasts or (self._creates_weight and input.dtype != self.dtype):
             return False
         if weight is None and bias is not None:
-            return False  # torch's second derivatives would leave out the bias's
-        # Autograd would keep copies of the parameters, scaled by dropout, or ones in place of layer norm's weight.
+            return False  # torch's second derivatives would omit the bias's
+        # Autograd would save the parameters scaled by dropout, or ones for layer norm's missing weight.
         copies = self.epilogue.dropout_p > 0 and weight is not None
         copies |= weight is None and isinstance(self.norm, LayerNorm)
         if copies and prod(self._parameter_shape) * 32 > input.numel():
             return False
-        # It does not see the dropout, whose elements only a mask removes from the gradient.
+        # Autograd does not record dropout: only an activation that masks its zeros removes them from the gradient.
         if self.epilogue.dropout_p > 0 and (residual is not None or not activation.kind.masks):
             return False
         return all(tensor is None or tensor.dtype == self.dtype for tensor in parameters)
@@ -66,11 +66,11 @@ class TorchOperation(Operation):
     def forward(self, inputs: Inputs, buffers: Buffers, seed: Seed) -> tuple[Tensor, tuple[Tensor, ...]]:
         input, weight, bias, residual = inputs
         if torch.is_autocast_enabled(input.device.type):
-            # Statistics stay float32 and the output has the input's dtype, whatever autocast does to operations.
+            # Autocast must not change the dtype of the statistics or the output.
             with torch.autocast(input.device.type, enabled=False):
                 return self.forward(inputs, buffers, seed)
         weight, bias = self._scaled(input, weight, bias)
-        wide = self._centred(self._wide(input))
+        wide = self._centred(self._upcast(input))
         output, mean, rstd = native.forward(self.norm, wide, weight, bias, buffers)
         output = self.epilogue.activation.forward_(self._drop_and_add_(output, residual, seed))
         return output if wide is input else output.to(input.dtype), (mean, rstd)
@@ -81,13 +81,13 @@ class TorchOperation(Operation):
         mean, rstd = self.mean_and_rstd(saved)
         kept = saved[-1] if self.keeps else None
         scaled_weight, scaled_bias = self._scaled(input, weight, bias)
-        wide, grad_output = self._centred(self._wide(input)), self._wide(grad_output)
+        wide, grad_output = self._centred(self._upcast(input)), self._upcast(grad_output)
         activation, dropout_p = self.epilogue.activation, self.epilogue.dropout_p
         if self.epilogue.passes_gradient:
             grad = grad_output
         elif self.keeps == "output":
             assert kept is not None
-            grad = activation.backward(grad_output, self._wide(kept))
+            grad = activation.backward(grad_output, self._upcast(kept))
         else:
             value = native.with_statistics(self.norm, wide, scaled_weight, scaled_bias, mean, rstd)
             grad = activation.backward(grad_output, self._drop_and_add_(value, kept, seed))
@@ -129,16 +129,16 @@ class TorchOperation(Operation):
         drop_(factor, self._memory_format, self.epilogue.dropout_p, seed)
         return factor
 
-    def _wide(self, tensor: Tensor) -> Tensor:
-        return tensor.float() if self._widens else tensor
+    def _upcast(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if self._upcasts else tensor
 
     def _centred(self, input: Tensor) -> Tensor:
-        """Slabs of one value without their mean, so 0 or NaN; others as they are."""
+        """Subtracts the mean of slabs of one value, which gives 0 or NaN; returns others unchanged."""
         return input - input if self._has_single_values else input
 
     def _scaled(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the dtype of the statistics, times 1 / (1 - p)."""
-        if self._makes_weight:
+        if self._creates_weight:
             weight = input.new_ones(self._parameter_shape, dtype=self.dtype)
         return self._scaled_one(weight), self._scaled_one(bias)
 
@@ -149,16 +149,16 @@ class TorchOperation(Operation):
         return parameter * self.epilogue.scale if self.epilogue.dropout_p > 0 else parameter
 
     def _unscaled(self, gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-        """The gradient of a parameter from that of the scaled one."""
+        """Converts the gradient of a scaled parameter to that of the parameter."""
         if gradient is None or parameter is None:
             return None
         gradient = gradient.mul_(self.epilogue.scale) if self.epilogue.dropout_p > 0 else gradient
         return gradient.to(parameter.dtype)
 
     def _drop_and_add_(self, output: Tensor, residual: Tensor | None, seed: Seed) -> Tensor:
-        """Dropout, already scaled, and the sum on the normalized tensor; in place where it has the output's format."""
+        """Drops elements, which are scaled already, and adds the residual; in place if the format is the output's."""
         if self.epilogue.dropout_p > 0:
             output = output.contiguous(memory_format=self._memory_format)
-            # Autograd, where it records the norm, does not see this: the activation's gradient is 0 at the zeros.
+            # If autograd records the norm, it need not record this: the activation's gradient is 0 at the zeros.
             drop_(output.detach(), self._memory_format, self.epilogue.dropout_p, seed)
         return output if residual is None else _aten.add_.Tensor(output, residual)

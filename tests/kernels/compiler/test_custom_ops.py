@@ -48,13 +48,13 @@ def sample(
     running = [None, None]
     if isinstance(norm, BatchNorm):
         running = [torch.randn(4, device=device), torch.rand(4, device=device) + 0.5]
-    return [*tensors, *running], custom_ops._flat(norm, Epilogue(dropout_p, Activation.of(activation)))
+    return [*tensors, *running], custom_ops._flatten(norm, Epilogue(dropout_p, Activation.of(activation)))
 
 
 def sample_backward(tensors, options, needs):
     output, statistics = torch.ops.mnistnorm.norm_act(*tensors, *options)[:2]
     x, weight, bias, residual, seed = tensors[:5]
-    _, epilogue = custom_ops._unflat(options)
+    _, epilogue = custom_ops._unflatten(options)
     keeps = epilogue.keeps(residual is not None, reads_output=False)
     kept = {None: None, "output": output, "residual": residual}[keeps]
     saved = [None if t is None else t.detach() for t in (torch.randn_like(output), x, weight, bias, statistics, kept)]
@@ -69,7 +69,7 @@ def check(name, arguments):
 def test_options_of_the_operators_stand_for_norm_and_epilogue(norm):
     for activation in (*map(Activation.of, ACTIVATIONS), Activation("leaky_relu", 0.25)):
         epilogue = Epilogue(0.25, activation)
-        assert custom_ops._unflat(custom_ops._flat(norm, epilogue)) == (norm, epilogue)
+        assert custom_ops._unflatten(custom_ops._flatten(norm, epilogue)) == (norm, epilogue)
 
 
 @pytest.mark.slow

@@ -251,7 +251,7 @@ def test_fusing_again_and_nothing_to_fuse():
     assert {norm.reason for norm in again.fusion_report.left} == {"already fused"}
     assert repr(again) == repr(model)
     assert "fused 2 of 2 norm-activation chains, 1 with a sum\n" in str(model.fusion_report)
-    assert "norm2: torch.nn.BatchNorm2d + sum + relu, in a forward that was rewritten" in str(model.fusion_report)
+    assert "norm2: torch.nn.BatchNorm2d + sum + relu, in a rewritten forward" in str(model.fusion_report)
     assert counts(fuse(nn.Linear(2, 3))) == (0, 0, 0)
 
 
@@ -283,7 +283,7 @@ def test_a_feature_extractor_keeps_its_mode_and_its_class(training):
     x = image()
     expected = copy.deepcopy(inner[:3].train(training))(x)
     model = fuse(stock)
-    assert "it is a GraphModule: fuse the model that it was made of" in model.fusion_report.left[0].reason
+    assert "it is a GraphModule: fuse the model that it was created from" in model.fusion_report.left[0].reason
     assert (model.training, model.note) == (training, "kept")
     torch.testing.assert_close(model(x)["2"], expected)
     model.train(not training)

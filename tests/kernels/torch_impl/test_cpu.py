@@ -30,7 +30,7 @@ def gradients_of(output: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Te
 def test_layer_norm_of_many_rows(length, threads, offset, affine, activation, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "MANY_LONG_ROWS", cpu.MANY_ROWS)
-    monkeypatch.setattr(cpu, "PART", (cpu.MANY_ROWS - 1) * length)
+    monkeypatch.setattr(cpu, "CHUNK", (cpu.MANY_ROWS - 1) * length)
     torch.manual_seed(length)
     shape = (7, max(cpu.MANY_ROWS, cpu.SHORT_ROWS_ELEMENTS // length) // 7 + 3, length)
     inputs = [torch.randn(shape) + offset]
@@ -54,7 +54,7 @@ def test_layer_norm_of_many_rows(length, threads, offset, affine, activation, mo
 @pytest.mark.parametrize("transposed", [False, True])
 def test_layer_norm_sums_half_precision_in_float32(normalized_shape, dtype, affine_dtype, transposed, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu, "PART", 2**17)
+    monkeypatch.setattr(cpu, "CHUNK", 2**17)
     x = torch.randn(2 if normalized_shape == (300_000,) else 4200, *normalized_shape).to(dtype)
     x = (x.t().contiguous().t() if transposed and x.dim() == 2 else x).requires_grad_()
     affine_dtype = affine_dtype or dtype

@@ -15,7 +15,7 @@ def test_dropout_zeroes_the_lowest_bytes_and_the_second_chances(monkeypatch, dty
     monkeypatch.setattr(dropout, "_bytes", lambda random, count: every_byte)
     for dropout_p in (0.002, 0.05, 0.13, 0.5, 1 / 3, 0.999, 1.0):
         # A small probability has the second chance alone.
-        lowest = int(dropout_p * 256) if dropout_p > dropout.SPARSE else 0
+        lowest = int(dropout_p * 256) if dropout_p > dropout.MAX_SPARSE_P else 0
         chances = []
 
         def last(random, probability, trials, chances=chances):
