@@ -1,5 +1,7 @@
 """First and second derivatives of the public functions."""
 
+from itertools import product
+
 import pytest
 import torch
 from oracle import NORMS, TOLERANCE, affine, close, impls, make, norms
@@ -9,11 +11,21 @@ from mnistnorm import batch_norm_relu
 
 pytestmark = pytest.mark.usefixtures("fast_paths")
 
+# dropout_p, activation and whether there is a residual, of the default tests: each pair, and the shortest way.
+QUICK_OPTIONS = [
+    *((0.0, "relu", False), (0.0, "identity", True), (0.4, "relu", True), (0.4, "identity", False)),
+    (0.4, "relu", False),
+]
+
 
 @norms
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("activation", ["relu", "identity"])
-@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize(
+    ("dropout_p", "activation", "with_residual"),
+    [
+        pytest.param(*options, marks=[] if options in QUICK_OPTIONS else pytest.mark.slow)
+        for options in product((0.0, 0.4), ("relu", "identity"), (False, True))
+    ],
+)
 def test_first_and_second_derivatives(norm, dropout_p, activation, with_residual):
     check_derivatives(norm, "torch", "cpu", dropout_p, activation, with_residual)
 

@@ -289,11 +289,11 @@ DIMENSIONS = {
     "batch 1d": (BatchNormAct1d, nn.BatchNorm1d, (4,), [(5, 4), (5, 4, 3)]),
     "batch 2d": (BatchNormAct2d, nn.BatchNorm2d, (4,), [(5, 4, 6, 3)]),
     "batch 3d": (BatchNormAct3d, nn.BatchNorm3d, (4,), [(5, 4, 2, 3, 2)]),
-    "group": (GroupNormAct, nn.GroupNorm, (2, 4), [(5, 4), (5, 4, 3), (5, 4, 6, 3), (5, 4, 2, 3, 2)]),
-    "layer": (LayerNormAct, nn.LayerNorm, (4,), [(4,), (5, 4), (5, 3, 2, 4)]),
-    "instance 1d": (InstanceNormAct1d, nn.InstanceNorm1d, (4,), [(5, 4, 3), (4, 3)]),
-    "instance 2d": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), [(5, 4, 6, 3), (4, 6, 3)]),
-    "instance 3d": (InstanceNormAct3d, nn.InstanceNorm3d, (4,), [(5, 4, 2, 3, 2), (4, 2, 3, 2)]),
+    "group": (GroupNormAct, nn.GroupNorm, (2, 4), [(3, 4), (3, 4, 3), (3, 4, 6, 3), (3, 4, 2, 3, 2)]),
+    "layer": (LayerNormAct, nn.LayerNorm, (4,), [(4,), (5, 4), (3, 2, 2, 4)]),
+    "instance 1d": (InstanceNormAct1d, nn.InstanceNorm1d, (4,), [(2, 4, 3), (4, 3)]),
+    "instance 2d": (InstanceNormAct2d, nn.InstanceNorm2d, (4,), [(2, 4, 6, 3), (4, 6, 3)]),
+    "instance 3d": (InstanceNormAct3d, nn.InstanceNorm3d, (4,), [(2, 4, 2, 3, 2), (4, 2, 3, 2)]),
 }
 dimensions = pytest.mark.parametrize(("fused", "stock", "arguments", "shapes"), DIMENSIONS.values(), ids=DIMENSIONS)
 

@@ -140,8 +140,14 @@ def light_on_dark(digit: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "drawn",
     [
-        *(in_a_shadow, in_a_deep_shadow, in_a_hard_shadow, with_a_vignette, with_two_dark_edges),
-        *(with_dark_edges_all_around, with_a_speck, with_many_specks, in_a_shadow_with_specks_and_noise, light_on_dark),
+        *(in_a_shadow, with_a_vignette, with_two_dark_edges, with_a_speck, light_on_dark),
+        *(
+            pytest.param(drawn, marks=pytest.mark.slow)
+            for drawn in (
+                *(in_a_deep_shadow, in_a_hard_shadow, in_a_shadow_with_specks_and_noise),
+                *(with_dark_edges_all_around, with_many_specks),
+            )
+        ),
     ],
 )
 def test_what_else_a_sheet_shows_does_not_change_the_digit(

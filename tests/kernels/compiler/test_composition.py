@@ -449,9 +449,9 @@ def test_forward_mode_is_refused_in_triton(fused, stock, device):
 def test_vmap(fused, stock, impl, what, device):
     module = randomized(fused(impl=impl, device=device)).eval()
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    x = torch.randn(3, *SHAPE, device=device)
+    x = torch.randn(2, *SHAPE, device=device)
     if what == "parameters":
-        parameters = {name: torch.stack([value, -value, value + 1]) for name, value in parameters.items()}
+        parameters = {name: torch.stack([-value, value + 1]) for name, value in parameters.items()}
         x = x[0]
 
     def gradient(parameters, x):
@@ -462,7 +462,7 @@ def test_vmap(fused, stock, impl, what, device):
 
     in_dims = (0, None) if what == "parameters" else (None, 0)
     actual = torch.func.vmap(gradient, in_dims=in_dims)(parameters, x)
-    for i in range(3):
+    for i in range(2):
         one = {name: value[i] for name, value in parameters.items()} if what == "parameters" else parameters
         expected = gradient(one, x if what == "parameters" else x[i])
         same([value[i] for value in actual.values()], expected.values(), 1e-4)

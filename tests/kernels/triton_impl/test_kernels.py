@@ -424,8 +424,13 @@ def test_blocks_of_slabs_one_after_the_other(norm, layout, share, device):
     assert (len(first) > 2) == (share < 10 and not (norm.name == "batch" and layout == "channels_last"))
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu"])
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    ("residual", "activation"),
+    [
+        *((False, "relu"), (True, "identity")),
+        *(pytest.param(*options, marks=pytest.mark.slow) for options in ((False, "identity"), (True, "relu"))),
+    ],
+)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("norm", MEDIUM, ids=str)
 def test_dropout(norm, plan, residual, activation, device):
