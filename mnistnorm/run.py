@@ -112,9 +112,10 @@ def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
     for name, value in asdict(settings or checkpoint.settings).items():
         saved = getattr(checkpoint.settings, name)
         if saved != value and name not in MACHINE_SETTINGS:
-            raise UserError(
-                f"the run in {out} has {name}={saved}, not {value}: resume it without the change", exit_code=2
-            )
+            advice = "without the change"
+            if name == "processes":
+                advice = f"with torchrun --nproc-per-node {saved}" if saved > 1 else "without torchrun"
+            raise UserError(f"the run in {out} has {name}={saved}, not {value}: resume it {advice}", exit_code=2)
     return checkpoint
 
 

@@ -252,7 +252,7 @@ def test_a_run_is_resumed_by_as_many_processes(finished_run: Path, tmp_path: Pat
     saved = Checkpoint.load(finished_run / "last.pt")
     replace(saved, settings=replace(saved.settings, processes=2)).save(tmp_path / "last.pt")
     assert train.main(["--resume", "--out", str(tmp_path)]) == 2
-    assert "has processes=2, not 1: resume it without the change" in one_error()
+    assert "has processes=2, not 1: resume it with torchrun --nproc-per-node 2" in one_error()
 
 
 def test_compare_is_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_error: OneError) -> None:
