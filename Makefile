@@ -75,7 +75,7 @@ gpu: $(if $(filter file,$(origin RUN)),setup)
 	$(call stage,large,60,-m benchmarks.layers --device cuda --shapes 64x256x56x56 --dropout 0 --rounds 20 --json gpu/large.json)
 	$(call stage,training,110,-m benchmarks.training --device cuda --norms batch --dropout 0 --steps 50 --rounds 6 --compile \
 		--json gpu/training.json)
-	$(call stage,accuracy,80,-m benchmarks.training --device cuda --norms batch --dropout 0 --to-accuracy --epochs 5 --workers 4 \
+	$(call stage,accuracy,80,-m benchmarks.training --device cuda --norms group --dropout 0 --to-accuracy --epochs 5 --workers 4 \
 		--json gpu/accuracy.json)
 	@echo 'now send the folder gpu/: see docs/gpu.md'; test ! -s gpu/failures.txt
 

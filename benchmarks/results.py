@@ -298,6 +298,13 @@ PARTS = {
         "--overwrite --out {0}",
         "comparison.json",
     ),
+    "accuracy-4": Part(
+        "python -m mnistnorm.compare --fused --norms group --seeds 0 1 2 3 4 5 6 7 8 9 --epochs 4 --threads 1",
+        accuracy_rows,
+        accuracy_table,
+        output="--overwrite --out {0}",
+        document="comparison.json",
+    ),
     "accuracy-5": Part(
         "python -m mnistnorm.compare --fused --seeds 0 1 2 --epochs 5 --threads 1",
         accuracy_rows,
