@@ -22,7 +22,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.accelerator.reset_peak_memory_stats(device)
         call()
         return torch.accelerator.max_memory_allocated(device) - before
-    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        _without_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
+    ):
         call()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
