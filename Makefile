@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 CONSTRAINTS ?= constraints.txt
+EXTRA ?= dev
+TESTS ?=
 ARGS ?=
 # One single-threaded process per core, because the tests are many and small. Tests of a group share compiled kernels.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadgroup
 
-.PHONY: setup train compare test test-slow test-exhaustive test-oldest lint bench results gpu gpu-all clean
+.PHONY: setup train compare test test-slow test-exhaustive test-oldest test-layers lint bench results gpu gpu-all clean
 
 setup: $(VENV)/installed
 
@@ -15,7 +17,7 @@ $(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mnistnorm needs Python 3.10 or newer: make PYTHON=python3.x")'
 	@test -e $(VENV) || rm -f $(VENV)  # a dangling link
 	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[$(EXTRA)]'
 	touch $@
 
 # make train ARGS=--resume continues a stopped run.
@@ -26,7 +28,7 @@ compare: setup
 	$(RUN) -m mnistnorm.compare --fused $(ARGS)
 
 test: setup
-	$(PYTEST) -m 'not slow and not exhaustive' $(ARGS)
+	$(PYTEST) -m 'not slow and not exhaustive' $(TESTS) $(ARGS)
 
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS)
@@ -38,6 +40,12 @@ test-exhaustive: setup
 # The default tests with the oldest torch, torchvision and Triton that setup.py allows.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# The default tests of the layers, with versions in between and without the packages that the programs need.
+PROGRAMS_NEEDED := fusion test_fx.py triton_impl/test_compile_matrix.py triton_impl/test_launches.py
+test-layers:
+	$(MAKE) test VENV=.venv-layers CONSTRAINTS=constraints-layers.txt EXTRA=test \
+		TESTS='tests/kernels $(addprefix --ignore=tests/kernels/,$(PROGRAMS_NEEDED))'
 
 lint: setup
 	$(RUN) -m ruff check .
@@ -92,4 +100,4 @@ gpu-all: gpu
 	@test ! -s gpu/failures.txt
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-layers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

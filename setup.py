@@ -28,14 +28,18 @@ MNIST = [
     "tqdm>=4.66",
 ]
 
-DEV = [
-    *MNIST,
-    "build",
+TEST = [
     "hypothesis",
-    "mypy",
     "pytest<9.2",  # under 9.2 pytest-xdist 3.8 overlooks its groups
     "pytest-benchmark",
     "pytest-xdist",
+]
+
+DEV = [
+    *MNIST,
+    *TEST,
+    "build",
+    "mypy",
     "ruff",
     "setuptools>=77",
     "tensorboard",
@@ -69,5 +73,5 @@ setup(
             f"mnistnorm-{program} = mnistnorm.{program}:main" for program in ("train", "compare", "predict", "summary")
         ]
     },
-    extras_require={"mnist": MNIST, "tensorboard": ["tensorboard"], "dev": DEV},
+    extras_require={"mnist": MNIST, "tensorboard": ["tensorboard"], "test": TEST, "dev": DEV},
 )

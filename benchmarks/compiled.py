@@ -1,6 +1,6 @@
-"""python -m benchmarks.compiled: the fused kernels' machine code for GPUs that are not there, and bounds on their time.
+"""python -m benchmarks.compiled: the fused kernels' machine code for GPUs, without a GPU, and bounds on their time.
 
-The bounds are bytes, counted, over the bandwidth of the datasheet: nothing is measured, and nothing runs on a GPU.
+The bounds are counted bytes over the datasheet's bandwidth: nothing is measured, and nothing runs on a GPU.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from .instruments.interception import CaughtLaunch, launches_caught, planned_for
 from .instruments.machine_code import TARGETS, Compiled, compiler_processes
 from .traffic import CONTENDERS, add_chain_flags, chains, compare, count_fused
 
-# The lines of the kernels that move activations; what else they move are a few values of each slab or channel.
+# The lines of the kernels that move activations. All others move a few values of each slab or channel.
 ACTIVATION_LOADS = ("x = device.load(x_ptr", "load_gradient(", "device.load(residual_ptr")
-ACTIVATION_STORES = ("tl.store(y_ptr", "tl.store(dx_ptr", "tl.store(dresidual_ptr")
+ACTIVATION_STORES = ("device.store(y_ptr", "device.store(dx_ptr", "device.store(dresidual_ptr")
 
-# What tells one row from another, and what is compared with a baseline.
+# The keys of a row, and the figures to compare with a baseline.
 KEY = ("target", "chain", "phase", "kernel")
 COMPARED = (
     *("plan", "grid", "num_warps", "num_ctas", "registers", "spill_bytes", "local_memory", "shared_memory"),
@@ -61,7 +61,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def compile_chain(chain: Chain, target: str, plan: Any) -> list[dict[str, Any]]:
-    """A row for each launch of the fused chain, forward and backward, compiled for a target."""
+    """Compiles the fused chain for a target. Returns a row for each launch, forward and backward."""
     gpu = TARGETS[target].gpu
     tensors = chain.tensors("meta")
     collected: list[CaughtLaunch] = []
@@ -74,7 +74,7 @@ def compile_chain(chain: Chain, target: str, plan: Any) -> list[dict[str, Any]]:
         for launch in collected:
             launch.run()
     phases = ["forward"] * forward_launches + ["backward"] * (len(collected) - forward_launches)
-    # One launch of each phase says how the phase reduces.
+    # One launch of each phase has its reduction.
     reductions = {
         phase: launch.constants["REDUCTION"]
         for phase, launch in zip(phases, collected, strict=True)
@@ -87,7 +87,7 @@ def compile_chain(chain: Chain, target: str, plan: Any) -> list[dict[str, Any]]:
 
 
 def figures(compiled: Compiled, launch: CaughtLaunch) -> dict[str, Any]:
-    """What is said of one launch; `load_bits` and `store_bits` are the narrowest access to an activation."""
+    """The figures of one launch. `load_bits` and `store_bits` are the narrowest access to an activation."""
 
     def narrowest(kind: Any, lines: tuple[str, ...]) -> int | None:
         return min((bits for line in lines for bits in compiled.widths(kind, line)), default=None)
@@ -122,7 +122,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def changes(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """What changed in these chains since a baseline, and what of it is a new spill or a lost width: one line each."""
+    """Lines about what changed in these chains since a baseline, and about new spills and lost widths among it."""
     asked = {(row["target"], row["chain"]) for row in rows}
     before = {tuple(row[name] for name in KEY): row for row in baseline if (row["target"], row["chain"]) in asked}
     after = {tuple(row[name] for name in KEY): row for row in rows}
@@ -150,7 +150,7 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
     """The rows of an earlier --json.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: it cannot be read, or was not written by --json.
     """
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text())["kernels"]
@@ -160,11 +160,11 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"--baseline {path}: {error.strerror}", exit_code=2) from error
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"--baseline {path} is not what --json of this program writes", exit_code=2)
+    raise UserError(f"--baseline {path} was not written by --json of this program", exit_code=2)
 
 
 def bounds(chain: Chain, gpu: GPU, fused_kernels: Phases, inductor_kernels: Phases) -> dict[str, float]:
-    """Microseconds that each contender's bytes take at the bandwidth of the datasheet."""
+    """Microseconds for each contender's bytes at the datasheet's bandwidth."""
     counts = compare(chain, fused_kernels, inductor_kernels)
     return {name: 1e6 * gpu.bound(each.moved) for name, each in counts.items()}
 
@@ -221,10 +221,8 @@ def print_bounds(pool: ProcessPoolExecutor, fused_kernels: dict[str, dict[Chain,
     wanted = list(next(iter(fused_kernels.values())))
     futures = {(chain, gpu): pool.submit(inductor, chain, gpu) for chain in wanted for gpu in gpus}
     rows = []
-    print(
-        "\nBounds, not measurements: bytes counted, forward + backward, over the bandwidth of the datasheet; launches,"
-    )
-    print("caches and arithmetic cost nothing here. Behind each time: how many times the fused chain's it is.")
+    print("\nBounds, not measurements: counted bytes, forward + backward, over the datasheet's bandwidth, without")
+    print("launches, caches and arithmetic. After each time: its ratio to that of the fused chain.")
     for gpu in gpus:
         print(f"  {gpu.name:<8} {gpu.target:<8} {gpu.bandwidth / 1e9:>5.0f} GB/s  {gpu.source}")
     for name, meaning in CONTENDERS.items():

@@ -1,4 +1,4 @@
-"""What a norm is: batch, group and layer norm as data, and what both implementations need to know about them.
+"""Batch, group and layer norm as data: their options, parameter shapes and the geometry of their statistics.
 
 A slab is the set of elements that share one mean.
 """
@@ -48,7 +48,7 @@ class Geometry(NamedTuple):
 
 
 class _ChannelNorm:
-    """What batch and group norm have in common: a weight and a bias for each channel."""
+    """Shared by batch and group norm: a weight and a bias for each channel."""
 
     def parameter_shape(self, input: Tensor) -> Shape:
         return input.shape[1:2]
@@ -65,7 +65,7 @@ class BatchNorm(_ChannelNorm):
     Attributes:
         eps: added to the variance.
         use_batch_stats: normalize with the statistics of the batch, otherwise with given ones.
-        process_group: name of the group of processes over which the batch statistics are taken, None for this process.
+        process_group: name of the process group to compute the batch statistics over; None for this process only.
     """
 
     eps: float
@@ -139,10 +139,10 @@ Norm = BatchNorm | GroupNorm | LayerNorm
 
 
 class Buffers(NamedTuple):
-    """What a batch norm takes besides the batch, and changes in training.
+    """The running statistics of a batch norm, which training updates.
 
     Attributes:
-        running_mean, running_var: (C,); both or neither. Given statistics where the batch's are not used.
+        running_mean, running_var: (C,), or both None. Used to normalize if use_batch_stats is False.
         momentum: weight of this batch in the running statistics.
     """
 

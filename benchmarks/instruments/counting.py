@@ -151,15 +151,14 @@ class _Grid:
         self.per_channel = named["PER_CHANNEL"]
         self.split = named.get("REDUCTION") == "split"
         self.given = named.get("REDUCTION") == "none"
-        self.row_blocks = cdiv(self.rows, named["BLOCK_ROWS"])
-        self.channel_blocks = cdiv(self.channels, named["BLOCK_CHANNELS"])
-        self.position_blocks = cdiv(self.positions, named["BLOCK_POSITIONS"])
+        self.block_rows, block_channels, block_positions = named["TILE"]
+        self.row_blocks = cdiv(self.rows, self.block_rows)
+        self.channel_blocks = cdiv(self.channels, block_channels)
+        self.position_blocks = cdiv(self.positions, block_positions)
         self.splits = named["splits"]
         self.programs = named["programs"]
         # The share of the slabs that this launch handles: 1, unless a split plan launches block by block.
-        block, slabs = (
-            (named["BLOCK_CHANNELS"], self.channels) if self.per_channel else (named["BLOCK_ROWS"], self.rows)
-        )
+        block, slabs = (block_channels, self.channels) if self.per_channel else (self.block_rows, self.rows)
         self.slab_blocks = named.get("slab_blocks", self.programs // self.splits)
         first = named["first_slab_block"]
         self.share = Fraction(min((first + self.slab_blocks) * block, slabs) - first * block, slabs)
@@ -175,7 +174,7 @@ class _Grid:
         """Share of a group norm's parameters that the rows of a tile use."""
         if self.per_channel or self.elementwise:
             return Fraction(1)
-        return Fraction(min(self.named["BLOCK_ROWS"], self.groups), self.groups)
+        return Fraction(min(self.block_rows, self.groups), self.groups)
 
     @property
     def parameter_reads(self) -> Fraction:

@@ -1,9 +1,9 @@
 """A model of a GPU's L2: how many of the bytes that our launches load and store reach DRAM.
 
-The model has not been compared with a GPU. The L2 has half the datasheet's size and evicts the least recently used
-tile as a whole. Programs start in the order of the grid, two per multiprocessor at a time, and take turns tile by tile.
-Stores fetch nothing and reach DRAM when they are evicted, or at the end. Forward and backward each start with an empty
-L2. Only tensors of the input's size are modelled.
+The model has not been compared with a GPU. The L2 has half the datasheet's size. It evicts whole tiles: the least
+recently used of those marked as first to be evicted, or of all if none is marked. Programs start in the order of the
+grid, two per multiprocessor at a time, and take turns tile by tile. Stores fetch nothing and reach DRAM when they are
+evicted, or at the end. Forward and backward each start with an empty L2. Only tensors of the input's size are modelled.
 """
 
 from collections import OrderedDict, deque
@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from mnistnorm.kernels.triton_impl.launches import LAUNCH_GAP
-from mnistnorm.kernels.triton_impl.plans import Kind, cdiv
+from mnistnorm.kernels.triton_impl.plans import Kind, cdiv, streams_loads
 
 from .chain import Chain
 from .counting import by_phase
@@ -44,7 +44,7 @@ class Access(NamedTuple):
 
 
 class LeastRecentlyUsed:
-    """A write-back cache that evicts the least recently used line.
+    """A write-back cache that evicts the least recently used line, those marked `evict_first` before all others.
 
     Attributes:
         read, written: bytes read from and written to the memory behind it.
@@ -53,24 +53,27 @@ class LeastRecentlyUsed:
     def __init__(self, capacity: int) -> None:
         self.capacity, self.held = capacity, 0
         self.read = self.written = 0
+        # Sizes, and whether they were stored.
         self._lines: OrderedDict[Hashable, tuple[int, bool]] = OrderedDict()
+        self._evicted_first: OrderedDict[Hashable, tuple[int, bool]] = OrderedDict()
 
-    def access(self, line: Hashable, size: int, stored: bool) -> None:
-        before, dirty = self._lines.pop(line, (0, False))
+    def access(self, line: Hashable, size: int, stored: bool, evict_first: bool = False) -> None:
+        held = self._lines if line in self._lines else self._evicted_first
+        before, dirty = held.pop(line, (0, False))
         if not (before or stored):
             self.read += size
         self.held += size - before
-        self._lines[line] = size, dirty or stored
+        (self._evicted_first if evict_first else self._lines)[line] = size, dirty or stored
         while self.held > self.capacity:
             self._evict()
 
     def flush(self) -> None:
         """Evicts everything, which writes what was stored."""
-        while self._lines:
+        while self.held:
             self._evict()
 
     def _evict(self) -> None:
-        _, (size, dirty) = self._lines.popitem(last=False)
+        _, (size, dirty) = (self._evicted_first or self._lines).popitem(last=False)
         self.held -= size
         self.written += size * dirty
 
@@ -96,12 +99,15 @@ def seconds(moved: Iterable[tuple[int, int]], launches: int, gpu: GPU) -> float:
 
 def _moved(launches: Iterable[CaughtLaunch], gpu: GPU) -> tuple[int, int]:
     cache = LeastRecentlyUsed(gpu.l2 // 2)
+    marks_loads = streams_loads(TARGETS[gpu.target].gpu)
     for launch in launches:
         if launch.kernel.__name__ == "parameter_sums_kernel":
             continue
         tensors = named(launch)
+        streams = tensors.get("STREAMS", False)
         for access in in_turn(programs(launch), PROGRAMS_AT_A_TIME * gpu.multiprocessors):
-            cache.access((id(tensors[access.name]), access.place), access.size, access.name in STORED)
+            line, stored = (id(tensors[access.name]), access.place), access.name in STORED
+            cache.access(line, access.size, stored, evict_first=streams and (stored or marks_loads))
     cache.flush()
     return cache.read, cache.written
 
@@ -133,7 +139,7 @@ def programs(launch: CaughtLaunch) -> Iterator[Iterator[list[Access]]]:
         values["channel_vectors"] * values["CHANNEL_VECTOR"],
         values["position_vectors"] * values["POSITION_VECTOR"],
     )
-    tile = values["BLOCK_ROWS"], values["BLOCK_CHANNELS"], values["BLOCK_POSITIONS"]
+    tile = values["TILE"]
     blocks = cdiv(sizes[0], tile[0]), cdiv(sizes[1], tile[1]), cdiv(sizes[2], tile[2])
     is_second = launch.kernel.__name__ in ("forward_kernel", "backward_kernel")
     places = _second_places if is_second else _first_places

@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for GPUs that are not there, down to machine code, and reads off what came out.
+"""Compiles Triton kernels to machine code without a GPU, and reports registers, spills and the widths of accesses.
 
-Many launches in one `capture` cost less than many captures: the tools that assemble and take apart run once for all.
-Needs a process in which TRITON_INTERPRET was not set when triton was imported; `compiler_processes` gives some.
+One `capture` of many launches is faster than many captures: it runs the assembler and the disassembler once. Requires
+a process in which TRITON_INTERPRET was not set when triton was imported; see `compiler_processes`.
 """
 
 import hashlib
@@ -34,16 +34,16 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture: what Triton compiles for, and what one multiprocessor of it holds.
+    """A GPU architecture, and the limits of one of its multiprocessors.
 
     Attributes:
-        gpu: Triton's name of it.
-        block_shared_memory: bytes that one program (each one of a cluster) may have.
+        gpu: Triton's target.
+        block_shared_memory: bytes that one program, or each program of a cluster, may have.
         shared_memory: bytes of a multiprocessor.
-        reserved_shared_memory: bytes that the system takes for each program.
-        warps: resident on a multiprocessor at most.
-        blocks: programs resident on a multiprocessor at most.
-        registers: 32-bit registers of a multiprocessor; 0 for AMD, whose compiler says itself how many warps fit.
+        reserved_shared_memory: bytes that the system reserves for each program.
+        warps: most resident warps of a multiprocessor.
+        blocks: most resident programs of a multiprocessor.
+        registers: 32-bit registers of a multiprocessor; 0 for AMD, whose compiler reports how many warps fit.
     """
 
     gpu: GPUTarget
@@ -88,14 +88,14 @@ TARGETS = {
     )
 }
 
-# Of every target: threads of a program at most; parts of a multiprocessor with registers and warps of their own.
+# Of all targets: the most threads of a program; parts of a multiprocessor with their own registers and warps.
 _BLOCK_THREADS = 1024
 _SIMDS = 4
 
 
 @dataclass(frozen=True)
 class Access:
-    """Load or store instructions of global memory: how wide, how many, and the kernel's line that they come from."""
+    """Load or store instructions on global memory: their width, count and line in the kernel."""
 
     kind: Literal["load", "store"]
     bits: int
@@ -106,7 +106,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one launch of a kernel.
+    """The machine code of one launch of a kernel.
 
     Attributes:
         kernel: its name.
@@ -115,12 +115,12 @@ class Compiled:
         num_warps: of each program.
         num_ctas: programs of a cluster.
         registers: of each thread.
-        spill_stores, spill_loads: bytes of each thread; for AMD 4 for each vector register that its compiler spilled.
-        scalar_spills: AMD's scalar registers that went to lanes of vector registers; costs instructions, but no memory.
-        local_memory: bytes of each thread: stack, spills, arrays that are indexed.
+        spill_stores, spill_loads: bytes of each thread; for AMD, 4 for each spilled vector register.
+        scalar_spills: AMD's scalar registers spilled to vector registers, which takes instructions but no memory.
+        local_memory: bytes of each thread: stack, spills, indexed arrays.
         static_shared_memory, dynamic_shared_memory: bytes of each program.
-        occupancy: resident warps that registers, shared memory and programs allow, as a part of what the target holds.
-        instructions: in the machine code.
+        occupancy: the share of the target's warps that registers, shared memory and programs allow to be resident.
+        instructions: number of instructions.
         accesses: instructions on global memory.
     """
 
@@ -142,12 +142,12 @@ class Compiled:
 
     @property
     def spills(self) -> bool:
-        """Whether registers go to memory and back."""
+        """Whether registers are spilled to memory."""
         return self.spill_stores + self.spill_loads > 0
 
     @property
     def fits(self) -> bool:
-        """Whether the target can launch it at all."""
+        """Whether the target can launch it."""
         return self.occupancy > 0
 
     def widths(self, kind: Literal["load", "store"], source: str = "") -> dict[int, int]:
@@ -161,7 +161,7 @@ class Compiled:
 
 @dataclass
 class Capture:
-    """The launches that were compiled instead, and how many of them had to be compiled and not only looked up."""
+    """The launches that were compiled instead of run, and how many of them were not cached."""
 
     target: Target
     compilations: int = 0
@@ -171,9 +171,14 @@ class Capture:
     def launches(self) -> int:
         return len(self._launches)
 
+    @property
+    def kernels(self) -> list[CompiledKernel]:
+        """One for each launch, in order."""
+        return [kernel for _, _, kernel in self._launches]
+
     def reports(self) -> list[Compiled]:
         """One for each launch, in order."""
-        compiled = {kernel.hash: kernel for _, _, kernel in self._launches}
+        compiled = {kernel.hash: kernel for kernel in self.kernels}
         inspect = _inspect_nvidia if self.target.gpu.backend == "cuda" else _inspect_amd
         codes = dict(zip(compiled, inspect(list(compiled.values())), strict=True))
         return [_report(self.target, *launch, codes[launch[2].hash]) for launch in self._launches]
@@ -181,10 +186,10 @@ class Capture:
 
 @contextmanager
 def capture(target: str) -> Iterator[Capture]:
-    """Compiles for a target every kernel that is launched inside, in place of launching it.
+    """Compiles every kernel that is launched inside for a target, instead of launching it.
 
-    Arguments are specialised as in a launch, so tensors may be on any device; those on "meta" need no memory and are as
-    aligned as their storage offset makes them. Each capture starts with an empty cache of compiled kernels.
+    Arguments are specialised as in a launch. Tensors may be on any device; those on "meta" need no memory, and their
+    alignment follows from their storage offset. Each capture starts with an empty cache of compiled kernels.
 
     Args:
         target: a key of TARGETS.
@@ -248,9 +253,9 @@ def compile_kernel(
 
 @contextmanager
 def compiler_processes(workers: int = 2) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes in which Triton compiles, whatever the interpreter's setting in this one.
+    """New processes in which Triton compiles, whether or not this one uses the interpreter.
 
-    What is submitted must be importable: a function of a module, called with arguments that pickle (meta tensors do).
+    Submit functions of importable modules, with arguments that can be pickled, as meta tensors can.
     """
     with _fresh_processes(workers, interpret=None) as pool:
         yield pool
@@ -258,7 +263,7 @@ def compiler_processes(workers: int = 2) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def interpreter_process() -> Iterator[ProcessPoolExecutor]:
-    """The same, one, in which Triton's interpreter runs the kernels."""
+    """One new process in which Triton's interpreter runs the kernels."""
     with _fresh_processes(1, interpret="1") as pool:
         yield pool
 
@@ -269,7 +274,7 @@ def _fresh_processes(workers: int, interpret: str | None) -> Iterator[ProcessPoo
     _set_environment("TRITON_INTERPRET", interpret)
     try:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        for _ in range(workers):  # a process starts, with this environment, when a task finds none idle
+        for _ in range(workers):  # a task that finds no idle process starts one, with this environment
             pool.submit(time.sleep, 0.1)
     finally:
         _set_environment("TRITON_INTERPRET", before)
@@ -284,13 +289,13 @@ def _set_environment(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-# Devices number the captures: Triton keeps compiled kernels by device.
+# One device for each capture, because Triton caches compiled kernels by device.
 _devices = itertools.count()
 
 
 @dataclass(frozen=True)
 class _Driver:
-    """All that Triton asks of a driver before it launches."""
+    """The parts of a driver that Triton needs before it launches."""
 
     gpu: GPUTarget
     device: int
@@ -308,7 +313,7 @@ class _Driver:
 def _make_ir(
     source: ASTSource, target: GPUTarget, options: Any, codegen_fns: Any, module_map: Any, context: ir.context
 ) -> ir.module:
-    """What the kernel's Python says, kept in Triton's cache: it is the same for all targets of a backend."""
+    """The IR of a kernel's Python source, from Triton's cache: it is the same for all targets of a backend."""
     key = f"{triton_key()}-{target.backend}-{source.hash()}"
     cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
     name = f"{source.name}.ttir"
@@ -322,7 +327,7 @@ def _make_ir(
 
 
 def _leave_out_assembly(*arguments: Any) -> tuple[str, str] | None:
-    """A hook of Triton's: `_inspect_nvidia` assembles, with numbered lines and for all kernels at once."""
+    """A hook of Triton that skips the assembler: `_inspect_nvidia` runs it for all kernels at once."""
     if not arguments:
         return "not assembled", "not assembled"  # a part of the names under which Triton caches
     stages = arguments[1]
@@ -370,7 +375,7 @@ _CodeAccess = tuple[Literal["load", "store"], int, int]
 
 @dataclass(frozen=True)
 class _Code:
-    """What the tools say of one kernel; AMD's also say how many warps its registers allow on a SIMD."""
+    """The figures of one kernel from the tools; AMD's include the warps that its registers allow on a SIMD."""
 
     registers: int
     spill_stores: int
@@ -384,7 +389,7 @@ class _Code:
 
 
 def _occupancy(target: Target, code: _Code, num_warps: int, shared: int) -> float:
-    """Part of the target's resident warps that fit (the CUDA occupancy calculator's rules)."""
+    """The share of the target's warps that can be resident, by the rules of the CUDA occupancy calculator."""
     if shared > target.block_shared_memory or num_warps * target.gpu.warp_size > _BLOCK_THREADS:
         return 0.0
     if target.gpu.backend == "cuda":
@@ -406,18 +411,18 @@ _SASS_INSTRUCTION = re.compile(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)((?:\.\
 
 
 def _together(ptx: list[str]) -> tuple[str, list[int]]:
-    """Kernels as one module, which calls them kernel0, kernel1, ..., and what its line numbers stand for.
+    """Joins kernels to one module, named kernel0, kernel1, ..., and lists the kernel's line for each line number in it.
 
-    Each run of instructions of one origin, and each piece of inline assembly, which loads and stores are, has a line
-    number of its own, counted from 0, that stands for the kernel's line. Without such numbers the assembler would merge
-    the calls of a device function, and lines are counted on within a piece.
+    Each run of instructions from one place, and each piece of inline assembly, such as a load or a store, gets a line
+    number of its own, counted from 0. Otherwise, the assembler would merge the calls of a device function, and count
+    lines within a piece.
     """
     lines: list[int] = []
     header: dict[str, None] = {}
     body = []
     for index, text in enumerate(ptx):
         declarations, entry, code = text.partition(".visible .entry ")
-        # What follows the code describes it to debuggers.
+        # After the code comes debug information.
         code = re.split(r"^\t\.(?:file|section)\t", code, maxsplit=1, flags=re.MULTILINE)[0]
         header.update(dict.fromkeys(line for line in declarations.splitlines() if not line.strip().startswith("//")))
         callers: dict[str, str] = {}
@@ -449,7 +454,7 @@ def _inspect_nvidia(compiled: list[CompiledKernel]) -> list[_Code]:
     with tempfile.TemporaryDirectory() as directory:
         ptx, cubin = Path(directory, "kernels.ptx"), Path(directory, "kernels.cubin")
         ptx.write_text(text)
-        # The flags with which Triton itself calls it.
+        # The same flags as Triton's.
         flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(arch)}"]
         if not metadata.enable_fp_fusion:
             flags.append("--fmad=false")
@@ -491,7 +496,7 @@ def _read_amd(asm: str, llir: str) -> _Code:
     accesses: list[_CodeAccess] = []
     for text in asm.partition(".Lfunc_end0:")[0].splitlines():
         if text.startswith("\t.loc") and (places := re.findall(r"[^\s:]+:(\d+):\d+", text)):
-            line = int(places[-1])  # the innermost place comes first, the kernel's own last
+            line = int(places[-1])  # from the innermost place to the kernel's
         elif match := re.match(r"\t([a-z]\w+)", text):
             instructions += 1
             if access := re.fullmatch(r"(?:buffer|global|flat)_(load|store)_(\w+?)(?:_d16\w*)?", match[1]):
@@ -515,7 +520,7 @@ _LLVM_ACCESS = re.compile(r"@llvm\.amdgcn\.raw\.ptr\.buffer\.(load|store)\.(?:v(
 
 
 def _restore_lines(accesses: list[_CodeAccess], llir: str) -> list[_CodeAccess]:
-    """Gives accesses the lines that they had before LLVM moved them to other blocks, where it gives them line 0."""
+    """Restores the lines of accesses that LLVM moved to other blocks, which sets their line to 0."""
     if all(line for _, _, line in accesses):
         return accesses
     locations = {number: (int(line), caller) for number, line, caller in _LLVM_LOCATION.findall(llir)}

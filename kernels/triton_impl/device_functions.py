@@ -1,8 +1,9 @@
-"""Device functions of the fused kernels: each formula once, so that backward recomputes exactly what forward computed.
+"""Device functions of the fused kernels. Each formula is here once: backward recomputes exactly what forward computed.
 
 Every tile is [ROWS, CHANNELS, POSITIONS]. A slab, the elements that share one mean, is a channel of all rows
 (`PER_CHANNEL`: batch norm) or a row (group and layer norm). A row is a sample, or one of the `groups` of a sample.
 
+    TILE: its ROWS, CHANNELS and POSITIONS, powers of two
     place: row [ROWS, 1, 1], channel [1, CHANNELS, 1] and position [1, 1, POSITIONS] of a tile's elements
     sizes: rows, channels, positions, groups
 """
@@ -13,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def element_offset(place, sizes, CHANNELS_LAST: tl.constexpr):
-    """Where an element lies in a dense tensor."""
+    """The offset of each element in a dense tensor."""
     row, channel, position = place
     _, channels, positions, groups = sizes
     if CHANNELS_LAST:
@@ -25,13 +26,13 @@ def element_offset(place, sizes, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def element_mask(place, sizes):
-    """Which elements of a tile exist."""
+    """Which elements of a tile are inside the tensor."""
     return (place[0] < sizes[0]) & (place[1] < sizes[1]) & (place[2] < sizes[2])
 
 
 @triton.jit
 def parameter_index(place, sizes, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.constexpr):
-    """Which weight and bias an element has, and a mask of those that exist: as small a tile as holds them all."""
+    """Index of each element's weight and bias, and a mask of the valid ones: the smallest tile with all of them."""
     row, channel, position = place
     _, channels, positions, groups = sizes
     if ELEMENTWISE_AFFINE:
@@ -43,13 +44,21 @@ def parameter_index(place, sizes, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE:
 
 
 @triton.jit
-def load(pointer, offset, mask, dtype: tl.constexpr):
-    return tl.load(pointer + offset, mask=mask, other=0).to(dtype)
+def load(pointer, offset, mask, dtype: tl.constexpr, STREAMS: tl.constexpr = False):
+    """Loads values, or 0 where masked. `STREAMS` marks what is not loaded again soon."""
+    eviction: tl.constexpr = "evict_first" if STREAMS else ""
+    return tl.load(pointer + offset, mask=mask, other=0, eviction_policy=eviction).to(dtype)
+
+
+@triton.jit
+def store(pointer, offset, value, mask, STREAMS: tl.constexpr = False):
+    modifier: tl.constexpr = ".cs" if STREAMS else ""
+    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask, cache_modifier=modifier)
 
 
 @triton.jit
 def load_parameter(pointer, index, mask, dtype: tl.constexpr, DEFAULT: tl.constexpr):
-    """A weight (1 where there is none) or a bias (0 where there is none)."""
+    """A weight or a bias, or DEFAULT (1 or 0) if the layer has none."""
     if pointer is None:
         return tl.full((1, 1, 1), DEFAULT, dtype)
     else:
@@ -58,10 +67,10 @@ def load_parameter(pointer, index, mask, dtype: tl.constexpr, DEFAULT: tl.conste
 
 @triton.jit
 def slab_sum(values, PER_CHANNEL: tl.constexpr):
-    """Sums a tile over the two axes that lie within a slab; they stay, with length 1."""
+    """Sums a tile over the two axes within a slab, keeping them with length 1."""
     SLAB_AXIS: tl.constexpr = 1 if PER_CHANNEL else 0
     if values.shape[SLAB_AXIS] == 1:
-        # One reduction, in any order, is what the compiler can spread over a cluster.
+        # A single reduction over all axes, because the compiler can distribute only that over a cluster.
         return tl.full((1, 1, 1), 0, values.dtype) + tl.sum(values)
     else:
         return tl.sum(tl.sum(values, axis=2, keep_dims=True), axis=1 - SLAB_AXIS, keep_dims=True)
@@ -69,7 +78,7 @@ def slab_sum(values, PER_CHANNEL: tl.constexpr):
 
 @triton.jit
 def parameter_sum(values, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.constexpr):
-    """Sums a tile over the axes along which the parameter stays the same: to the shape of `parameter_index`."""
+    """Sums a tile over the axes that share a parameter, to the shape of `parameter_index`."""
     if ELEMENTWISE_AFFINE:
         return tl.sum(values, axis=0, keep_dims=True)
     elif PER_CHANNEL:
@@ -80,7 +89,7 @@ def parameter_sum(values, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.cons
 
 @triton.jit
 def divide(dividend, divisor):
-    """Correctly rounded, where `/` in float32 is not: a mean carries its error into every element."""
+    """Correctly rounded division, unlike `/` in float32: the error of a mean would enter every element."""
     if dividend.dtype == tl.float32:
         return tl.div_rn(dividend, divisor)
     else:
@@ -89,7 +98,7 @@ def divide(dividend, divisor):
 
 @triton.jit
 def slab_mean(values, weights, count, PER_CHANNEL: tl.constexpr):
-    """The sum of values * weights over a slab, divided by count. A sum of large values stays finite in larger units."""
+    """The sum of values * weights over a slab, divided by count. Scales the values so that it does not overflow."""
     unit: tl.constexpr = 2.0**40  # a power of two rounds nothing
     return divide(slab_sum(values * (1.0 / unit) * weights, PER_CHANNEL), count * (1.0 / unit))
 
@@ -108,14 +117,14 @@ def merge_statistics(count, mean, m2, other_count, other_mean, other_m2):
     total = count + other_count
     delta = other_mean - mean
     mean += delta * (other_count / total)
-    # In this order: a count of 0 adds nothing, even where the square of delta is infinite.
+    # In this order, a count of 0 adds nothing even if the square of delta overflows.
     m2 += other_m2 + delta * (count * other_count / total) * delta
     return total, mean, m2
 
 
 @triton.jit
 def merge_partials(count, mean, m2, total, PER_CHANNEL: tl.constexpr):
-    """`merge_statistics` of the tile of all partials of each slab at once; a count of 0 adds nothing."""
+    """`merge_statistics` for a tile of all partials of each slab; a count of 0 adds nothing."""
     merged_mean = slab_mean(mean, count, total, PER_CHANNEL)
     delta = mean - merged_mean
     return merged_mean, slab_sum(m2 + count * delta * delta, PER_CHANNEL)
@@ -133,16 +142,16 @@ def normalize(x, mean, rstd):
 
 @triton.jit
 def affine(xhat, weight, bias):
-    """xhat * weight + bias, contracted here and not as the compiler sees fit: backward must find the same signs."""
+    """xhat * weight + bias as one FMA, not as the compiler chooses: backward must find the same signs."""
     return tl.fma(xhat, weight, bias)
 
 
 @triton.jit
 def dropout_keep(seed, threshold, place, sizes, ELEMENTWISE_AFFINE: tl.constexpr):
-    """Whether each element is kept, which has probability 1 - threshold / 2^31: Philox (Salmon et al. 2011).
+    """Whether each element is kept, with probability 1 - threshold / 2^31: Philox (Salmon et al. 2011).
 
-    It follows from the element's place in the tensor, whatever the layout and the plan. Four elements in line share a
-    draw of four numbers: where a thread holds all four, the compiler finds that it is one draw.
+    Depends on the seed and the element's place in the tensor only, not on the layout or the plan. Four consecutive
+    elements share a draw of four numbers, which the compiler computes once if one thread holds all four.
     """
     row, channel, position = place
     _, channels, positions, groups = sizes
@@ -162,7 +171,7 @@ def dropout_keep(seed, threshold, place, sizes, ELEMENTWISE_AFFINE: tl.constexpr
 
 @triton.jit
 def drop(values, keep, scale):
-    """Dropout of values, or of their gradient: 0 where dropped, scaled by 1 / (1 - p) where kept."""
+    """Dropout of values or their gradient: 0 if dropped, scaled by 1 / (1 - p) if kept."""
     return tl.where(keep, values * tl.cast(scale, values.dtype), 0.0)
 
 
@@ -206,7 +215,7 @@ def activate(z, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
 
 @triton.jit
 def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
-    """The gradient of the pre-activation; `value` is that or, for the first three, the output."""
+    """The gradient of the pre-activation. `value` is the pre-activation or, for the first three, the output."""
     if ACTIVATION == "relu":
         return tl.where(value <= 0.0, 0.0, gradient)
     elif ACTIVATION == "relu6":
@@ -215,7 +224,7 @@ def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl
         return tl.where(value > 0.0, gradient, gradient * tl.full((), PARAMETER, value.dtype))
     elif ACTIVATION == "silu":
         share = sigmoid(value)
-        # Where the share is 0 the value may be infinite; without the select this spills on sm_100.
+        # If the share is 0, the value may be infinite. Without the select, this spills on sm_100.
         return gradient * tl.where(share > 0.0, share * (1.0 + value * (1.0 - share)), share)
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
@@ -224,7 +233,7 @@ def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl
         argument, slope = gelu_tanh_argument(value)
         share = sigmoid(argument)
         density = share * (1.0 - share)
-        # Where the density is 0 the slope may be infinite; a select of that product alone spills on sm_90.
+        # If the density is 0, the slope may be infinite. A select of that product alone spills on sm_90.
         return gradient * tl.where(density > 0.0, share + slope * density, share)
     elif ACTIVATION == "hardswish":
         inside = gradient * (value / 3.0 + 0.5)

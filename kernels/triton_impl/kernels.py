@@ -4,12 +4,14 @@
     dresidual = dy * activation'(z),   g = dresidual * keep / (1 - p),   dweight = sum(g * xhat),   dbias = sum(g)
     dx = rstd * (g * weight - average(g * weight) - xhat * average(g * weight * xhat))
 
-The averages run over a slab (see device_functions.py). Plans are made in plans.py. In a resident plan a program, or a
-cluster of them, holds whole slabs on chip, and one launch does everything. In a split plan a first launch reduces each
-slab in `splits` parts, and the programs of the second launch merge them. Both take `slab_blocks` blocks of slabs, from
-`first_slab_block` on, and the second takes them in the reverse order: it begins with what the first has left in the L2.
-Programs of the forward and the backward kernel step through the rows `row_programs` blocks at a time and keep to their
-channels and positions: they load parameters once, and sum the parameters' gradients on the way.
+The averages run over a slab (see device_functions.py). plans.py chooses the plan. In a resident plan, a program or a
+cluster of programs holds whole slabs on chip, and one launch computes everything. In a split plan, a first launch
+reduces each slab in `splits` parts, and the programs of the second launch merge them. Both launches process
+`slab_blocks` blocks of slabs, starting at `first_slab_block`. The second one goes through them in reverse order, to
+begin with what the first one left in the L2, and with `STREAMS` marks what it loads and stores as first to be evicted.
+
+Each program of the forward and the backward kernel processes every `row_programs`-th block of rows, at the same
+channels and positions, so that it loads parameters once and sums their gradients on the way.
 """
 
 import triton
@@ -20,8 +22,8 @@ from .plans import MAX_SPLITS
 
 SPLIT_BLOCK = tl.constexpr(MAX_SPLITS)
 
-# Specialising on integers that depend on the batch size would compile again for the last, short batch; a seed may lie
-# anywhere.
+# Do not specialise on integers that depend on the batch size, which would recompile for the last, smaller batch, nor on
+# the alignment of a seed.
 VARYING = (
     *("rows", "slab_size", "slab_blocks", "first_slab_block", "row_programs", "splits", "seed", "seed_ptr"),
     *("partials", "parameters"),
@@ -29,18 +31,11 @@ VARYING = (
 
 
 @triton.jit
-def tile_at(
-    row_block,
-    channel_block,
-    position_block,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
-):
+def tile_at(row_block, channel_block, position_block, TILE: tl.constexpr):
     """Row [ROWS, 1, 1], channel [1, CHANNELS, 1] and position [1, 1, POSITIONS] of a tile's elements."""
-    row = tl.cast(row_block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None, None]
-    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :, None]
-    position = tl.cast(position_block, tl.int64) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)[None, None, :]
+    row = tl.cast(row_block, tl.int64) * TILE[0] + tl.arange(0, TILE[0])[:, None, None]
+    channel = channel_block * TILE[1] + tl.arange(0, TILE[1])[None, :, None]
+    position = tl.cast(position_block, tl.int64) * TILE[2] + tl.arange(0, TILE[2])[None, None, :]
     return row, channel, position
 
 
@@ -50,21 +45,19 @@ def program_blocks(
     slab_blocks,
     first_slab_block,
     row_programs,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
+    TILE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     REDUCTION: tl.constexpr,
 ):
     """Row program, channel block and position block of a program of the forward and the backward kernel.
 
-    It takes the row blocks row_program, row_program + row_programs and so on, below the number that is returned fourth;
-    in a split plan they are counted from the last one down, which is returned fifth.
+    Its row blocks are row_program, row_program + row_programs and so on, below the fourth value returned. In a split
+    plan they are counted down from the last one, which is the fifth value.
     """
-    row_blocks = tl.cdiv(sizes[0], BLOCK_ROWS)
-    channel_blocks = tl.cdiv(sizes[1], BLOCK_CHANNELS)
-    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    row_blocks = tl.cdiv(sizes[0], TILE[0])
+    channel_blocks = tl.cdiv(sizes[1], TILE[1])
+    position_blocks = tl.cdiv(sizes[2], TILE[2])
     column = tl.program_id(0) // position_blocks
     position_block = tl.program_id(0) % position_blocks
     last_row_block = row_blocks - 1
@@ -89,24 +82,18 @@ def program_blocks(
 
 
 @triton.jit
-def tiles_per_slab(
-    sizes,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-):
-    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+def tiles_per_slab(sizes, TILE: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    position_blocks = tl.cdiv(sizes[2], TILE[2])
     if PER_CHANNEL:
-        return tl.cdiv(sizes[0], BLOCK_ROWS) * position_blocks
+        return tl.cdiv(sizes[0], TILE[0]) * position_blocks
     else:
-        return tl.cdiv(sizes[1], BLOCK_CHANNELS) * position_blocks
+        return tl.cdiv(sizes[1], TILE[1]) * position_blocks
 
 
 @triton.jit
-def slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """Row, channel and position block of a tile that is counted within its block of slabs."""
-    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+def slab_tile(slab_block, tile, sizes, TILE: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """Row, channel and position block of a tile, given its index within its block of slabs."""
+    position_blocks = tl.cdiv(sizes[2], TILE[2])
     if PER_CHANNEL:
         return tile // position_blocks, slab_block, tile % position_blocks
     else:
@@ -114,9 +101,9 @@ def slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS: tl.constexpr, PER_CHANNE
 
 
 @triton.jit
-def slabs_at(slab_block, sizes, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """Index of each slab in a block of them, a mask of those that exist, and the number of slabs there are."""
-    row, channel, _ = tile_at(slab_block, slab_block, 0, BLOCK_ROWS, BLOCK_CHANNELS, 1)
+def slabs_at(slab_block, sizes, TILE: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """Index of each slab in a block of slabs, a mask of the valid ones, and the number of all slabs."""
+    row, channel, _ = tile_at(slab_block, slab_block, 0, TILE)
     if PER_CHANNEL:
         return channel, channel < sizes[1], sizes[1]
     else:
@@ -125,7 +112,7 @@ def slabs_at(slab_block, sizes, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.con
 
 @triton.jit
 def load_partials(partials_ptr, moment, slab, slab_mask, slabs, splits, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """What the programs of the first launch left of one moment of each slab; partials are [moment, split, slab]."""
+    """One moment of each slab, as stored by the programs of the first launch; partials are [moment, split, slab]."""
     split = tl.arange(0, SPLIT_BLOCK)
     split = split[:, None, None] if PER_CHANNEL else split[None, :, None]
     return device.load(partials_ptr, (moment * splits + split) * slabs + slab, slab_mask & (split < splits), dtype)
@@ -135,7 +122,7 @@ def load_partials(partials_ptr, moment, slab, slab_mask, slabs, splits, dtype: t
 def load_statistics(
     partials_ptr, slab, slab_mask, slabs, splits, count, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr
 ):
-    """Mean and sum of squared deviations of each slab, from what `statistics_kernel` left."""
+    """Mean and sum of squared deviations of each slab, from the partials of `statistics_kernel`."""
     counts = load_partials(partials_ptr, 0, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
     means = load_partials(partials_ptr, 1, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
     m2s = load_partials(partials_ptr, 2, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
@@ -144,30 +131,30 @@ def load_statistics(
 
 @triton.jit
 def load_sums(partials_ptr, slab, slab_mask, slabs, splits, dtype: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """The two sums over each slab that dx needs, from what `gradient_sums_kernel` left."""
+    """The two sums over each slab that dx needs, from the partials of `gradient_sums_kernel`."""
     gradient_sums = load_partials(partials_ptr, 0, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
     product_sums = load_partials(partials_ptr, 1, slab, slab_mask, slabs, splits, dtype, PER_CHANNEL)
     return device.slab_sum(gradient_sums, PER_CHANNEL), device.slab_sum(product_sums, PER_CHANNEL)
 
 
 @triton.jit
-def update_running(running_ptr, value, momentum, mask):
-    running = tl.load(running_ptr, mask=mask, other=0).to(value.dtype)
+def update_running(running_ptr, slab, value, momentum, mask):
+    running = device.load(running_ptr, slab, mask, value.dtype)
     updated = tl.cast(1 - momentum, value.dtype) * running + tl.cast(momentum, value.dtype) * value
-    tl.store(running_ptr, updated.to(running_ptr.dtype.element_ty), mask=mask)
+    device.store(running_ptr, slab, updated, mask)
 
 
 @triton.jit
 def store_statistics(mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, slab, mask, mean, m2, count, eps, momentum):
-    """Stores mean and rstd, unless backward computes them again; updates the running statistics; returns rstd."""
+    """Stores mean and rstd unless backward recomputes them, updates the running statistics, and returns rstd."""
     rstd = device.rstd_of(m2 / count, eps)
     if mean_ptr is not None:
         tl.store(mean_ptr + slab, mean, mask=mask)
         tl.store(rstd_ptr + slab, rstd, mask=mask)
     if running_mean_ptr is not None:
-        update_running(running_mean_ptr + slab, mean, momentum, mask)
+        update_running(running_mean_ptr, slab, mean, momentum, mask)
     if running_var_ptr is not None:
-        update_running(running_var_ptr + slab, m2 / tl.maximum(count - 1, 1), momentum, mask)
+        update_running(running_var_ptr, slab, m2 / tl.maximum(count - 1, 1), momentum, mask)
     return rstd
 
 
@@ -181,9 +168,7 @@ def statistics_kernel(
     groups,
     splits,
     first_slab_block,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
+    TILE: tl.constexpr,
     CHANNEL_VECTOR: tl.constexpr,
     POSITION_VECTOR: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
@@ -194,22 +179,22 @@ def statistics_kernel(
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     slab_block = first_slab_block + tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
-    tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
-    slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
+    tiles = tiles_per_slab(sizes, TILE, PER_CHANNEL)
+    slab, slab_mask, slabs = slabs_at(slab_block, sizes, TILE, PER_CHANNEL)
     count = tl.full((), 0, dtype)
     mean = tl.zeros_like(slab).to(dtype)
     m2 = mean
     for tile in range(first_tile, tiles, splits):
-        row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS, PER_CHANNEL)
-        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, TILE, PER_CHANNEL)
+        place = tile_at(row_block, channel_block, position_block, TILE)
         mask = device.element_mask(place, sizes)
         offset = device.element_offset(place, sizes, CHANNELS_LAST)
         x = device.load(x_ptr, offset, mask, dtype)
-        tile_count = tl.cast(tl.minimum(sizes[2] - position_block * BLOCK_POSITIONS, BLOCK_POSITIONS), dtype)
+        tile_count = tl.cast(tl.minimum(sizes[2] - position_block * TILE[2], TILE[2]), dtype)
         if PER_CHANNEL:
-            tile_count *= tl.cast(tl.minimum(sizes[0] - row_block * BLOCK_ROWS, BLOCK_ROWS), dtype)
+            tile_count *= tl.cast(tl.minimum(sizes[0] - row_block * TILE[0], TILE[0]), dtype)
         else:
-            tile_count *= tl.cast(tl.minimum(sizes[1] - channel_block * BLOCK_CHANNELS, BLOCK_CHANNELS), dtype)
+            tile_count *= tl.cast(tl.minimum(sizes[1] - channel_block * TILE[1], TILE[1]), dtype)
         tile_mean, tile_m2 = device.tile_statistics(x, mask, tile_count, PER_CHANNEL)
         count, mean, m2 = device.merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2)
     partial = first_tile * slabs + slab
@@ -246,36 +231,35 @@ def forward_kernel(
     first_slab_block,
     momentum: tl.float64,
     seed: tl.int64,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
+    TILE: tl.constexpr,
     CHANNEL_VECTOR: tl.constexpr,
     POSITION_VECTOR: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ELEMENTWISE_AFFINE: tl.constexpr,
     REDUCTION: tl.constexpr,
+    STREAMS: tl.constexpr,
     DROPOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARAMETER: tl.constexpr,
 ):
-    """The output, from statistics of the tile ("resident"), of the partials ("split") or given ("none"): 1R + 1W."""
+    """The output, with statistics of the tile ("resident"), partials ("split") or buffers ("none"): 1R + 1W."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     row_program, channel_block, position_block, row_blocks, last_row_block = program_blocks(
         *(sizes, slab_blocks, first_slab_block, row_programs),
-        *(BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL, CHANNELS_LAST, REDUCTION),
+        *(TILE, PER_CHANNEL, CHANNELS_LAST, REDUCTION),
     )
     first_row_block = last_row_block - row_program if REDUCTION == "split" else row_program
-    first_place = tile_at(first_row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    first_place = tile_at(first_row_block, channel_block, position_block, TILE)
     parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
     weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
     bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
     count = tl.cast(slab_size, dtype)
     if PER_CHANNEL:
-        slab, slab_mask, slabs = slabs_at(channel_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, True)
+        slab, slab_mask, slabs = slabs_at(channel_block, sizes, TILE, True)
         is_first = slab_mask & (row_program == 0) & (position_block == 0)
         if REDUCTION == "split":
             mean, m2 = load_statistics(partials_ptr, slab, slab_mask, slabs, splits, count, dtype, True)
@@ -291,12 +275,12 @@ def forward_kernel(
 
     for step in range(row_program, row_blocks, row_programs):
         row_block = last_row_block - step if REDUCTION == "split" else step
-        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        place = tile_at(row_block, channel_block, position_block, TILE)
         mask = device.element_mask(place, sizes)
         offset = device.element_offset(place, sizes, CHANNELS_LAST)
-        x = device.load(x_ptr, offset, mask, dtype)
+        x = device.load(x_ptr, offset, mask, dtype, STREAMS)
         if not PER_CHANNEL:
-            slab, slab_mask, slabs = slabs_at(row_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, False)
+            slab, slab_mask, slabs = slabs_at(row_block, sizes, TILE, False)
             is_first = slab_mask & (channel_block == 0) & (position_block == 0)
         if REDUCTION == "resident":
             mean, m2 = device.tile_statistics(x, mask, count, PER_CHANNEL)
@@ -313,9 +297,9 @@ def forward_kernel(
             keep = device.dropout_keep(seed, dropout_threshold, place, sizes, ELEMENTWISE_AFFINE)
             y = device.drop(y, keep, dropout_scale)
         if residual_ptr is not None:
-            y += device.load(residual_ptr, offset, mask, dtype)
+            y += device.load(residual_ptr, offset, mask, dtype, STREAMS)
         y = device.activate(y, ACTIVATION, PARAMETER)
-        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+        device.store(y_ptr, offset, y, mask, STREAMS)
 
 
 @triton.jit
@@ -338,27 +322,28 @@ def load_gradient(
     ACTIVATION: tl.constexpr,
     PARAMETER: tl.constexpr,
     KEPT: tl.constexpr,
+    STREAMS: tl.constexpr,
 ):
-    """Gradients of the residual and of xhat * weight + bias, and xhat: what both backward kernels start from.
+    """Gradients of the residual and of xhat * weight + bias, and xhat, for both backward kernels.
 
-    The pre-activation is recomputed from x and, where there is one, the kept residual; the kept output replaces it.
+    The pre-activation is recomputed from x and the kept residual, if any. A kept output is used in its place.
     """
     dtype: tl.constexpr = mean.dtype
     mask = device.element_mask(place, sizes)
     offset = device.element_offset(place, sizes, CHANNELS_LAST)
-    gradient = device.load(dy_ptr, offset, mask, dtype)
+    gradient = device.load(dy_ptr, offset, mask, dtype, STREAMS)
     xhat = device.normalize(x, mean, rstd)
     if DROPOUT:
         keep = device.dropout_keep(seed, dropout_threshold, place, sizes, ELEMENTWISE_AFFINE)
     if ACTIVATION != "identity":
         if KEPT == "output":
-            value = device.load(kept_ptr, offset, mask, dtype)
+            value = device.load(kept_ptr, offset, mask, dtype, STREAMS)
         else:
             value = device.affine(xhat, weight, bias)
             if DROPOUT:
                 value = device.drop(value, keep, dropout_scale)
             if KEPT == "residual":
-                value += device.load(kept_ptr, offset, mask, dtype)
+                value += device.load(kept_ptr, offset, mask, dtype, STREAMS)
         gradient = device.activation_gradient(gradient, value, ACTIVATION, PARAMETER)
     residual_gradient = gradient
     if DROPOUT:
@@ -386,9 +371,7 @@ def gradient_sums_kernel(
     dropout_scale: tl.float64,
     first_slab_block,
     seed: tl.int64,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
+    TILE: tl.constexpr,
     CHANNEL_VECTOR: tl.constexpr,
     POSITION_VECTOR: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
@@ -406,15 +389,15 @@ def gradient_sums_kernel(
         seed = tl.load(seed_ptr)
     slab_block = first_slab_block + tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits
-    tiles = tiles_per_slab(sizes, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL)
-    slab, slab_mask, slabs = slabs_at(slab_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, PER_CHANNEL)
+    tiles = tiles_per_slab(sizes, TILE, PER_CHANNEL)
+    slab, slab_mask, slabs = slabs_at(slab_block, sizes, TILE, PER_CHANNEL)
     mean = device.load(mean_ptr, slab, slab_mask, dtype)
     rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
     gradient_sum = tl.zeros_like(mean)
     product_sum = tl.zeros_like(mean)
     for tile in range(first_tile, tiles, splits):
-        row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, BLOCK_POSITIONS, PER_CHANNEL)
-        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        row_block, channel_block, position_block = slab_tile(slab_block, tile, sizes, TILE, PER_CHANNEL)
+        place = tile_at(row_block, channel_block, position_block, TILE)
         mask = device.element_mask(place, sizes)
         x = device.load(x_ptr, device.element_offset(place, sizes, CHANNELS_LAST), mask, dtype)
         parameter, parameter_mask = device.parameter_index(place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
@@ -423,7 +406,7 @@ def gradient_sums_kernel(
         _, gradient, xhat = load_gradient(
             *(dy_ptr, x, kept_ptr, place, sizes, mean, rstd, weight, bias),
             *(dropout_threshold, dropout_scale, seed),
-            *(CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, ACTIVATION, PARAMETER, KEPT),
+            *(CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, ACTIVATION, PARAMETER, KEPT, False),
         )
         if not PER_CHANNEL:
             gradient *= weight
@@ -462,25 +445,24 @@ def backward_kernel(
     dropout_scale: tl.float64,
     first_slab_block,
     seed: tl.int64,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
+    TILE: tl.constexpr,
     CHANNEL_VECTOR: tl.constexpr,
     POSITION_VECTOR: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ELEMENTWISE_AFFINE: tl.constexpr,
     REDUCTION: tl.constexpr,
+    STREAMS: tl.constexpr,
     DROPOUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARAMETER: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """The gradients, with sums over the tile ("resident"), over the partials ("split") or left out ("none"): 2R + 1W.
+    """The gradients, with sums over the tile ("resident"), over the partials ("split") or without ("none"): 2R + 1W.
 
-    Without saved statistics, which only a resident plan allows, they are those of the tile, as in the forward.
-    dweight and dbias are [partial, parameter]: one row for each program that sums other elements of the same parameter;
-    `parameter_sums_kernel` adds the rows up.
+    Without saved statistics, which requires a resident plan, it recomputes them from the tile, as in the forward.
+    dweight and dbias are [partial, parameter], one row for each program that sums different elements of the same
+    parameter; `parameter_sums_kernel` adds up the rows.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     sizes = (rows, channel_vectors * CHANNEL_VECTOR, position_vectors * POSITION_VECTOR, groups)
@@ -488,10 +470,10 @@ def backward_kernel(
         seed = tl.load(seed_ptr)
     row_program, channel_block, position_block, row_blocks, last_row_block = program_blocks(
         *(sizes, slab_blocks, first_slab_block, row_programs),
-        *(BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS, PER_CHANNEL, CHANNELS_LAST, REDUCTION),
+        *(TILE, PER_CHANNEL, CHANNELS_LAST, REDUCTION),
     )
     first_row_block = last_row_block - row_program if REDUCTION == "split" else row_program
-    first_place = tile_at(first_row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    first_place = tile_at(first_row_block, channel_block, position_block, TILE)
     parameter, parameter_mask = device.parameter_index(first_place, sizes, PER_CHANNEL, ELEMENTWISE_AFFINE)
     weight = device.load_parameter(weight_ptr, parameter, parameter_mask, dtype, 1)
     bias = device.load_parameter(bias_ptr, parameter, parameter_mask, dtype, 0)
@@ -500,7 +482,7 @@ def backward_kernel(
     bias_gradient = weight_gradient
 
     if PER_CHANNEL:
-        slab, slab_mask, slabs = slabs_at(channel_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, True)
+        slab, slab_mask, slabs = slabs_at(channel_block, sizes, TILE, True)
         mean = device.load(mean_ptr, slab, slab_mask, dtype)
         rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
         if REDUCTION == "split":
@@ -508,15 +490,15 @@ def backward_kernel(
 
     for step in range(row_program, row_blocks, row_programs):
         row_block = last_row_block - step if REDUCTION == "split" else step
-        place = tile_at(row_block, channel_block, position_block, BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_POSITIONS)
+        place = tile_at(row_block, channel_block, position_block, TILE)
         mask = device.element_mask(place, sizes)
         offset = device.element_offset(place, sizes, CHANNELS_LAST)
-        x = device.load(x_ptr, offset, mask, dtype)
+        x = device.load(x_ptr, offset, mask, dtype, STREAMS)
         if mean_ptr is None:
             mean, m2 = device.tile_statistics(x, mask, count, PER_CHANNEL)
             rstd = device.rstd_of(m2 / count, eps)
         elif not PER_CHANNEL:
-            slab, slab_mask, slabs = slabs_at(row_block, sizes, BLOCK_ROWS, BLOCK_CHANNELS, False)
+            slab, slab_mask, slabs = slabs_at(row_block, sizes, TILE, False)
             mean = device.load(mean_ptr, slab, slab_mask, dtype)
             rstd = device.load(rstd_ptr, slab, slab_mask, dtype)
             if REDUCTION == "split":
@@ -524,10 +506,10 @@ def backward_kernel(
         residual_gradient, gradient, xhat = load_gradient(
             *(dy_ptr, x, kept_ptr, place, sizes, mean, rstd, weight, bias),
             *(dropout_threshold, dropout_scale, seed),
-            *(CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, ACTIVATION, PARAMETER, KEPT),
+            *(CHANNELS_LAST, ELEMENTWISE_AFFINE, DROPOUT, ACTIVATION, PARAMETER, KEPT, STREAMS),
         )
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + offset, residual_gradient.to(dresidual_ptr.dtype.element_ty), mask=mask)
+            device.store(dresidual_ptr, offset, residual_gradient, mask, STREAMS)
         if REDUCTION == "none" or not PER_CHANNEL:
             if dweight_ptr is not None:
                 weight_gradient += device.parameter_sum(gradient * xhat, PER_CHANNEL, ELEMENTWISE_AFFINE)
@@ -549,12 +531,12 @@ def backward_kernel(
                 weight_gradient = product_sum
                 bias_gradient = gradient_sum
         if dx_ptr is not None:
-            tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            device.store(dx_ptr, offset, dx, mask, STREAMS)
 
-    position_blocks = tl.cdiv(sizes[2], BLOCK_POSITIONS)
+    position_blocks = tl.cdiv(sizes[2], TILE[2])
     parameters = sizes[1] * groups
     is_first = (row_program == 0) & (position_block == 0)
-    if REDUCTION == "split":  # the launches before this one have left their sums
+    if REDUCTION == "split":  # after the partials of the launches for earlier blocks
         row_program += first_slab_block // slab_blocks * row_programs
     if PER_CHANNEL and REDUCTION != "none":
         partial = 0
@@ -565,13 +547,13 @@ def backward_kernel(
         partial = row_program
         parameters = tl.cast(sizes[1], tl.int64) * sizes[2]
     else:
-        first_row = tile_at(row_program, 0, 0, BLOCK_ROWS, 1, 1)[0]
+        first_row = tile_at(row_program, 0, 0, TILE)[0]
         partial = first_row // groups * position_blocks + position_block
     parameter += tl.cast(partial, tl.int64) * parameters
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + parameter, weight_gradient.to(dweight_ptr.dtype.element_ty), mask=parameter_mask)
+        device.store(dweight_ptr, parameter, weight_gradient, parameter_mask)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + parameter, bias_gradient.to(dbias_ptr.dtype.element_ty), mask=parameter_mask)
+        device.store(dbias_ptr, parameter, bias_gradient, parameter_mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -601,4 +583,4 @@ def store_parameter_sum(sums_ptr, gradient_ptr, parameter, partials, parameters,
         partial = start + tl.arange(0, BLOCK_PARTIALS)[:, None]
         mask = (partial < partials) & (parameter < parameters)
         total += tl.sum(device.load(sums_ptr, partial * parameters + parameter, mask, dtype), axis=0, keep_dims=True)
-    tl.store(gradient_ptr + parameter, total.to(gradient_ptr.dtype.element_ty), mask=parameter < parameters)
+    device.store(gradient_ptr, parameter, total, parameter < parameters)

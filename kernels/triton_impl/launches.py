@@ -1,7 +1,7 @@
 """Launches of Triton kernels, prepared once for all calls with tensors of one kind.
 
-`kernel[grid](...)` inspects every argument to find the compiled kernel that fits, which takes the host longer than
-all the rest of a fused call. Once it has found that kernel, a launch with tensors of the same kind calls it directly.
+`kernel[grid](...)` inspects every argument to look up the compiled kernel, which takes the host longer than the rest of
+a fused call. After the first launch, tensors of the same kind launch that compiled kernel directly.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from triton.backends.compiler import GPUTarget
 
 from .plans import Memory
 
-# The interpreter runs on a CPU; plans are made for this target there.
+# The target to plan for when the interpreter runs kernels on a CPU.
 INTERPRETED_TARGET = GPUTarget("cuda", 90, 32)
 
-# Triton compiles a kernel for pointers that are multiples of this, and another one for pointers that are not.
+# Triton compiles one kernel for pointers that are multiples of this, and another one for other pointers.
 ALIGNMENT = 16
 
 # Seconds between two launches, and bytes per second of a fast memory.
@@ -28,15 +28,15 @@ DEFAULT_BANDWIDTH = 4e12
 
 
 class Launch:
-    """A kernel, its grid, and the arguments that do not change between calls with tensors of one kind.
+    """A kernel, its grid, and the arguments that stay the same for tensors of one kind.
 
     Args:
-        kernel: takes tensors, then `sizes`, then what varies, then its constexprs.
+        kernel: takes the tensors, then `sizes`, then the varying scalars, then its constexprs.
         programs: of the grid.
-        sizes: scalars.
+        sizes: scalars that stay the same.
         constants: constexprs and compiler options.
         device: of the tensors.
-        pair: says which of the tensors the kernel takes as two.
+        pair: which of the tensors holds two arguments of the kernel, if any.
     """
 
     __slots__ = ("_constexprs", "_direct", "constants", "device", "grid", "is_direct", "kernel", "pair", "sizes")
@@ -57,9 +57,9 @@ class Launch:
         self._constexprs = tuple(constants[name] for name in kernel.arg_names if name in constants)
 
     def run(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> None:
-        """Launches on the current stream of the device, which must be the current one.
+        """Launches on the current stream of the device, which must be the current device.
 
-        The last tensor may be None in one call and not in the next, the others may not.
+        Only the last tensor may be None in some calls and not in others.
         """
         if not self.is_direct:
             self.kernel[self.grid](*self.arguments(tensors, varying), **self.constants)
@@ -77,7 +77,7 @@ class Launch:
         if direct is None or bits % ALIGNMENT or self._has_hooks():
             compiled = self.kernel[self.grid](*self.arguments(tensors, varying), **self.constants)
             if bits % ALIGNMENT == 0:
-                no_hooks = None, None, None  # the metadata for them, the one before and the one after
+                no_hooks = None, None, None  # launch metadata, enter hook, exit hook
                 fixed = compiled.function, compiled.packed_metadata, *no_hooks
                 self._direct[tensors[-1] is None] = compiled.run, fixed
             return
@@ -95,7 +95,7 @@ class Launch:
         return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or self.kernel.pre_run_hooks)
 
     def arguments(self, tensors: tuple[Tensor | None, ...], varying: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-        """The kernel's positional arguments: `kernel.warmup(*arguments, grid=grid, **constants)` only compiles it."""
+        """The kernel's positional arguments, also for `kernel.warmup(*arguments, grid=grid, **constants)`."""
         if self.pair is not None:
             position, both = self.pair.position, tensors[self.pair.position]
             two = (None, None) if both is None else self.pair.unbind(both)
@@ -104,12 +104,12 @@ class Launch:
 
 
 class Pair(NamedTuple):
-    """One allocation for two tensors, which costs the host less than two.
+    """One allocation for two tensors, which takes the host less time than two.
 
     Attributes:
-        position: among the tensors of a launch.
+        position: index among the tensors of a launch.
         length: elements of each.
-        second: the element where the second begins.
+        second: index of the first element of the second.
         distance: the same in bytes, a multiple of the alignment.
     """
 
@@ -133,15 +133,15 @@ class Pair(NamedTuple):
 
 
 def launches_directly(device: torch.device) -> bool:
-    """Whether a compiled kernel fits all tensors of one kind whose addresses are aligned.
+    """Whether one compiled kernel fits all tensors of one kind with aligned addresses.
 
-    On AMD it depends on the sizes of the tensors' storages as well.
+    On AMD, it also depends on the sizes of the tensors' storages.
     """
     return device.type == "cuda" and torch.version.hip is None
 
 
 def current_target(device: torch.device) -> GPUTarget:
-    """What kernels for tensors on this device are compiled for."""
+    """The target that kernels for tensors on this device are compiled for."""
     return INTERPRETED_TARGET if device.type == "cpu" else _device_target(device)
 
 
@@ -153,11 +153,11 @@ def _device_target(device: torch.device) -> GPUTarget:
 
 @lru_cache
 def device_memory(device: torch.device) -> Memory | None:
-    """The L2 and memory of a GPU as plans take them; None for a CPU."""
+    """The L2 and memory of a GPU, for plans; None for a CPU."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    # kHz and bits, two transfers in each cycle; older versions of torch do not say.
+    # kHz and bits, with two transfers per cycle. Older versions of torch do not have them.
     bandwidth = 2 * 1000 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8
     return Memory(properties.L2_cache_size, round((bandwidth or DEFAULT_BANDWIDTH) * LAUNCH_GAP))
 
@@ -167,5 +167,5 @@ def is_current(device: torch.device) -> bool:
 
 
 def made_current(device: torch.device) -> AbstractContextManager[None]:
-    """Makes the device the current one where it is not."""
+    """Makes the device the current one, unless it is."""
     return nullcontext() if is_current(device) else torch.accelerator.device_index(device.index)

@@ -1,6 +1,6 @@
 """The Triton implementation of the contract: from checked tensors to launches.
 
-The kernels take dense tensors of one layout, contiguous or channels last; tensors in another layout are copied first.
+The kernels take dense tensors that are all contiguous or all channels last. Other tensors are copied first.
 """
 
 from dataclasses import replace
@@ -20,9 +20,9 @@ from .plans import Kind, Plan, make_plan, parameter_sums_plan, saves_statistics
 
 
 class TritonOperation(Operation):
-    """A norm and its epilogue in Triton: the plans, and the launches with everything that stays the same.
+    """A norm and its epilogue in Triton: the plans and the prepared launches for one kind of arguments.
 
-    `plan` says how slabs are reduced; None chooses.
+    `plan` selects how slabs are reduced; None to choose.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class TritonOperation(Operation):
 
 
 class _Statistics:
-    """The launch that takes count, mean and sum of squared deviations of parts of each slab."""
+    """The launch that computes count, mean and sum of squared deviations of parts of each slab."""
 
     def __init__(self, operation: TritonOperation, plan: Plan) -> None:
         self._splits, self._slabs, self._dtype = plan.splits, operation.geometry.slabs, operation.dtype
@@ -147,7 +147,7 @@ class _Statistics:
         )
 
     def partials(self, input: Tensor) -> Tensor:
-        """For what it stores, flat: moment, split, slab."""
+        """A flat tensor for its results: moment, split, slab."""
         return input.new_empty(3 * self._splits * self._slabs, dtype=self._dtype)
 
     def run(self, input: Tensor, partials: Tensor, first_slab_block: int) -> None:
@@ -176,7 +176,7 @@ class _Forward:
             operation.norm.eps,
             *operation.dropout,
         )
-        constants = {**plan.constants, **operation.constants, "REDUCTION": plan.reduction}
+        constants = {**plan.constants, **operation.constants, **_last_launch(plan)}
         sizes = (*_sizes(operation, plan), *fixed)
         self._launch = Launch(forward_kernel, plan.programs, sizes, constants, operation.device, operation.statistics)
 
@@ -197,7 +197,7 @@ class _Forward:
 
 
 class _Backward:
-    """The launches of a backward that has to give certain gradients."""
+    """The launches of a backward that computes the gradients in `needs`."""
 
     def __init__(self, operation: TritonOperation, needs: Needs) -> None:
         geometry, device, statistics = operation.geometry, operation.device, operation.statistics
@@ -213,7 +213,7 @@ class _Backward:
             fixed = (*sizes, splits, *operation.dropout)
             self._sums = Launch(gradient_sums_kernel, plan.slab_blocks * splits, fixed, constants, device, statistics)
             splits = splits if self._group is None else 1  # the sums over all processes
-        constants = {**constants, "REDUCTION": plan.reduction}
+        constants = constants | _last_launch(plan)
         more = geometry.slab_size, plan.slab_blocks, plan.row_programs, splits, operation.norm.eps, *operation.dropout
         self._launch = Launch(backward_kernel, plan.programs, (*sizes, *more), constants, device, statistics)
         self._parameter_sums: Launch | None = None
@@ -226,7 +226,7 @@ class _Backward:
     def run(self, seed: Seed, grad_output: Tensor, saved: Saved) -> Gradients:
         operation = self._operation
         input, weight, bias, statistics, *_ = saved
-        statistics = statistics if operation.saves_statistics else None  # for an operator, a tensor of no elements
+        statistics = statistics if operation.saves_statistics else None  # the operator passes an empty tensor
         kept = saved[4] if operation.keeps else None
         assert input is not None
         if operation.copies:
@@ -234,7 +234,7 @@ class _Backward:
             weight, bias = _contiguous(weight), _contiguous(bias)
         if grad_output.stride() != operation.strides:
             grad_output = _laid_out_like(input, grad_output)
-        if kept is not None and kept.stride() != operation.strides:  # a hook for saved tensors may change it
+        if kept is not None and kept.stride() != operation.strides:  # a saved-tensor hook may change the strides
             kept = _laid_out_like(input, kept)
         needs_input, needs_weight, needs_bias, needs_residual = self._needs
         grad_input = torch.empty_like(input) if needs_input else None
@@ -263,7 +263,7 @@ class _Backward:
         return grad_input, grad_weight, grad_bias, grad_residual
 
     def _synchronise(self, partials: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None) -> Tensor:
-        """The sums over all processes; the parameters' gradients are this process's share."""
+        """The sums over all processes. The parameters' gradients get the sums of this process."""
         assert self._group is not None
         sums = partials.view(2, self._splits, self._slabs).sum(1)
         for gradient, share in ((grad_bias, sums[0]), (grad_weight, sums[1])):
@@ -274,14 +274,19 @@ class _Backward:
         return sync.averages(sums, count, self._group) * count
 
 
+def _last_launch(plan: Plan) -> dict[str, Any]:
+    """Constexprs that only the kernel of the last launch takes."""
+    return {"REDUCTION": plan.reduction, "STREAMS": plan.streams}
+
+
 def _sizes(operation: TritonOperation, plan: Plan) -> tuple[int, int, int, int]:
-    """Sizes in vectors, so that the compiler knows that the lengths are multiples of the vector length."""
+    """Sizes in vectors, so that the compiler knows that lengths are multiples of the vector length."""
     rows, channels, positions, groups = operation.geometry[:4]
     return rows, channels // plan.constants["CHANNEL_VECTOR"], positions // plan.constants["POSITION_VECTOR"], groups
 
 
 def as_dense(input: Tensor, leading: int) -> tuple[Tensor, bool]:
-    """The input, copied where it is neither contiguous nor channels last, and whether it is the latter."""
+    """The input, copied if it is neither contiguous nor channels last, and whether it is channels last."""
     if input.is_contiguous():
         return input, False
     if leading == 1 and input.dim() > 2 and input.movedim(1, -1).is_contiguous():

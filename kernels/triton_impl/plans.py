@@ -11,40 +11,40 @@ from ..norms import Geometry, LayerNorm, Norm
 # Partials of a slab that each program of the second launch reads; the kernels load this many at once.
 MAX_SPLITS = 64
 
-# Elements of a tile in a split plan: enough bytes in flight for each program, few enough for 8 warps to hold.
+# Elements of a tile in a split plan: enough bytes in flight for each program, and few enough for 8 warps to hold.
 SPLIT_TILE = 4096
 
 # 32-bit elements of a resident tile that a program holds at most: 16 for each thread of 16 warps.
 CAPACITY = 8192
 
-# Small slabs share a program until their tile has this many elements.
+# Small slabs share a program until its tile has this many elements.
 SMALL_TILE = 4096
 
-# Programs that keep a large GPU busy.
+# Programs needed to keep a large GPU busy.
 ENOUGH_PROGRAMS = 256
 
-# Bytes of a slab for each time that a program reads one of its partials: keeps those below 2 % of the traffic.
+# Bytes of a slab for each read of one of its partials by a program, which keeps these below 2 % of the traffic.
 BYTES_PER_PARTIAL = 256
 
-# Elements that a partial parameter gradient sums at least, so that it costs little traffic next to them.
+# Minimum number of elements that a partial parameter gradient sums, so that its traffic is small next to theirs.
 SUMMED_PER_PARTIAL = 192
 
-# Bytes of a row up to which layer norm's backward computes mean and rstd again, which it has on chip: saving them takes
-# 16 bytes of traffic in float32, 1 % and more of the five times that such a row is read or written.
+# Bytes of a row up to which layer norm's backward recomputes mean and rstd from the row, which it has on chip. Saving
+# them takes 16 bytes of traffic in float32, at least 1 % of the five times that such a row is read or written.
 SHORT_ROW = 320
 
-# The tile in which partial parameter gradients are added up.
+# Elements, and parameters, of the tile in which partial parameter gradients are added up.
 PARAMETER_SUMS_TILE = 2048
 PARAMETER_SUMS_WIDTH = 64
 
-# Programs of a cluster: 8 is what every device with clusters places, 16 what those of data centres do.
+# Most programs of a cluster: 8 on every device with clusters, 16 on data centre GPUs.
 PORTABLE_CLUSTER = 8
 MAX_CLUSTER = 16
 
-# Blocks of slabs are worth their launches where the loads that they spare take at least so many times as long.
+# Blocks of slabs must spare loads that take at least this many times as long as their launches.
 WORTH_A_LAUNCH = 1.2
 
-# Elements of a tensor in a Triton program at most.
+# Triton's limit for the elements of a tensor in a program.
 MAX_TILE = 2**20
 
 Kind = Literal["resident", "split"]
@@ -53,11 +53,11 @@ Tile = tuple[int, int, int]
 
 
 class Memory(NamedTuple):
-    """What decides how a device takes tensors that its L2 does not hold.
+    """The memory of a device, for tensors that do not fit its L2.
 
     Attributes:
         l2: bytes of the L2.
-        launch_gap: bytes that the memory moves in the time that another launch takes.
+        launch_gap: bytes that the memory moves in the time of one more launch.
     """
 
     l2: int
@@ -69,14 +69,15 @@ class Plan:
     """How a forward or a backward is launched.
 
     Attributes:
-        reduction: "resident": one launch, the slab's sums taken over the tile; "split": two launches, the first leaving
-            `splits` partial sums of each slab; "none": one launch, no sums over a slab.
+        reduction: "resident": one launch, which sums each slab over its tile; "split": two launches, the first of which
+            stores `splits` partial sums of each slab; "none": one launch without sums over a slab.
         programs: of each launch that writes the output or the gradients.
-        row_programs: programs that share the rows among them; each steps through its own.
+        row_programs: programs that share the rows.
         splits: programs for each block of slabs in the first launch of a split plan.
         slab_blocks: blocks of slabs of a launch.
-        first_slab_blocks: the first one of each: a split plan goes through its two launches for one after the other.
-        parameter_partials: partial sums that are left for each parameter's gradient.
+        first_slab_blocks: the first block of each launch; a split plan runs both of its launches for each.
+        parameter_partials: partial sums of each parameter's gradient.
+        streams: whether the last launch marks what it moves as first to be evicted from the L2.
         constants: constexprs and compiler options of every kernel of the plan.
     """
 
@@ -87,6 +88,7 @@ class Plan:
     slab_blocks: int
     first_slab_blocks: range
     parameter_partials: int
+    streams: bool
     constants: dict[str, Any]
 
 
@@ -108,24 +110,24 @@ def make_plan(
     Args:
         geometry: of the tensor.
         itemsize: bytes of one of its elements.
-        target: what the kernels are compiled for.
-        backward: whether for the backward.
-        residual: whether there is one: one more tensor to load, and in the backward one to store.
-        dropout: whether there is any.
-        reduces: whether sums over the slabs are needed; False where the statistics are given.
-        clusters: whether the compiler takes clusters of programs, where the target has them.
-        kind: how to compute those sums; None chooses.
-        memory: of the device; None for a split plan in two launches.
+        target: GPU to compile for.
+        backward: whether the plan is for the backward.
+        residual: whether there is a residual: one more tensor to load and, in the backward, one to store.
+        dropout: whether there is dropout.
+        reduces: whether to compute sums over the slabs; False if the statistics are given.
+        clusters: whether the compiler supports clusters of programs on targets that have them.
+        kind: how to compute those sums; None to choose.
+        memory: of the device; None for a split plan of two launches.
 
     Raises:
         ValueError: the slab is too large for the resident plan requested.
     """
     length = geometry.channels if geometry.channels_last else geometry.positions
-    # The kernels multiply vectors and their length again, in 32 bits unless the number of vectors needs more.
+    # The kernels multiply the number of vectors by their length, in 32 bits unless that number needs more.
     vector = gcd(length, 16 // itemsize) if length < 2**31 else 1
-    # 64-bit values take more registers, and so do addresses where each element needs its own.
+    # 64-bit values take more registers, and so does one address for each element.
     registers = (4 if itemsize == 8 else 1) * ((4 if residual else 2) if vector == 1 else 1)
-    # Sums over each channel beside those over the slab need registers that these cases do not leave.
+    # These cases do not leave enough registers for sums over each channel in addition to those over the slab.
     crowded = (
         backward
         and not (geometry.per_channel or geometry.elementwise_affine)
@@ -136,15 +138,19 @@ def make_plan(
     if prod(tile) > MAX_TILE:
         raise ValueError(f"plan 'resident' takes tiles of at most {MAX_TILE} elements, a slab here needs {prod(tile)}")
 
-    block_rows, block_channels, block_positions = tile
     row_blocks, channel_blocks, position_blocks = (
         cdiv(size, block) for size, block in zip(geometry[:3], tile, strict=True)
     )
     all_slab_blocks = slab_blocks = channel_blocks if geometry.per_channel else row_blocks
     splits, parameter_partials = 1, 1
+    streams = False
     if reduction == "split":
         if memory is not None:
-            slab_blocks = _slab_blocks(geometry, itemsize, tile, memory, backward, residual)
+            loaded_again, loaded_once, stored = (2 + residual, 0, 1 + residual) if backward else (1, residual, 1)
+            stay = loaded_again + loaded_once * (not streams_loads(target)) + stored * (not _streams_stores(target))
+            room = memory.l2 // 2 // stay
+            slab_blocks = _slab_blocks(geometry, itemsize, tile, room, loaded_again, memory.launch_gap)
+            streams = _streams_stores(target) and geometry.slabs * geometry.slab_size * itemsize > room
         if geometry.per_channel:
             channel_blocks = slab_blocks
         else:
@@ -171,10 +177,9 @@ def make_plan(
         slab_blocks=slab_blocks,
         first_slab_blocks=range(0, all_slab_blocks, max(1, slab_blocks)),
         parameter_partials=parameter_partials,
+        streams=streams,
         constants={
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_CHANNELS": block_channels,
-            "BLOCK_POSITIONS": block_positions,
+            "TILE": tile,
             "CHANNEL_VECTOR": vector if geometry.channels_last else 1,
             "POSITION_VECTOR": 1 if geometry.channels_last else vector,
             "PER_CHANNEL": geometry.per_channel,
@@ -187,15 +192,25 @@ def make_plan(
 
 
 def saves_statistics(norm: Norm, itemsize: int) -> bool:
-    """Whether the forward saves mean and rstd of each slab. Any plan of a norm without them is resident."""
+    """Whether the forward saves mean and rstd of each slab. If not, every plan of the norm is resident."""
     return not (isinstance(norm, LayerNorm) and prod(norm.normalized_shape) * itemsize <= SHORT_ROW)
 
 
 def parameter_sums_plan(parameters: int) -> tuple[int, dict[str, int]]:
-    """Programs, and constexprs and compiler options, of the launch that adds up partial parameter gradients."""
+    """Programs, constexprs and compiler options of the launch that adds up partial parameter gradients."""
     width = min(next_power_of_2(parameters), PARAMETER_SUMS_WIDTH)
     blocks = {"BLOCK_PARTIALS": PARAMETER_SUMS_TILE // width, "BLOCK_PARAMETERS": width}
     return cdiv(parameters, width), {**blocks, "num_warps": 4}
+
+
+def streams_loads(target: GPUTarget) -> bool:
+    """Whether loads can be marked as first to be evicted from the L2: `createpolicy` in the PTX ISA."""
+    return target.backend == "cuda" and target.arch >= 80
+
+
+def _streams_stores(target: GPUTarget) -> bool:
+    """Whether stores can be marked as first to be evicted from the L2: `st.cs` in the PTX ISA."""
+    return target.backend == "cuda"
 
 
 def cdiv(dividend: int, divisor: int) -> int:
@@ -217,15 +232,15 @@ def _choose(
     kind: Kind | None,
 ) -> tuple[Reduction, Tile, int]:
     """How to reduce, the tile of a program or cluster, and the programs of that cluster."""
-    # Elementwise weight, bias and their gradients take as much room again.
+    # Elementwise weight, bias and their gradients take as many registers again.
     values = registers * (2 if geometry.elementwise_affine else 1)
     if reduces:
         capacity = CAPACITY // values
         tile = _resident_tile(geometry, itemsize, min(SMALL_TILE, capacity))
-        # A cluster sums one slab: the compiler cannot spread the sums of several without narrowing the loads.
+        # A cluster sums one slab: the compiler cannot distribute the sums of several without narrowing the loads.
         limit = max_cluster if _slab_block(geometry, tile) == 1 else 1
         if geometry.channels_last and vector > 1:
-            # The cluster divides the channels first: the loads of each program are as wide as its share of them.
+            # The cluster divides the channels first: the loads of each program are at most as wide as its channels.
             limit = min(limit, tile[1] // vector)
         cluster = _cluster(geometry, tile, capacity, limit)
         if crowded and limit > 1:
@@ -244,7 +259,7 @@ def _slab_block(geometry: Geometry, tile: Tile) -> int:
 
 
 def _resident_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
-    """A tile that holds whole slabs: one, or as many as fit in `size` elements."""
+    """A tile of whole slabs: one, or as many as fit in `size` elements."""
     rows, channels, positions = (next_power_of_2(length) for length in geometry[:3])
     if geometry.per_channel:
         return rows, _side_by_side(channels, itemsize) if geometry.channels_last else 1, positions
@@ -252,7 +267,7 @@ def _resident_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
 
 
 def _split_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
-    """A tile of about `size` elements, filled in the order in which they lie in memory."""
+    """A tile of about `size` elements, filled in memory order."""
     rows, channels, positions = (next_power_of_2(length) for length in geometry[:3])
     if geometry.channels_last:
         block_channels = _side_by_side(channels, itemsize) if geometry.per_channel else min(channels, 64)
@@ -264,12 +279,12 @@ def _split_tile(geometry: Geometry, itemsize: int, size: int) -> Tile:
 
 
 def _side_by_side(channels: int, itemsize: int) -> int:
-    """Channels of a channels-last tile: the 32 bytes of a memory sector, or more where there are many channels."""
+    """Channels of a channels-last tile: the 32 bytes of a memory sector, or more if there are many channels."""
     return min(channels, max(32 // itemsize, min(64, channels // 8)))
 
 
 def _tight_block(length: int, longest: int) -> int:
-    """The largest power of two, from 64 to `longest`, whose multiples cover the length with little waste."""
+    """The largest power of two from 64 to `longest` whose multiples cover the length with little waste."""
     block = min(next_power_of_2(length), longest)
     while block > 64 and cdiv(length, block) * block > 1.15 * length:
         block //= 2
@@ -277,14 +292,14 @@ def _tight_block(length: int, longest: int) -> int:
 
 
 def _max_cluster(target: GPUTarget) -> int:
-    """The most programs of a cluster; 1 where the target has no clusters."""
+    """The most programs of a cluster; 1 for targets without clusters."""
     if target.backend != "cuda" or target.arch < 90:
         return 1
     return MAX_CLUSTER if target.arch < 110 else PORTABLE_CLUSTER
 
 
 def _cluster(geometry: Geometry, tile: Tile, capacity: int, max_cluster: int) -> int:
-    """Programs that hold a resident tile together: as few as possible, more where few tiles would idle the GPU."""
+    """Programs that share a resident tile: as few as possible, or more if there are too few tiles to fill the GPU."""
     cluster = cdiv(prod(tile), capacity)
     tiles = cdiv(geometry.slabs, _slab_block(geometry, tile))
     while tiles * cluster < ENOUGH_PROGRAMS // 2 and prod(tile) // cluster > SMALL_TILE and cluster < max_cluster:
@@ -292,29 +307,26 @@ def _cluster(geometry: Geometry, tile: Tile, capacity: int, max_cluster: int) ->
     return cluster
 
 
-def _slab_blocks(geometry: Geometry, itemsize: int, tile: Tile, memory: Memory, backward: bool, residual: bool) -> int:
-    """Blocks of slabs that both launches of a split plan take before the next ones: as many as the L2 holds, or all.
+def _slab_blocks(geometry: Geometry, itemsize: int, tile: Tile, room: int, loaded_again: int, launch_gap: int) -> int:
+    """Blocks of slabs that both launches of a split plan process before the next ones: what fits the L2, or all.
 
-    Half of the L2 is counted on. The second launch loads again what the first one loaded, and what it moves besides
-    takes as much room.
+    The L2 has `room` bytes for each of the `loaded_again` tensors that both launches load.
     """
-    # Samples stay whole: see `_row_programs`.
+    # Keep samples whole: see `_row_programs`.
     unit = _slab_block(geometry, tile) if geometry.per_channel else geometry.groups
     units = cdiv(geometry.slabs, unit)
-    loaded_again, moved = (2 + residual, 3 + 2 * residual) if backward else (1, 2 + residual)
-    room = memory.l2 // 2 // moved
     size = max(1, unit * geometry.slab_size * itemsize)
     at_once = max(1, room // size)
     spared = loaded_again * min(at_once * size, room)
     launches = cdiv(units, at_once)
-    if spared < WORTH_A_LAUNCH * 2 * memory.launch_gap:
+    if spared < WORTH_A_LAUNCH * 2 * launch_gap:
         launches = 1
     at_once = cdiv(units, max(1, launches))
     return at_once if geometry.per_channel else at_once * unit
 
 
 def _splits(slab_blocks: int, tiles: int, limit: int) -> int:
-    """Parts of each slab: enough to keep the GPU busy, with equally many tiles as far as possible."""
+    """Parts of each slab: enough to keep the GPU busy, with the same number of tiles if possible."""
     wanted = max(1, min(MAX_SPLITS, limit, cdiv(4 * ENOUGH_PROGRAMS, max(1, slab_blocks))))
     return max(1, cdiv(tiles, cdiv(max(1, tiles), wanted)))
 
@@ -329,7 +341,7 @@ def _row_programs(geometry: Geometry, tile: Tile, row_blocks: int, column_progra
         summed = block_rows * block_positions
     else:
         summed = min(block_positions, geometry.positions)
-        # Steps of whole samples keep each lane of a program on one channel.
+        # Steps of whole samples keep each lane of a program at one channel.
         unit = geometry.groups // gcd(geometry.groups, block_rows)
     few = cdiv(row_blocks, cdiv(SUMMED_PER_PARTIAL, max(1, summed)))
     enough = cdiv(ENOUGH_PROGRAMS // 2, max(1, column_programs))
@@ -345,10 +357,10 @@ def _parameter_partials(geometry: Geometry, tile: Tile, row_programs: int, posit
 
 
 def _num_warps(values: int, reduction: Reduction, target: GPUTarget) -> int:
-    """16 values a thread, and at most 16 warps; at least 4 where there are partials to merge as well."""
+    """Warps for 16 values per thread, at most 16; at least 4 if there are partials to merge as well."""
     return min(16, max(4 if reduction == "split" else 1, values // (16 * target.warp_size)))
 
 
 def _register_limit(num_warps: int, target: GPUTarget) -> dict[str, int]:
-    """The registers that the hardware has for a thread: by default ptxas spills some to run more programs at once."""
+    """All registers that a thread can have. By default, ptxas spills some to run more programs at once."""
     return {"maxnreg": min(255, 65536 // (32 * num_warps))} if target.backend == "cuda" else {}

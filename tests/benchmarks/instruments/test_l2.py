@@ -1,5 +1,6 @@
 """The L2 model: sequences with known misses, accesses as seen by the watch, and the gain of plans."""
 
+import re
 from unittest import mock
 
 import pytest
@@ -18,10 +19,10 @@ BY_NAME = {gpu.name: gpu for gpu in GPUS}
 
 
 def moved(capacity, accesses):
-    """Bytes read and written by accesses: names of 10-byte lines, upper case for a store."""
+    """Bytes read and written by accesses: names of 10-byte lines, upper case for a store, after "-" if marked."""
     cache = l2.LeastRecentlyUsed(capacity)
-    for name in accesses:
-        cache.access(name.lower(), 10, name.isupper())
+    for mark, name in re.findall(r"(-?)(\w)", accesses):
+        cache.access(name.lower(), 10, name.isupper(), evict_first=bool(mark))
         assert cache.held <= capacity
     cache.flush()
     return cache.read, cache.written
@@ -44,6 +45,21 @@ def test_least_recently_used(accesses, read, written):
     assert moved(30, accesses) == (10 * read, 10 * written)
 
 
+@pytest.mark.parametrize(
+    ("accesses", "read", "written"),
+    [
+        ("abc-d-d", 5, 0),  # what is marked makes room for itself, and d is loaded again
+        ("abc-dabc", 4, 0),
+        ("abc-Dabc", 3, 1),
+        ("abc-adbc", 4, 0),  # a hit that is marked goes first
+        ("ab-cdab", 4, 0),
+        ("-abc-aad", 4, 0),  # without a mark again, it stays
+    ],
+)
+def test_marked_lines_are_evicted_first(accesses, read, written):
+    assert moved(30, accesses) == (10 * read, 10 * written)
+
+
 def test_lines_of_several_sizes():
     cache = l2.LeastRecentlyUsed(100)
     for line, size in (("a", 60), ("b", 40), ("a", 60), ("c", 30)):
@@ -63,10 +79,10 @@ def test_programs_take_turns():
 def offsets(place, values):
     """Offsets of a tile's elements, from the definition of the layouts."""
     rows, channels, positions = (
-        range(at * values[block], min((at + 1) * values[block], size))
+        range(at * block, min((at + 1) * block, size))
         for at, block, size in zip(
             place,
-            ("BLOCK_ROWS", "BLOCK_CHANNELS", "BLOCK_POSITIONS"),
+            values["TILE"],
             (
                 values["rows"],
                 values["channel_vectors"] * values["CHANNEL_VECTOR"],
@@ -165,7 +181,7 @@ def times(chain, gpu):
 
 
 @pytest.mark.parametrize(
-    ("name", "gain"), [("RTX 4090", 1.3), ("L40S", 1.3), ("L4", 1.3), ("A100", 1.2), ("H100", 1.1)]
+    ("name", "gain"), [("RTX 4090", 1.5), ("L40S", 1.5), ("L4", 1.5), ("A100", 1.3), ("H100", 1.3), ("H200", 1.2)]
 )
 def test_blocks_of_slabs_gain(name, gain):
     before, after = times(Chain("batch", (64, 256, 56, 56)), BY_NAME[name])
@@ -193,14 +209,10 @@ def test_nothing_gets_slower(chain, gpu):
     assert after <= before
 
 
-# On an H100 moving a block takes little longer than launching it.
-@pytest.mark.parametrize(
-    ("name", "gain"),
-    [("A100", 1.15), ("L4", 1.15), ("L40S", 1.15), ("RTX 4090", 1.15), ("B200", 1.15), ("H100", 1.1)],
-)
+# The memory of an MI300X moves more than its L2 holds in the time of a launch.
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.name != "MI300X"], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("share", [1, 1.5, 2])
-def test_tensors_of_once_to_twice_the_l2_gain(name, gain, share):
-    gpu = BY_NAME[name]
+def test_tensors_of_once_to_twice_the_l2_gain(gpu, share):
     samples = round(share * gpu.l2 / (64 * 112 * 112 * 4))
     before, after = times(Chain("batch", (samples, 64, 112, 112)), gpu)
-    assert before > gain * after
+    assert before > 1.15 * after

@@ -1,11 +1,12 @@
-"""Machine code of the kernels for GPUs that are not there: it fits, does not spill, and moves 128 bits at a time.
+"""Machine code of the kernels for many GPUs, compiled without one: it fits, does not spill, and moves 128 bits at once.
 
-The whole matrix takes long: `make test-exhaustive` goes through it. This module, run on what pytest then reports,
-notes the sources with which all of it passed, and the default run fails where these have changed since.
+The whole matrix takes long: `make test-exhaustive` runs it. Run on pytest's report, this module then stores digests of
+the sources with which the whole matrix passed. The default run fails if one of them has changed since.
 """
 
 import hashlib
 import json
+import re
 import sys
 from collections import defaultdict
 from datetime import datetime
@@ -27,6 +28,7 @@ from mnistnorm.kernels.activations import ACTIVATIONS, Activation
 from mnistnorm.kernels.contract import Epilogue
 from mnistnorm.kernels.norms import BatchNorm, Buffers, GroupNorm, LayerNorm
 from mnistnorm.kernels.triton_impl.operation import TritonOperation
+from mnistnorm.kernels.triton_impl.plans import Memory
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 NORMS = ("batch", "group", "layer")
@@ -40,17 +42,18 @@ SHAPES = (
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# What else makes for other code, in float32, which takes the most registers: a residual alone and no ReLU are parts of
-# "dropout-residual"; "graph" has the seed in memory, as in a CUDA graph; "eval" is batch norm with given statistics.
-VARIANTS = ("dropout", "dropout-residual", "graph-dropout-residual", "eval")
-# The other activations, each with something else of what its pre-activation is made of.
+# Options that change the code, in float32, which needs the most registers. "dropout-residual" contains the code of a
+# residual alone and without ReLU. "graph": the seed is in memory, as in a CUDA graph. "eval": batch norm with given
+# statistics. "streams": a split plan in blocks of slabs for a small L2.
+VARIANTS = ("dropout", "dropout-residual", "graph-dropout-residual", "eval", "streams-residual")
+# The other activations, each with different parts of a pre-activation.
 ACTIVATION_VARIANTS = (
     *("silu", "gelu-residual", "gelu_tanh-dropout-residual", "hardswish", "leaky_relu-residual", "relu6"),
 )
-# Those of them that `make test` compiles.
+# The ones that `make test` compiles.
 SAMPLED_VARIANTS = {"batch": "gelu_tanh-dropout-residual", "group": "gelu-residual", "layer": "silu"}
 
-# What the machine code and the matrix hang on, and where it is noted that all of it passed.
+# What the machine code and the matrix depend on, and the file for their digests.
 ROOT = Path(__file__).parents[3]
 SOURCES = (
     *(f"kernels/triton_impl/{name}.py" for name in ("device_functions", "kernels", "plans", "operation", "launches")),
@@ -74,12 +77,12 @@ class Case(NamedTuple):
 
     @property
     def group(self) -> str:
-        """What is compiled together: its kernels have much in common, for one target and between targets."""
+        """The cases to compile together: their kernels have much in common, for one target and between targets."""
         return f"{self.norm}-{'x'.join(map(str, self.shape))}"
 
     @property
     def length(self) -> int:
-        """Elements of the longest run that the kernels may take as one: neighbours in memory that have one mask."""
+        """Elements of the longest run that the kernels may move as one: adjacent in memory and with the same mask."""
         groups = 2 if self.norm == "group" and self.shape[1] % 2 == 0 else 1
         if self.channels_last:
             return self.shape[1] // groups
@@ -98,29 +101,26 @@ class Case(NamedTuple):
     def sums_parameters(self) -> bool:
         """Whether several programs sum the gradient of the same parameter."""
         if self.norm == "layer" and self.channels_last and self.shape == LARGE:
-            return self.dtype != torch.float64  # as many parameters as rows have elements: one program sums all rows
+            return self.dtype != torch.float64  # a parameter for each element of a row: one program sums all rows
         return self.norm != "batch" or self.variant == "eval"  # else a slab has its own parameters
 
     @property
     def launches(self) -> int:
-        """Forward and backward of one of the network's sizes, where clusters of programs can hold a slab together.
-
-        Without the sums over what several programs leave of the parameters' gradients.
-        """
+        """For a shape of the network and a target with large clusters, without the sums of parameter gradients."""
         size = self.shape[2]
         if self.norm == "group" and self.channels_last and size >= 24 and self.dtype == torch.float64:
-            return 3  # the backward alone, short of registers, is in two
+            return 3  # only the backward is split, for lack of registers
         if self.norm == "batch":
-            # Channels side by side are as many slabs to hold.
+            # A tile of adjacent channels has several slabs.
             fits = not self.channels_last and not (size >= 22 and self.dtype == torch.float64)
         else:
-            # The programs share the eight channels: two in float32, but one has them all, a vector, in half precision.
+            # Two programs share the eight channels in float32. In half precision, they are one vector of one program.
             fits = not (self.norm == "layer" and self.channels_last and size >= 24 and self.dtype != torch.float32)
         return 2 if fits else 4
 
 
 def launch(case, samples=None, plan=None):
-    """The forward and the backward, all gradients needed, on tensors without memory."""
+    """Runs the forward and the backward for all gradients on tensors without memory."""
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     shape = (samples or case.shape[0], *case.shape[1:])
     x = torch.empty(shape, dtype=case.dtype, device="meta").to(memory_format=layout)
@@ -137,8 +137,10 @@ def launch(case, samples=None, plan=None):
     epilogue = Epilogue(0.05 if "dropout" in case.variant else 0.0, case.activation)
     inputs = x, weight, bias, residual
     seed = torch.empty((), dtype=torch.int64, device="meta") if "graph" in case.variant else 1
-    with planned_for(machine_code.TARGETS[case.target].gpu):
-        operation = TritonOperation(norm, epilogue, inputs, buffers, plan)
+    streams = "streams" in case.variant
+    memory = Memory(x.nbytes, 0) if streams else None
+    with planned_for(machine_code.TARGETS[case.target].gpu, memory):
+        operation = TritonOperation(norm, epilogue, inputs, buffers, "split" if streams else plan)
         y, statistics = operation.forward(inputs, buffers, seed)
         kept = {None: (), "output": (y,), "residual": (residual,)}[operation.keeps]
         saved = (*inputs[:3], *statistics, *kept)
@@ -146,7 +148,7 @@ def launch(case, samples=None, plan=None):
 
 
 def compile_cases(target, cases):
-    """Reports of the launches of each case, which are all for one target."""
+    """Reports of the launches of each case, all for one target."""
     ends = []
     with machine_code.capture(target) as captured:
         for case in cases:
@@ -166,7 +168,7 @@ def count_compilations(case, batch_sizes, plan):
 
 
 def marks_of(case):
-    """Which run compiles it: `make test` two of the network's sizes and the prime one, `make test-slow` a few more."""
+    """Which run compiles it: `make test` two shapes of the network and the prime one, `make test-slow` a few more."""
     if case.variant in ACTIVATION_VARIANTS:
         sampled = case.shape == NETWORK and case.target == "sm_90"
         marks = [] if case.variant == SAMPLED_VARIANTS[case.norm] else [pytest.mark.slow]
@@ -178,7 +180,8 @@ def marks_of(case):
         sampled = sampled and not case.channels_last
         marks = []
     else:
-        sampled = case.target in ("sm_75", "gfx942") and case.dtype == torch.float32 and case.variant == "plain"
+        sampled = case.target in ("sm_75", "gfx942") and case.dtype == torch.float32
+        sampled = sampled and case.variant in ("plain", "streams-residual")
         sampled = sampled and (not case.channels_last or case.shape == (64, 256, 14, 14))
         marks = [] if case.shape == PRIME else [pytest.mark.slow]
     return marks if sampled else [pytest.mark.exhaustive]
@@ -191,7 +194,7 @@ def cases():
         for norm, shape, target, variant in product(
             NORMS, (NETWORK, LARGE, PRIME), TARGETS, (*VARIANTS, *ACTIVATION_VARIANTS)
         )
-        if norm == "batch" or variant != "eval"
+        if (norm == "batch" or variant != "eval") and (norm != "layer" or variant != "streams-residual")
     ]
     return [
         pytest.param(
@@ -205,14 +208,14 @@ def cases():
 
 @pytest.fixture(scope="session")
 def processes(worker_id):
-    # pytest-xdist's workers take one each.
+    # One for each worker of pytest-xdist.
     with machine_code.compiler_processes(2 if worker_id == "master" else 1) as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def reports(request, processes):
-    """Reports of a case; the first of a group has all of that group compiled that will be asked for."""
+    """Reports of a case. The first case of a group compiles all cases of that group in this run."""
     groups = defaultdict(lambda: defaultdict(list))
     for item in request.session.items:
         if "reports" in item.fixturenames:
@@ -229,7 +232,7 @@ def reports(request, processes):
 def test_every_activation_is_compiled():
     variants = {Case("batch", PRIME, torch.float32, False, "sm_90", variant) for variant in ACTIVATION_VARIANTS}
     compiled = {case.activation.name for case in variants} | {"relu"}
-    # Identity is less of everything.
+    # The code of identity is a part of all others.
     assert compiled | {"identity"} == set(ACTIVATIONS)
 
 
@@ -237,7 +240,7 @@ def test_every_activation_is_compiled():
 def test_fits_without_spills_and_moves_wide(reports, case):
     names = [compiled.kernel for compiled in reports(case)]
     assert names.count("parameter_sums_kernel") == case.sums_parameters
-    if case.shape[0] == NETWORK[0] and case.target in ("sm_90", "sm_100"):
+    if case.shape[0] == NETWORK[0] and case.target in ("sm_90", "sm_100") and "streams" not in case.variant:
         assert len(names) == case.launches + case.sums_parameters
     for compiled in reports(case):
         assert compiled.fits, compiled
@@ -251,6 +254,32 @@ def test_fits_without_spills_and_moves_wide(reports, case):
         assert stores == ({case.bits} if compiled.kernel in ("forward_kernel", "backward_kernel") else set()), compiled
 
 
+def marked_instructions(case):
+    """By kernel: its wide loads and stores, which move activations, and how many of each have a mark for the L2."""
+    with machine_code.capture(case.target) as captured:
+        launch(case)
+    counts = {}
+    for kernel in captured.kernels:
+        loads, stores = (re.findall(rf"{kind}\.global\S*\.v4\S*", kernel.asm["ptx"]) for kind in ("ld", "st"))
+        marked_loads = sum("L2::cache_hint" in load for load in loads)
+        counts[kernel.name] = len(loads), marked_loads, len(stores), sum(".cs." in store for store in stores)
+    return counts
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("target", ["sm_75", "sm_90"])
+def test_the_last_launch_marks_what_it_moves(processes, norm, target):
+    case = Case(norm, (8, 16, 32, 32), torch.float32, False, target, "streams-residual")
+    counts = processes.submit(marked_instructions, case).result()
+    for name in ("statistics_kernel", "forward_kernel", "gradient_sums_kernel", "backward_kernel"):
+        loads, marked_loads, stores, marked_stores = counts[name]
+        is_last = name in ("forward_kernel", "backward_kernel")
+        assert marked_loads == (loads if is_last and target == "sm_90" else 0)
+        assert marked_stores == (stores if is_last else 0)
+        assert loads > 0
+        assert (stores > 0) == is_last
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("target", "plan"), [("sm_90", "resident"), ("sm_90", "split"), ("gfx942", "split")])
 def test_batch_size_does_not_recompile(processes, norm, target, plan):
@@ -260,7 +289,7 @@ def test_batch_size_does_not_recompile(processes, norm, target, plan):
 
 
 def versions():
-    """Of Triton, and a digest of each source."""
+    """The version of Triton and a digest of each source."""
     digests = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in SOURCES}
     return {"triton": triton.__version__, **digests}
 
@@ -278,17 +307,17 @@ def exhaustive_cases():
 
 
 def note(report):
-    """Notes the sources where a JUnit report says that every case of the matrix has passed; says what it did."""
+    """Stores the digests of the sources if every case in a JUnit report passed. Returns a message."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     passed = [case for case in suite.iter("testcase") if len(case) == 0]  # a failure or a skip would be in it
     if len(passed) != exhaustive_cases():
-        return f"{len(passed)} of the {exhaustive_cases()} cases passed: nothing is noted"
+        return f"{len(passed)} of the {exhaustive_cases()} cases passed: digests not stored"
     started = datetime.fromisoformat(suite.get("timestamp")).timestamp()
     changed = [name for name in SOURCES if (ROOT / name).stat().st_mtime > started]
     if changed:
-        sys.exit(f"nothing is noted, start again: {', '.join(changed)} changed meanwhile")
+        sys.exit(f"digests not stored, run it again: {', '.join(changed)} changed meanwhile")
     PASSED.write_text(json.dumps(versions(), indent=1) + "\n")
-    return f"noted in {PASSED.name}"
+    return f"digests stored in {PASSED.name}"
 
 
 class TestNote:
@@ -307,14 +336,14 @@ class TestNote:
 
     def test_all_of_the_matrix(self, tmp_path, passed):
         report = self.report(tmp_path, "2100-01-01T00:00:00+00:00", self.EXPECTED * "<testcase/>")
-        assert note(report) == "noted in passed.json"
+        assert note(report) == "digests stored in passed.json"
         assert json.loads(passed.read_text()) == versions()
 
     @pytest.mark.parametrize("outcome", ["failure", "error", "skipped"])
     def test_all_but_one(self, outcome, tmp_path, passed):
         inside = (self.EXPECTED - 1) * "<testcase/>" + f"<testcase><{outcome}/></testcase>"
         report = self.report(tmp_path, "2100-01-01T00:00:00+00:00", inside)
-        assert note(report) == f"{self.EXPECTED - 1} of the {self.EXPECTED} cases passed: nothing is noted"
+        assert note(report) == f"{self.EXPECTED - 1} of the {self.EXPECTED} cases passed: digests not stored"
         assert not passed.exists()
 
     def test_a_source_that_changed_meanwhile(self, tmp_path, passed):

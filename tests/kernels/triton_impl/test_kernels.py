@@ -659,7 +659,7 @@ BLOCK = tl.constexpr(64)
 
 @triton.jit
 def offset_kernel(offset_ptr, row, channel, position_block, channels, positions, groups, CHANNELS_LAST: tl.constexpr):
-    place = kernels.tile_at(row, channel, position_block, 1, 1, BLOCK)
+    place = kernels.tile_at(row, channel, position_block, (1, 1, BLOCK))
     offset = device_functions.element_offset(place, (row + 1, channels, positions, groups), CHANNELS_LAST)
     tl.store(offset_ptr + tl.arange(0, BLOCK)[None, None, :], offset)
 
@@ -682,7 +682,7 @@ def test_addresses_beyond_32_bits(device):
 
 @triton.jit
 def parameter_kernel(index_ptr, channel, channels, positions):
-    place = kernels.tile_at(0, channel, 0, 1, 1, BLOCK)
+    place = kernels.tile_at(0, channel, 0, (1, 1, BLOCK))
     index, _ = device_functions.parameter_index(place, (1, channels, positions, 1), False, True)
     tl.store(index_ptr + tl.arange(0, BLOCK)[None, None, :], index)
 
