@@ -279,8 +279,9 @@ PARTS = {
     ),
     "models": Part("python -m benchmarks.models", models_rows, models_table),
     "models-timm": Part(
-        f"python -m benchmarks.models --models {TIMM} --dropout 0 --rounds 6", models_rows, models_table
+        f"python -m benchmarks.models --models {TIMM} --dropout 0 --image-size 224", models_rows, models_table
     ),
+    "models-timm-64": Part(f"python -m benchmarks.models --models {TIMM} --dropout 0", models_rows, models_table),
     "training": Part("python -m benchmarks.training", all_rows, training_table),
     "training-compiled": Part(
         "python -m benchmarks.training --rounds 6 --dropout 0.05 --compile", all_rows, training_table
