@@ -142,6 +142,8 @@ def traffic_rows(document: Any) -> list[Row]:
                 for name, counts in each["contenders"].items()
             },
             "launches": {name: list(counts["launches"].values()) for name, counts in each["contenders"].items()},
+            "activation_bytes": each["activation_bytes"],
+            "dram, modelled": each["dram, modelled"],
         }
         for each in document["chains"]
     ]
@@ -159,6 +161,27 @@ def traffic_table(rows: list[Row]) -> str:
         )
         launches = (" + ".join(map(str, row["launches"][name])) for name in ("fused", "inductor", "eager"))
         lines.append((f"{row['norm']} {row['shape']}", *least, *others, *launches))
+    return f"{markdown(header, lines)}\n{dram_table(rows[0])}"
+
+
+def dram_table(row: Row) -> str:
+    header = (
+        "GPU",
+        "fused",
+        "Inductor",
+        "eager",
+        "launches, fused",
+        "time, fused",
+        "Inductor / fused",
+        "eager / fused",
+    )
+    lines = []
+    for gpu, contenders in row["dram, modelled"].items():
+        ours, *others = contenders.values()
+        units = (f"{each['bytes'] / row['activation_bytes']:.2f}" for each in contenders.values())
+        ratios = (f"{each['seconds'] / ours['seconds']:.2f}" for each in others)
+        launches = " + ".join(map(str, ours["launches"]))
+        lines.append((gpu, *units, launches, f"{1e3 * ours['seconds']:.2f} ms", *ratios))
     return markdown(header, lines)
 
 

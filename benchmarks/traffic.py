@@ -54,9 +54,12 @@ CONTENDERS = {
 }
 
 COLUMNS = "{:<19} {:>9} {:>9} {:>9} {:>9} {:>9} {:>10} {:>12} {:>9}"
-DRAM_COLUMNS = "  {:<10} {:>9} {:>9} {:>9} {:>12} {:>9}"
-DRAM_HEADER = "fused, DRAM modelled, not measured: bandwidth and L2 from the datasheet, 1.5 us per launch\n" + (
-    DRAM_COLUMNS.format("", "forward", "backward", "sum", "launches", "ms")
+# The contenders that the L2 is modelled for.
+MODELLED = ("fused", "inductor, all loads", "eager, all kernels")
+DRAM_COLUMNS = "  {:<10} {:>8} {:>9} {:>8}" + 2 * " {:>10} {:>8} {:>8}"
+DRAM_HEADER = (
+    "DRAM, modelled, not measured: bandwidth and L2 from the datasheet, 1.5 us per launch; Inductor's kernels for {}\n"
+    + DRAM_COLUMNS.format("", "fused", "launches", "ms", *("Inductor", "ms", "x fused"), *("eager", "ms", "x fused"))
 )
 HEADER = COLUMNS.format("", "fwd read", "written", "bwd read", "written", "sum", "MB", "launches", "x fused")
 
@@ -156,17 +159,40 @@ def row(label: str, counts: Counts, chain: Chain, reference: Counts) -> str:
     )
 
 
-def dram_table(chain: Chain, plan: Kind | None) -> str:
-    """Formats the DRAM traffic of the fused launches on each GPU, by the model in instruments/l2.py."""
-    lines = [DRAM_HEADER]
+def model_dram(chain: Chain, plan: Kind | None, contenders: dict[str, Counts]) -> dict[str, dict[str, Any]]:
+    """Models the DRAM traffic on each GPU, by instruments/l2.py: for each contender its bytes, launches and seconds."""
+    modelled = {}
     for gpu in GPUS:
-        counted = launches(fused(chain, TARGETS[gpu.target].gpu, plan, gpu.memory))
-        moved = l2.dram(chain, gpu, plan)
-        number = [len(kernels) for kernels in counted.values()]
-        units = [sum(both) / chain.activation_bytes for both in moved.values()]
-        time = 1e3 * l2.seconds(moved.values(), sum(number), gpu)
-        fields = *(f"{each:.2f}" for each in (*units, sum(units))), " + ".join(map(str, number)), f"{time:.3f}"
-        lines.append(DRAM_COLUMNS.format(gpu.name, *fields))
+        counted = Counts.of(launches(fused(chain, TARGETS[gpu.target].gpu, plan, gpu.memory)))
+        window = l2.PROGRAMS_AT_A_TIME * gpu.multiprocessors * chain.slab_bytes  # Inductor's programs take a slab each
+        _, inductor_counts, eager_counts = (contenders[name] for name in MODELLED)
+        moved = (
+            (counted, l2.dram(chain, gpu, plan)),
+            (inductor_counts, l2.dram_of(inductor_counts.kernels, gpu, window)),
+            (eager_counts, l2.dram_of(eager_counts.kernels, gpu)),
+        )
+        modelled[gpu.name] = {
+            name: {
+                "bytes": sum(map(sum, phases.values())),
+                "launches": list(counts.launches.values()),
+                "seconds": l2.seconds(phases.values(), sum(counts.launches.values()), gpu),
+            }
+            for name, (counts, phases) in zip(MODELLED, moved, strict=True)
+        }
+    return modelled
+
+
+def dram_table(chain: Chain, modelled: dict[str, dict[str, Any]], gpu: str) -> str:
+    """Formats the results of `model_dram`; Inductor's kernels are those for `gpu`."""
+    lines = [DRAM_HEADER.format(gpu)]
+    for name, contenders in modelled.items():
+        ours, *others = contenders.values()
+        fields = [f"{ours['bytes'] / chain.activation_bytes:.2f}", " + ".join(map(str, ours["launches"]))]
+        fields.append(f"{1e3 * ours['seconds']:.3f}")
+        for other in others:
+            fields += [f"{other['bytes'] / chain.activation_bytes:.2f}", f"{1e3 * other['seconds']:.3f}"]
+            fields.append(f"{other['seconds'] / ours['seconds']:.2f}")
+        lines.append(DRAM_COLUMNS.format(name, *fields))
     return "\n".join(lines)
 
 
@@ -207,7 +233,9 @@ def bar_chart(results: Sequence[tuple[Chain, dict[str, Counts]]], gpu: str) -> F
     return figure
 
 
-def as_json(chain: Chain, contenders: dict[str, Counts], interpreted_too: bool) -> dict[str, Any]:
+def as_json(
+    chain: Chain, contenders: dict[str, Counts], modelled: dict[str, dict[str, Any]], interpreted_too: bool
+) -> dict[str, Any]:
     return {
         "chain": vars(chain) | {"dtype": str(chain.dtype)[6:]},
         "activation_bytes": chain.activation_bytes,
@@ -220,6 +248,7 @@ def as_json(chain: Chain, contenders: dict[str, Counts], interpreted_too: bool) 
             }
             for name, counts in contenders.items()
         },
+        "dram, modelled": modelled,
     }
 
 
@@ -246,7 +275,8 @@ def traffic(argv: Sequence[str] | None) -> int:
             print(f"\n{chain.title}; one activation is {chain.activation_bytes / 1e6:.1f} MB\n{HEADER}")
             for name, counts in contenders.items():
                 print(row(name, counts, chain, contenders["fused"]), flush=True)
-            print(dram_table(chain, args.plan))
+            modelled = model_dram(chain, args.plan, contenders)
+            print(dram_table(chain, modelled, gpu.name))
             if args.tensors:
                 print(tensors_table(kernels))
             if chain in seen:
@@ -256,7 +286,7 @@ def traffic(argv: Sequence[str] | None) -> int:
                     print_error(f"the interpreter and the formulas count different bytes for {chain.title}")
                     exit_code = 1
             results.append((chain, contenders))
-            documents.append(as_json(chain, contenders, chain in seen))
+            documents.append(as_json(chain, contenders, modelled, chain in seen))
     if args.json:
         document = {
             "command": command_of("benchmarks.traffic", argv),

@@ -67,6 +67,17 @@ class Chain:
         return prod(self.shape) * self.dtype.itemsize
 
     @property
+    def slab_bytes(self) -> int:
+        """Bytes of the elements that share one mean."""
+        samples, channels, height, width = self.shape
+        sizes = {
+            "batch": samples * height * width,
+            "group": channels // self.groups * height * width,
+            "layer": prod(self.normalized_shape),
+        }
+        return sizes[self.norm] * self.dtype.itemsize
+
+    @property
     def operations(self) -> str:
         parts = [f"{self.norm} norm" + (f" ({self.groups} groups)" if self.norm == "group" else "")]
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []

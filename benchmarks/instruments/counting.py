@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from mnistnorm.kernels.triton_impl.plans import Kind, Memory, cdiv
+from mnistnorm.kernels.triton_impl.plans import Kind, Layout, Memory, cdiv
 
 from .chain import Chain
 from .interception import CaughtLaunch, launches_caught, planned_for
@@ -35,6 +35,8 @@ Phases = dict[str, list[Kernel]]
 
 # Name suffix for what a kernel, or the kernels behind an operator, read again.
 AGAIN = " again"
+# What separates the name of an operand and the number of its storage, by which other operators can be found to use it.
+NUMBER = " #"
 
 
 def once(phases: Phases) -> Phases:
@@ -145,13 +147,14 @@ class _Grid:
     def __init__(self, named: dict[str, Any]) -> None:
         self.named = named
         self.rows = named["rows"]
-        self.channels = named["channel_vectors"] * named["CHANNEL_VECTOR"]
-        self.positions = named["position_vectors"] * named["POSITION_VECTOR"]
+        layout: Layout = named["LAYOUT"]
+        self.channels = named["channel_vectors"] * layout.channel_vector
+        self.positions = named["position_vectors"] * layout.position_vector
         self.groups = named["groups"]
-        self.per_channel = named["PER_CHANNEL"]
+        self.per_channel, self.elementwise = layout.per_channel, layout.elementwise_affine
         self.split = named.get("REDUCTION") == "split"
         self.given = named.get("REDUCTION") == "none"
-        self.block_rows, block_channels, block_positions = named["TILE"]
+        self.block_rows, block_channels, block_positions = layout.tile
         self.row_blocks = cdiv(self.rows, self.block_rows)
         self.channel_blocks = cdiv(self.channels, block_channels)
         self.position_blocks = cdiv(self.positions, block_positions)
@@ -164,10 +167,6 @@ class _Grid:
         self.share = Fraction(min((first + self.slab_blocks) * block, slabs) - first * block, slabs)
         # Programs of the forward and the backward kernel that load the same channels' parameters.
         self.sharers = named.get("row_programs", 0) * (1 if self.elementwise else self.position_blocks)
-
-    @property
-    def elementwise(self) -> bool:
-        return bool(self.named.get("ELEMENTWISE_AFFINE"))
 
     @property
     def groups_per_tile(self) -> Fraction:
@@ -264,7 +263,7 @@ def eager(chain: Chain) -> Phases:
     with FakeTensorMode():
         tensors = chain.tensors("cuda")
         wanted = [t for t in tensors if t is not None and t.requires_grad]
-        with Operators() as operators:
+        with Operators(numbered=True) as operators:
             output = chain.stock(tensors)
             forward = operators.take()
             gradients([output], wanted, [tensors.grad])
@@ -288,7 +287,8 @@ SECOND_READS = {
 
 
 def _with_second_reads(kernel: Kernel) -> Kernel:
-    again = {f"{name}{AGAIN}": kernel.reads[name] for name in SECOND_READS.get(kernel.name, ())}
+    names = SECOND_READS.get(kernel.name, ())
+    again = {f"{name}{AGAIN}": size for name, size in kernel.reads.items() if name.partition(NUMBER)[0] in names}
     return kernel._replace(reads=kernel.reads | again)
 
 
@@ -332,12 +332,14 @@ class Operators(TorchDispatchMode):
     """Records every ATen operator that moves memory: inputs as read, outputs and in-place changes as written.
 
     Views and allocations move nothing. A tensor passed twice is read once; an expanded tensor counts its real size.
-    What an operator's schema omits, such as batch norm's update of the running statistics, is not counted.
+    What an operator's schema omits, such as batch norm's update of the running statistics, is not counted. If
+    `numbered`, the names of operands end in the number of their storage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, numbered: bool = False) -> None:
         super().__init__()
         self.kernels: list[Kernel] = []
+        self._storages: dict[int, tuple[int, Any]] | None = {} if numbered else None
 
     def take(self) -> list[Kernel]:
         """Returns what was recorded since the last call."""
@@ -350,13 +352,22 @@ class Operators(TorchDispatchMode):
         schema = func._schema
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         if func.namespace == "aten" and not is_view and schema.name.removeprefix("aten::") not in _MOVES_NOTHING:
-            kernel = _operator_traffic(schema, args, kwargs, result)
+            kernel = _operator_traffic(schema, args, kwargs, result, self._name)
             if any((*kernel.reads.values(), *kernel.writes.values())):
                 self.kernels.append(kernel)
         return result
 
+    def _name(self, name: str, tensor: Tensor) -> str:
+        if self._storages is None:
+            return name
+        storage = tensor.untyped_storage()  # kept, so that no other one gets its address
+        number, _ = self._storages.setdefault(storage._cdata, (len(self._storages), storage))
+        return f"{name}{NUMBER}{number}"
 
-def _operator_traffic(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Kernel:
+
+def _operator_traffic(
+    schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, name_of: Callable[[str, Tensor], str]
+) -> Kernel:
     name = schema.name.removeprefix("aten::")
     named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     reads: dict[str, int] = {}
@@ -367,13 +378,13 @@ def _operator_traffic(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         overwritten = changed and (argument.kwarg_only or name in _OVERWRITES)
         for label, tensor in _tensors(argument.name, named.get(argument.name)):
             if changed:
-                writes[label] = _distinct_bytes(tensor)
+                writes[name_of(label, tensor)] = _distinct_bytes(tensor)
             if id(tensor) not in seen and not overwritten and name not in _SHAPED_LIKE:
-                reads[label] = _distinct_bytes(tensor)
+                reads[name_of(label, tensor)] = _distinct_bytes(tensor)
             seen.add(id(tensor))
     for label, tensor in _tensors("output", result):
         if id(tensor) not in seen:
-            writes[label] = _distinct_bytes(tensor)
+            writes[name_of(label, tensor)] = _distinct_bytes(tensor)
     return Kernel(name, reads, writes)
 
 

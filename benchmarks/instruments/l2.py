@@ -12,10 +12,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from mnistnorm.kernels.triton_impl.launches import LAUNCH_GAP
-from mnistnorm.kernels.triton_impl.plans import Kind, cdiv, streams_loads
+from mnistnorm.kernels.triton_impl.plans import Kind, Layout, cdiv, streams_loads
 
 from .chain import Chain
-from .counting import by_phase
+from .counting import AGAIN, NUMBER, Kernel, Phases, by_phase
 from .gpus import GPU
 from .interception import CaughtLaunch, launches_caught
 from .machine_code import TARGETS
@@ -25,6 +25,9 @@ PROGRAMS_AT_A_TIME = 2
 
 LOADED = ("dy_ptr", "x_ptr", "kept_ptr", "residual_ptr")
 STORED = ("dresidual_ptr", "dx_ptr", "y_ptr")
+
+# Bytes that are modelled as one, of tensors of which only the size is known.
+STREAMED_TILE = 2**16
 
 Place = tuple[int, int, int]
 
@@ -92,6 +95,42 @@ def dram(chain: Chain, gpu: GPU, plan: Kind | None = None) -> dict[str, tuple[in
     return {phase: _moved(launches, gpu) for phase, launches in phases.items()}
 
 
+def dram_of(phases: Phases, gpu: GPU, window: int | None = None) -> dict[str, tuple[int, int]]:
+    """The same for other kernels, of which only the bytes of each tensor are known.
+
+    A kernel goes through all its tensors side by side, from the beginning to the end. It first loads what it reads
+    again: of the whole tensors, as separate launches do, or of `window` bytes of each at a time.
+    """
+    return {phase: _streamed(kernels, gpu.l2 // 2, window) for phase, kernels in phases.items()}
+
+
+def _streamed(kernels: list[Kernel], capacity: int, window: int | None) -> tuple[int, int]:
+    cache = LeastRecentlyUsed(capacity)
+    largest = max((size for kernel in kernels for size in (*kernel.reads.values(), *kernel.writes.values())), default=0)
+    count = max(1, cdiv(largest, STREAMED_TILE))
+    step = count if window is None else max(1, window // STREAMED_TILE)
+
+    def access(tensors: dict[str, int], tile: int, stored: bool) -> None:
+        for name, size in tensors.items():
+            tensor = name.rpartition(NUMBER)[2]
+            cache.access((tensor, tile), size * (tile + 1) // count - size * tile // count, stored)
+
+    for kernel in kernels:
+        once = {name: size for name, size in kernel.reads.items() if not name.endswith(AGAIN)}
+        again = {name: kernel.reads.get(f"{name}{AGAIN}", 0) // size for name, size in once.items() if size}
+        for first in range(0, count, step):
+            tiles = range(first, min(first + step, count))
+            for repeat in range(max(again.values(), default=0)):
+                loaded = {name: once[name] for name, times in again.items() if times > repeat}
+                for tile in tiles:
+                    access(loaded, tile, stored=False)
+            for tile in tiles:
+                access(once, tile, stored=False)
+                access(kernel.writes, tile, stored=True)
+    cache.flush()
+    return cache.read, cache.written
+
+
 def seconds(moved: Iterable[tuple[int, int]], launches: int, gpu: GPU) -> float:
     """Seconds to move the bytes read and written at full bandwidth, plus the gaps between launches."""
     return gpu.bound(sum(map(sum, moved))) + launches * LAUNCH_GAP
@@ -134,12 +173,13 @@ def named(launch: CaughtLaunch) -> dict[str, Any]:
 def programs(launch: CaughtLaunch) -> Iterator[Iterator[list[Access]]]:
     """Yields the accesses of each program of a launch to large tensors, by tile, as in triton_impl/kernels.py."""
     values = named(launch)
+    layout: Layout = values["LAYOUT"]
     sizes = (
         values["rows"],
-        values["channel_vectors"] * values["CHANNEL_VECTOR"],
-        values["position_vectors"] * values["POSITION_VECTOR"],
+        values["channel_vectors"] * layout.channel_vector,
+        values["position_vectors"] * layout.position_vector,
     )
-    tile = values["TILE"]
+    tile = layout.tile
     blocks = cdiv(sizes[0], tile[0]), cdiv(sizes[1], tile[1]), cdiv(sizes[2], tile[2])
     is_second = launch.kernel.__name__ in ("forward_kernel", "backward_kernel")
     places = _second_places if is_second else _first_places
@@ -158,7 +198,7 @@ def programs(launch: CaughtLaunch) -> Iterator[Iterator[list[Access]]]:
 def _first_places(program: int, values: dict[str, Any], blocks: Place) -> Iterator[Place]:
     rows, channels, positions = blocks
     slab_block, first = values["first_slab_block"] + program // values["splits"], program % values["splits"]
-    per_channel = values["PER_CHANNEL"]
+    per_channel = values["LAYOUT"].per_channel
     for tile in range(first, (rows if per_channel else channels) * positions, values["splits"]):
         outer, position = divmod(tile, positions)
         yield (outer, slab_block, position) if per_channel else (slab_block, outer, position)
@@ -174,11 +214,12 @@ def _second_places(program: int, values: dict[str, Any], blocks: Place) -> Itera
             yield row, channel, position
         return
     last_row, last_channel = rows - 1, channels - 1
-    if values["PER_CHANNEL"]:
+    layout: Layout = values["LAYOUT"]
+    if layout.per_channel:
         channels, last_channel = count, first + count - 1
     else:
         rows, last_row = count, first + count - 1
-    if values["PER_CHANNEL"] and not values["CHANNELS_LAST"]:
+    if layout.per_channel and not layout.channels_last:
         channel, row_program = divmod(column, row_programs)
     else:
         row_program, channel = divmod(column, channels)

@@ -1,11 +1,12 @@
 """Device functions of the fused kernels. Each formula is here once: backward recomputes exactly what forward computed.
 
-Every tile is [ROWS, CHANNELS, POSITIONS]. A slab, the elements that share one mean, is a channel of all rows
-(`PER_CHANNEL`: batch norm) or a row (group and layer norm). A row is a sample, or one of the `groups` of a sample.
+Every tile is [rows, channels, positions] = LAYOUT.tile. A slab, the elements that share one mean, is a channel of all
+rows (`LAYOUT.per_channel`: batch norm) or a row (group and layer norm). A row is a sample, or one of the `groups` of a
+sample.
 
-    TILE: its ROWS, CHANNELS and POSITIONS, powers of two
-    place: row [ROWS, 1, 1], channel [1, CHANNELS, 1] and position [1, 1, POSITIONS] of a tile's elements
-    sizes: rows, channels, positions, groups
+    place: row [rows, 1, 1], channel [1, channels, 1] and position [1, 1, positions] of a tile's elements
+    sizes: rows, channels, positions and groups of the tensor
+    LAYOUT, EPILOGUE: see the classes Layout and EpilogueConstants in plans.py
 """
 
 import triton
@@ -13,11 +14,11 @@ import triton.language as tl
 
 
 @triton.jit
-def element_offset(place, sizes, CHANNELS_LAST: tl.constexpr):
+def element_offset(place, sizes, LAYOUT: tl.constexpr):
     """The offset of each element in a dense tensor."""
     row, channel, position = place
     _, channels, positions, groups = sizes
-    if CHANNELS_LAST:
+    if LAYOUT.channels_last:
         first_channel = row % groups * channels
         return (row // groups * positions + position) * (groups * channels) + (first_channel + channel)
     else:
@@ -31,13 +32,13 @@ def element_mask(place, sizes):
 
 
 @triton.jit
-def parameter_index(place, sizes, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.constexpr):
+def parameter_index(place, sizes, LAYOUT: tl.constexpr):
     """Index of each element's weight and bias, and a mask of the valid ones: the smallest tile with all of them."""
     row, channel, position = place
     _, channels, positions, groups = sizes
-    if ELEMENTWISE_AFFINE:
+    if LAYOUT.elementwise_affine:
         return tl.cast(channel, tl.int64) * positions + position, (channel < channels) & (position < positions)
-    elif PER_CHANNEL:
+    elif LAYOUT.per_channel:
         return channel, channel < channels
     else:
         return row % groups * channels + channel, (row >= 0) & (channel < channels)
@@ -66,9 +67,9 @@ def load_parameter(pointer, index, mask, dtype: tl.constexpr, DEFAULT: tl.conste
 
 
 @triton.jit
-def slab_sum(values, PER_CHANNEL: tl.constexpr):
+def slab_sum(values, LAYOUT: tl.constexpr):
     """Sums a tile over the two axes within a slab, keeping them with length 1."""
-    SLAB_AXIS: tl.constexpr = 1 if PER_CHANNEL else 0
+    SLAB_AXIS: tl.constexpr = 1 if LAYOUT.per_channel else 0
     if values.shape[SLAB_AXIS] == 1:
         # A single reduction over all axes, because the compiler can distribute only that over a cluster.
         return tl.full((1, 1, 1), 0, values.dtype) + tl.sum(values)
@@ -77,12 +78,12 @@ def slab_sum(values, PER_CHANNEL: tl.constexpr):
 
 
 @triton.jit
-def parameter_sum(values, PER_CHANNEL: tl.constexpr, ELEMENTWISE_AFFINE: tl.constexpr):
+def parameter_sum(values, LAYOUT: tl.constexpr):
     """Sums a tile over the axes that share a parameter, to the shape of `parameter_index`."""
-    if ELEMENTWISE_AFFINE:
+    if LAYOUT.elementwise_affine:
         return tl.sum(values, axis=0, keep_dims=True)
-    elif PER_CHANNEL:
-        return slab_sum(values, True)
+    elif LAYOUT.per_channel:
+        return slab_sum(values, LAYOUT)
     else:
         return tl.sum(values, axis=2, keep_dims=True)
 
@@ -97,18 +98,18 @@ def divide(dividend, divisor):
 
 
 @triton.jit
-def slab_mean(values, weights, count, PER_CHANNEL: tl.constexpr):
+def slab_mean(values, weights, count, LAYOUT: tl.constexpr):
     """The sum of values * weights over a slab, divided by count. Scales the values so that it does not overflow."""
     unit: tl.constexpr = 2.0**40  # a power of two rounds nothing
-    return divide(slab_sum(values * (1.0 / unit) * weights, PER_CHANNEL), count * (1.0 / unit))
+    return divide(slab_sum(values * (1.0 / unit) * weights, LAYOUT), count * (1.0 / unit))
 
 
 @triton.jit
-def tile_statistics(x, mask, count, PER_CHANNEL: tl.constexpr):
+def tile_statistics(x, mask, count, LAYOUT: tl.constexpr):
     """Mean and sum of squared deviations of the `count` elements that a tile holds of each slab, in two passes."""
-    mean = slab_mean(x, 1.0, count, PER_CHANNEL)
+    mean = slab_mean(x, 1.0, count, LAYOUT)
     deviation = tl.where(mask, x - mean, 0.0)
-    return mean, slab_sum(deviation * deviation, PER_CHANNEL)
+    return mean, slab_sum(deviation * deviation, LAYOUT)
 
 
 @triton.jit
@@ -123,11 +124,11 @@ def merge_statistics(count, mean, m2, other_count, other_mean, other_m2):
 
 
 @triton.jit
-def merge_partials(count, mean, m2, total, PER_CHANNEL: tl.constexpr):
+def merge_partials(count, mean, m2, total, LAYOUT: tl.constexpr):
     """`merge_statistics` for a tile of all partials of each slab; a count of 0 adds nothing."""
-    merged_mean = slab_mean(mean, count, total, PER_CHANNEL)
+    merged_mean = slab_mean(mean, count, total, LAYOUT)
     delta = mean - merged_mean
-    return merged_mean, slab_sum(m2 + count * delta * delta, PER_CHANNEL)
+    return merged_mean, slab_sum(m2 + count * delta * delta, LAYOUT)
 
 
 @triton.jit
@@ -147,7 +148,7 @@ def affine(xhat, weight, bias):
 
 
 @triton.jit
-def dropout_keep(seed, threshold, place, sizes, ELEMENTWISE_AFFINE: tl.constexpr):
+def dropout_keep(seed, threshold, place, sizes, LAYOUT: tl.constexpr):
     """Whether each element is kept, with probability 1 - threshold / 2^31: Philox (Salmon et al. 2011).
 
     Depends on the seed and the element's place in the tensor only, not on the layout or the plan. Four consecutive
@@ -155,7 +156,7 @@ def dropout_keep(seed, threshold, place, sizes, ELEMENTWISE_AFFINE: tl.constexpr
     """
     row, channel, position = place
     _, channels, positions, groups = sizes
-    if ELEMENTWISE_AFFINE:
+    if LAYOUT.elementwise_affine:
         element = (row * channels + channel) * positions + position
         draw = element // 4
     else:
@@ -190,54 +191,54 @@ def gelu_tanh_argument(z):
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
+def activate(z, EPILOGUE: tl.constexpr):
     """The activation of z. NaN stays NaN, as in torch."""
-    if ACTIVATION == "relu":
+    if EPILOGUE.activation == "relu":
         return tl.where(z <= 0.0, 0.0, z)
-    elif ACTIVATION == "relu6":
+    elif EPILOGUE.activation == "relu6":
         return tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
-    elif ACTIVATION == "leaky_relu":
-        return tl.where(z > 0.0, z, z * tl.full((), PARAMETER, z.dtype))
-    elif ACTIVATION == "silu":
+    elif EPILOGUE.activation == "leaky_relu":
+        return tl.where(z > 0.0, z, z * tl.full((), EPILOGUE.parameter, z.dtype))
+    elif EPILOGUE.activation == "silu":
         return z * sigmoid(z)
-    elif ACTIVATION == "gelu":
+    elif EPILOGUE.activation == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
+    elif EPILOGUE.activation == "gelu_tanh":
         # 0.5 z (1 + tanh(u / 2)) without the cancellation.
         argument, _ = gelu_tanh_argument(z)
         return z * sigmoid(argument)
-    elif ACTIVATION == "hardswish":
+    elif EPILOGUE.activation == "hardswish":
         return z * tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 6.0, z + 3.0)) / 6.0
     else:
-        tl.static_assert(ACTIVATION == "identity")
+        tl.static_assert(EPILOGUE.activation == "identity")
         return z
 
 
 @triton.jit
-def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
+def activation_gradient(gradient, value, EPILOGUE: tl.constexpr):
     """The gradient of the pre-activation. `value` is the pre-activation or, for the first three, the output."""
-    if ACTIVATION == "relu":
+    if EPILOGUE.activation == "relu":
         return tl.where(value <= 0.0, 0.0, gradient)
-    elif ACTIVATION == "relu6":
+    elif EPILOGUE.activation == "relu6":
         return tl.where((value <= 0.0) | (value >= 6.0), 0.0, gradient)
-    elif ACTIVATION == "leaky_relu":
-        return tl.where(value > 0.0, gradient, gradient * tl.full((), PARAMETER, value.dtype))
-    elif ACTIVATION == "silu":
+    elif EPILOGUE.activation == "leaky_relu":
+        return tl.where(value > 0.0, gradient, gradient * tl.full((), EPILOGUE.parameter, value.dtype))
+    elif EPILOGUE.activation == "silu":
         share = sigmoid(value)
         # If the share is 0, the value may be infinite. Without the select, this spills on sm_100.
         return gradient * tl.where(share > 0.0, share * (1.0 + value * (1.0 - share)), share)
-    elif ACTIVATION == "gelu":
+    elif EPILOGUE.activation == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
         return gradient * (0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density)
-    elif ACTIVATION == "gelu_tanh":
+    elif EPILOGUE.activation == "gelu_tanh":
         argument, slope = gelu_tanh_argument(value)
         share = sigmoid(argument)
         density = share * (1.0 - share)
         # If the density is 0, the slope may be infinite. A select of that product alone spills on sm_90.
         return gradient * tl.where(density > 0.0, share + slope * density, share)
-    elif ACTIVATION == "hardswish":
+    elif EPILOGUE.activation == "hardswish":
         inside = gradient * (value / 3.0 + 0.5)
         return tl.where(value <= -3.0, 0.0, tl.where(value >= 3.0, gradient, inside))
     else:
-        tl.static_assert(ACTIVATION == "identity")
+        tl.static_assert(EPILOGUE.activation == "identity")
         return gradient

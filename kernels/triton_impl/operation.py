@@ -16,7 +16,7 @@ from ..contract import Epilogue, Gradients, Inputs, Needs, Operation, Saved, See
 from ..norms import NO_BUFFERS, BatchNorm, Buffers, Norm
 from .kernels import backward_kernel, forward_kernel, gradient_sums_kernel, parameter_sums_kernel, statistics_kernel
 from .launches import Launch, Pair, current_target, device_memory, is_current, made_current
-from .plans import Kind, Plan, make_plan, parameter_sums_plan, saves_statistics
+from .plans import EpilogueConstants, Kind, Plan, make_plan, parameter_sums_plan, saves_statistics
 
 
 class TritonOperation(Operation):
@@ -45,12 +45,7 @@ class TritonOperation(Operation):
         self.group = norm.process_group if isinstance(norm, BatchNorm) else None
         self.reduces = not isinstance(norm, BatchNorm) or norm.use_batch_stats
         self.dropout = round(epilogue.dropout_p * 2**31), epilogue.scale  # the probability in units of 2^-31
-        self.constants = {
-            "ELEMENTWISE_AFFINE": self.geometry.elementwise_affine,
-            "DROPOUT": epilogue.dropout_p > 0,
-            "ACTIVATION": activation.name,
-            "PARAMETER": activation.parameter,
-        }
+        self.constants = EpilogueConstants(epilogue.dropout_p > 0, activation.name, activation.parameter)
         self._itemsize, self._target = input.element_size(), current_target(input.device)
         # Sums over a process group need all slabs at once.
         self._memory = device_memory(input.device) if self.group is None else None
@@ -141,10 +136,8 @@ class _Statistics:
 
     def __init__(self, operation: TritonOperation, plan: Plan) -> None:
         self._splits, self._slabs, self._dtype = plan.splits, operation.geometry.slabs, operation.dtype
-        sizes = (*_sizes(operation, plan), plan.splits)
-        self._launch = Launch(
-            statistics_kernel, plan.slab_blocks * plan.splits, sizes, plan.constants, operation.device
-        )
+        sizes, constants = (*_sizes(operation, plan), plan.splits), {"LAYOUT": plan.layout, **plan.options}
+        self._launch = Launch(statistics_kernel, plan.slab_blocks * plan.splits, sizes, constants, operation.device)
 
     def partials(self, input: Tensor) -> Tensor:
         """A flat tensor for its results: moment, split, slab."""
@@ -176,7 +169,7 @@ class _Forward:
             operation.norm.eps,
             *operation.dropout,
         )
-        constants = {**plan.constants, **operation.constants, **_last_launch(plan)}
+        constants = {"LAYOUT": plan.layout, "EPILOGUE": operation.constants, **_last_launch(plan)}
         sizes = (*_sizes(operation, plan), *fixed)
         self._launch = Launch(forward_kernel, plan.programs, sizes, constants, operation.device, operation.statistics)
 
@@ -204,7 +197,8 @@ class _Backward:
         self._operation, self._needs, self._group = operation, needs, operation.group
         reduces = operation.reduces and (needs[0] or not operation.saves_statistics)
         plan = operation.make_plan(backward=True, reduces=reduces)
-        sizes, constants = _sizes(operation, plan), {**plan.constants, **operation.constants, "KEPT": operation.keeps}
+        epilogue = replace(operation.constants, kept=operation.keeps)
+        sizes, constants = _sizes(operation, plan), {"LAYOUT": plan.layout, "EPILOGUE": epilogue, **plan.options}
         self._splits, self._slabs, self._dtype = plan.splits, geometry.slabs, operation.dtype
         self._first_slab_blocks = plan.first_slab_blocks
         self._sums: Launch | None = None
@@ -275,14 +269,14 @@ class _Backward:
 
 
 def _last_launch(plan: Plan) -> dict[str, Any]:
-    """Constexprs that only the kernel of the last launch takes."""
-    return {"REDUCTION": plan.reduction, "STREAMS": plan.streams}
+    """Constexprs that only the kernel of the last launch takes, and compiler options."""
+    return {"REDUCTION": plan.reduction, "STREAMS": plan.streams, **plan.options}
 
 
 def _sizes(operation: TritonOperation, plan: Plan) -> tuple[int, int, int, int]:
     """Sizes in vectors, so that the compiler knows that lengths are multiples of the vector length."""
     rows, channels, positions, groups = operation.geometry[:4]
-    return rows, channels // plan.constants["CHANNEL_VECTOR"], positions // plan.constants["POSITION_VECTOR"], groups
+    return rows, channels // plan.layout.channel_vector, positions // plan.layout.position_vector, groups
 
 
 def as_dense(input: Tensor, leading: int) -> tuple[Tensor, bool]:

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from math import gcd, isqrt, prod
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
+from ..contract import Kept
 from ..norms import Geometry, LayerNorm, Norm
 
 # Partials of a slab that each program of the second launch reads; the kernels load this many at once.
@@ -52,6 +53,41 @@ Reduction = Literal["resident", "split", "none"]
 Tile = tuple[int, int, int]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the kernels divide a tensor; a constexpr.
+
+    Attributes:
+        tile: rows, channels and positions of a tile: powers of two.
+        channel_vector, position_vector: lengths that the tensor's channels and positions are multiples of.
+        per_channel, elementwise_affine, channels_last: as in Geometry.
+    """
+
+    tile: Tile
+    channel_vector: int
+    position_vector: int
+    per_channel: bool
+    elementwise_affine: bool
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class EpilogueConstants:
+    """What the kernels compute after the norm; a constexpr.
+
+    Attributes:
+        dropout: whether there is dropout.
+        activation: its name.
+        parameter: of the activation.
+        kept: the tensor that backward reads besides the input, None in the forward.
+    """
+
+    dropout: bool
+    activation: str
+    parameter: float
+    kept: Kept | None = None
+
+
 class Memory(NamedTuple):
     """The memory of a device, for tensors that do not fit its L2.
 
@@ -78,7 +114,8 @@ class Plan:
         first_slab_blocks: the first block of each launch; a split plan runs both of its launches for each.
         parameter_partials: partial sums of each parameter's gradient.
         streams: whether the last launch marks what it moves as first to be evicted from the L2.
-        constants: constexprs and compiler options of every kernel of the plan.
+        layout: of the tiles.
+        options: compiler options.
     """
 
     reduction: Reduction
@@ -89,7 +126,8 @@ class Plan:
     first_slab_blocks: range
     parameter_partials: int
     streams: bool
-    constants: dict[str, Any]
+    layout: Layout
+    options: dict[str, int]
 
 
 def make_plan(
@@ -178,16 +216,15 @@ def make_plan(
         first_slab_blocks=range(0, all_slab_blocks, max(1, slab_blocks)),
         parameter_partials=parameter_partials,
         streams=streams,
-        constants={
-            "TILE": tile,
-            "CHANNEL_VECTOR": vector if geometry.channels_last else 1,
-            "POSITION_VECTOR": 1 if geometry.channels_last else vector,
-            "PER_CHANNEL": geometry.per_channel,
-            "CHANNELS_LAST": geometry.channels_last,
-            "num_warps": num_warps,
-            "num_ctas": cluster,
-            **_register_limit(num_warps, target),
-        },
+        layout=Layout(
+            tile,
+            channel_vector=vector if geometry.channels_last else 1,
+            position_vector=1 if geometry.channels_last else vector,
+            per_channel=geometry.per_channel,
+            elementwise_affine=geometry.elementwise_affine,
+            channels_last=geometry.channels_last,
+        ),
+        options={"num_warps": num_warps, "num_ctas": cluster, **_register_limit(num_warps, target)},
     )
 
 

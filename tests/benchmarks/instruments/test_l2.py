@@ -1,6 +1,7 @@
 """The L2 model: sequences with known misses, accesses as seen by the watch, and the gain of plans."""
 
 import re
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -69,6 +70,33 @@ def test_lines_of_several_sizes():
     assert (cache.held, cache.written) == (0, 200)
 
 
+MB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("kernels", "window", "read", "written"),
+    [
+        ([({"x": 1}, {"y": 1}), ({"y": 1}, {"z": 1})], None, 1, 2),  # y is still in the cache
+        ([({"x": 4}, {"y": 4}), ({"y": 4}, {"z": 4})], None, 8, 8),  # the end of y has evicted its beginning
+        ([({"x": 4, "x again": 4}, {"y": 4})], None, 8, 4),
+        ([({"x": 4, "x again": 4}, {"y": 4})], MB // 2, 4, 4),
+        ([({"x": 4, "x again": 8, "w": 4}, {})], None, 16, 0),  # three times x, once w
+        ([({"x": 4, "x again": 8, "w": 4}, {})], MB // 2, 8, 0),
+        ([({"input #0": 1}, {"output #1": 1}), ({"self #1": 1}, {"self #1": 1})], None, 1, 1),  # in place
+        ([({"input #0": 1}, {"output #1": 1}), ({"input #2": 1}, {})], None, 2, 1),  # of one name, but not the same
+        ([], None, 0, 0),
+    ],
+)
+def test_dram_of_kernels(kernels, window, read, written):
+    """Kernels with reads and writes in MB, under a cache of 2 MB."""
+    gpu = replace(BY_NAME["T4"], l2=4 * MB)
+    sized = [
+        counting.Kernel("", *({name: size * MB for name, size in side.items()} for side in kernel))
+        for kernel in kernels
+    ]
+    assert l2.dram_of({"forward": sized}, gpu, window) == {"forward": (read * MB, written * MB)}
+
+
 def test_programs_take_turns():
     programs = (
         iter([[name + str(step)] for step in range(count)]) for name, count in zip("abc", (3, 1, 2), strict=True)
@@ -78,23 +106,24 @@ def test_programs_take_turns():
 
 def offsets(place, values):
     """Offsets of a tile's elements, from the definition of the layouts."""
+    layout = values["LAYOUT"]
     rows, channels, positions = (
         range(at * block, min((at + 1) * block, size))
         for at, block, size in zip(
             place,
-            values["TILE"],
+            layout.tile,
             (
                 values["rows"],
-                values["channel_vectors"] * values["CHANNEL_VECTOR"],
-                values["position_vectors"] * values["POSITION_VECTOR"],
+                values["channel_vectors"] * layout.channel_vector,
+                values["position_vectors"] * layout.position_vector,
             ),
             strict=True,
         )
     )
-    all_channels = values["channel_vectors"] * values["CHANNEL_VECTOR"]
-    all_positions = values["position_vectors"] * values["POSITION_VECTOR"]
+    all_channels = values["channel_vectors"] * layout.channel_vector
+    all_positions = values["position_vectors"] * layout.position_vector
     groups = values["groups"]
-    if values["CHANNELS_LAST"]:
+    if layout.channels_last:
         return {
             (row // groups * all_positions + p) * groups * all_channels + row % groups * all_channels + c
             for row in rows

@@ -20,7 +20,13 @@ from mnistnorm.kernels.contract import Epilogue, gradients_of
 from mnistnorm.kernels.triton_impl import device_functions, kernels
 from mnistnorm.kernels.triton_impl.launches import INTERPRETED_TARGET, Launch, made_current
 from mnistnorm.kernels.triton_impl.operation import TritonOperation
-from mnistnorm.kernels.triton_impl.plans import PARAMETER_SUMS_TILE, PARAMETER_SUMS_WIDTH, Memory, parameter_sums_plan
+from mnistnorm.kernels.triton_impl.plans import (
+    PARAMETER_SUMS_TILE,
+    PARAMETER_SUMS_WIDTH,
+    Layout,
+    Memory,
+    parameter_sums_plan,
+)
 
 PLANS = ["resident", "split"]
 
@@ -654,14 +660,17 @@ class TestParameterSums:
         assert kernels.parameter_sums_kernel in launched
 
 
-BLOCK = tl.constexpr(64)
+def layout_of(**options):
+    """The layout of a row of 64 elements."""
+    none = dict.fromkeys(("per_channel", "elementwise_affine", "channels_last"), False)
+    return Layout((1, 1, 64), channel_vector=1, position_vector=1, **{**none, **options})
 
 
 @triton.jit
-def offset_kernel(offset_ptr, row, channel, position_block, channels, positions, groups, CHANNELS_LAST: tl.constexpr):
-    place = kernels.tile_at(row, channel, position_block, (1, 1, BLOCK))
-    offset = device_functions.element_offset(place, (row + 1, channels, positions, groups), CHANNELS_LAST)
-    tl.store(offset_ptr + tl.arange(0, BLOCK)[None, None, :], offset)
+def offset_kernel(offset_ptr, row, channel, position_block, channels, positions, groups, LAYOUT: tl.constexpr):
+    place = kernels.tile_at(row, channel, position_block, LAYOUT)
+    offset = device_functions.element_offset(place, (row + 1, channels, positions, groups), LAYOUT)
+    tl.store(offset_ptr + tl.arange(0, LAYOUT.tile[2])[None, None, :], offset)
 
 
 def test_addresses_beyond_32_bits(device):
@@ -672,22 +681,22 @@ def test_addresses_beyond_32_bits(device):
     ):
         position = 64 * position_block + torch.arange(64, device=device)
         sizes = (channels, positions, groups)
-        offset_kernel[(1,)](offset, row, channel, position_block, *sizes, CHANNELS_LAST=False)
+        offset_kernel[(1,)](offset, row, channel, position_block, *sizes, LAYOUT=layout_of())
         assert torch.equal(offset, (row * channels + channel) * positions + position)
         assert offset.max() > 2**31
-        offset_kernel[(1,)](offset, row, channel, position_block, *sizes, CHANNELS_LAST=True)
+        offset_kernel[(1,)](offset, row, channel, position_block, *sizes, LAYOUT=layout_of(channels_last=True))
         sample, group = divmod(row, groups)
         assert torch.equal(offset, (sample * positions + position) * channels * groups + group * channels + channel)
 
 
 @triton.jit
-def parameter_kernel(index_ptr, channel, channels, positions):
-    place = kernels.tile_at(0, channel, 0, (1, 1, BLOCK))
-    index, _ = device_functions.parameter_index(place, (1, channels, positions, 1), False, True)
-    tl.store(index_ptr + tl.arange(0, BLOCK)[None, None, :], index)
+def parameter_kernel(index_ptr, channel, channels, positions, LAYOUT: tl.constexpr):
+    place = kernels.tile_at(0, channel, 0, LAYOUT)
+    index, _ = device_functions.parameter_index(place, (1, channels, positions, 1), LAYOUT)
+    tl.store(index_ptr + tl.arange(0, LAYOUT.tile[2])[None, None, :], index)
 
 
 def test_parameters_beyond_32_bits(device):
     index = torch.zeros(64, dtype=torch.int64, device=device)
-    parameter_kernel[(1,)](index, 70_000, 70_001, 50_000)
+    parameter_kernel[(1,)](index, 70_000, 70_001, 50_000, LAYOUT=layout_of(elementwise_affine=True))
     assert torch.equal(index, 70_000 * 50_000 + torch.arange(64, device=device))

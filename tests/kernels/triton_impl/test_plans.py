@@ -68,11 +68,11 @@ GEOMETRIES = [
 
 
 def blocks(geometry, plan):
-    return [-(-size // block) for size, block in zip(geometry[:3], plan.constants["TILE"], strict=True)]
+    return [-(-size // block) for size, block in zip(geometry[:3], plan.layout.tile, strict=True)]
 
 
 def tile_size(plan):
-    return prod(plan.constants["TILE"])
+    return prod(plan.layout.tile)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -91,7 +91,7 @@ def test_every_plan_covers_the_tensor(geometry, itemsize, backward):
             assert plan.splits == 1
         # Every lane of a program must stay at its channel while the program steps through the rows.
         if plan.row_programs < row_blocks and not geometry.per_channel:
-            assert plan.row_programs * plan.constants["TILE"][0] % geometry.groups == 0
+            assert plan.row_programs * plan.layout.tile[0] % geometry.groups == 0
 
 
 H100 = Memory(50 * 2**20, 5 * 10**6)
@@ -111,7 +111,7 @@ def test_rows_without_saved_statistics_are_resident(shape, itemsize):
             )
             assert forward.reduction == backward.reduction == "resident"
             # The same sums in the same order: backward has to find the signs that forward had.
-            assert forward.constants == backward.constants
+            assert (forward.layout, forward.options) == (backward.layout, backward.options)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -138,7 +138,7 @@ def test_blocks_of_slabs_cover_the_tensor(geometry, memory, backward):
         plan = make_plan(geometry, 4, target, **options, memory=memory)
         at_once = make_plan(geometry, 4, target, **options)
         assert plan.reduction == at_once.reduction
-        assert plan.constants == at_once.constants
+        assert (plan.layout, plan.options) == (at_once.layout, at_once.options)
         row_blocks, channel_blocks, _ = blocks(geometry, plan)
         slab_blocks = channel_blocks if geometry.per_channel else row_blocks
         first, last = plan.first_slab_blocks[0], plan.first_slab_blocks[-1]
@@ -152,7 +152,7 @@ def test_blocks_of_slabs_cover_the_tensor(geometry, memory, backward):
         if backward and not geometry.per_channel:  # whose slabs have parameters of their own
             assert plan.parameter_partials % launches == 0
         if launches > 1:
-            slab = geometry.slab_size * 4 * (plan.constants["TILE"][1] if geometry.per_channel else 1)
+            slab = geometry.slab_size * 4 * (plan.layout.tile[1] if geometry.per_channel else 1)
             unit = 1 if geometry.per_channel else geometry.groups
             assert plan.slab_blocks in (
                 unit,
@@ -200,9 +200,9 @@ def test_what_fits_the_l2_is_not_marked(backward):
 def test_programs_hold_what_their_registers_hold(geometry):
     for target, itemsize, backward in product(TARGETS, (2, 4, 8), (False, True)):
         plan = make_plan(geometry, itemsize, target, backward=backward)
-        per_program = tile_size(plan) // plan.constants["num_ctas"]
+        per_program = tile_size(plan) // plan.options["num_ctas"]
         assert per_program * (2 if itemsize == 8 else 1) <= CAPACITY
-        assert per_program <= 16 * target.warp_size * max(16, plan.constants["num_warps"])
+        assert per_program <= 16 * target.warp_size * max(16, plan.options["num_warps"])
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -217,11 +217,11 @@ def test_batch_norm_of_the_network_is_one_launch_where_there_are_clusters(channe
 
 def test_clusters_only_where_the_target_places_them():
     geometry = batch(128, 8, 676)
-    assert make_plan(geometry, 4, SM_90, backward=True).constants["num_ctas"] == 16
+    assert make_plan(geometry, 4, SM_90, backward=True).options["num_ctas"] == 16
     for target in (SM_80, SM_120, GFX942):
         plan = make_plan(geometry, 4, target, backward=True)
-        assert (plan.reduction, plan.constants["num_ctas"]) == ("split", 1)
-    assert make_plan(batch(128, 16, 100), 4, SM_120, backward=True).constants["num_ctas"] <= 8
+        assert (plan.reduction, plan.options["num_ctas"]) == ("split", 1)
+    assert make_plan(batch(128, 16, 100), 4, SM_120, backward=True).options["num_ctas"] <= 8
 
 
 @pytest.mark.parametrize("clusters", [False, True])
@@ -230,7 +230,7 @@ def test_no_clusters_where_the_compiler_lacks_them(clusters, monkeypatch):
     input = torch.empty(128, 16, 10, 10)
     operation = TritonOperation(BatchNorm(1e-5), Epilogue(0.0, Activation("relu")), (input, None, None, None))
     plan = operation.make_plan(backward=True, reduces=True)
-    assert (plan.reduction, plan.constants["num_ctas"] > 1) == (("resident", True) if clusters else ("split", False))
+    assert (plan.reduction, plan.options["num_ctas"] > 1) == (("resident", True) if clusters else ("split", False))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -238,7 +238,7 @@ def test_small_slabs_share_a_program(target):
     for geometry in (layer(26624, 26), group(1024, 8, 25, 4)):
         plan = make_plan(geometry, 4, target, backward=False)
         assert plan.reduction == "resident"
-        assert plan.constants["TILE"][0] > 1
+        assert plan.layout.tile[0] > 1
         assert plan.programs >= 128
 
 
@@ -254,7 +254,7 @@ def test_the_last_short_batch_compiles_nothing_new(target, shape, backward):
         lambda n: layer(n * channels, positions),
     ):
         plans = [make_plan(geometry(samples), 4, target, backward=backward) for samples in (128, 96, 111)]
-        assert plans[0].constants == plans[1].constants == plans[2].constants
+        assert len({(plan.layout, tuple(plan.options.items())) for plan in plans}) == 1
 
 
 @pytest.mark.parametrize(
@@ -262,25 +262,25 @@ def test_the_last_short_batch_compiles_nothing_new(target, shape, backward):
 )
 def test_vectors_divide_the_length(positions, itemsize, vector):
     plan = make_plan(batch(4, 3, positions), itemsize, SM_80, backward=False)
-    assert plan.constants["POSITION_VECTOR"] == vector
-    assert plan.constants["CHANNEL_VECTOR"] == 1
+    assert plan.layout.position_vector == vector
+    assert plan.layout.channel_vector == 1
 
 
 def test_lengths_beyond_32_bits_are_counted_one_by_one():
     for length, vector in ((2**31 - 8, 8), (2**31, 1), (2**33, 1)):
         plan = make_plan(layer(2, length), 2, SM_80, backward=False)
-        assert plan.constants["POSITION_VECTOR"] == vector
+        assert plan.layout.position_vector == vector
 
 
 def test_vectors_run_along_the_channels_in_channels_last():
     plan = make_plan(batch_channels_last(4, 24, 169), 2, SM_80, backward=False)
-    assert plan.constants["CHANNEL_VECTOR"] == 8
-    assert plan.constants["POSITION_VECTOR"] == 1
+    assert plan.layout.channel_vector == 8
+    assert plan.layout.position_vector == 1
 
 
 def test_a_plan_can_be_forced_as_far_as_a_tile_goes():
     plan = make_plan(batch(128, 8, 676), 4, SM_80, backward=False, kind="resident")
-    assert (plan.reduction, plan.constants["num_ctas"]) == ("resident", 1)
+    assert (plan.reduction, plan.options["num_ctas"]) == ("resident", 1)
     assert make_plan(layer(4, 26), 4, SM_90, backward=False, kind="split").reduction == "split"
     with pytest.raises(ValueError, match="at most 1048576 elements"):
         make_plan(layer(1, (1 << 20) + 1), 4, SM_90, backward=False, kind="resident")
@@ -308,9 +308,9 @@ def test_partials_are_few(geometry):
 def test_clusters_divide_whole_vectors_of_channels():
     geometry = group(64, 64, 3136, 2, channels_last=True)
     assert make_plan(geometry, 4, SM_90, backward=False).reduction == "split"
-    assert make_plan(group(64, 64, 3136, 2), 4, SM_90, backward=False).constants["num_ctas"] == 16
+    assert make_plan(group(64, 64, 3136, 2), 4, SM_90, backward=False).options["num_ctas"] == 16
     forced = make_plan(geometry, 4, SM_90, backward=False, kind="resident")
-    assert forced.constants["TILE"][1] // forced.constants["num_ctas"] == forced.constants["CHANNEL_VECTOR"]
+    assert forced.layout.tile[1] // forced.options["num_ctas"] == forced.layout.channel_vector
 
 
 def test_a_backward_short_of_registers_holds_less():
