@@ -2,7 +2,15 @@
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import center_of_mass, distance_transform_edt, uniform_filter
+from scipy.ndimage import (
+    binary_dilation,
+    binary_erosion,
+    binary_fill_holes,
+    center_of_mass,
+    distance_transform_edt,
+    uniform_filter,
+)
+from scipy.spatial import ConvexHull
 from skimage.filters import gaussian, threshold_otsu
 from skimage.filters.rank import median
 from skimage.measure import label, regionprops
@@ -33,6 +41,16 @@ SHADOW_WINDOW = 0.4
 # The least share of paper along the border of a picture with a digit.
 PAPER_BORDER = 0.9
 
+# A sheet on a table or a board in a frame: the least share of the picture, the least share of the smallest rectangle
+# around it, and the least and the most share of ink on it.
+MIN_SHEET = 0.2
+MIN_RECTANGLE = 0.85
+INK_ON_SHEET = 0.002, 0.3
+
+# The table along a side of the picture: the least share of that side, and the most luminance, relative to the paper's.
+WHOLE_SIDE = 0.9
+MAX_TABLE = 0.4
+
 # Pieces below this share of the largest piece's area are specks.
 SPECK = 0.02
 
@@ -53,7 +71,7 @@ def to_mnist(luminance: np.ndarray, dataset: str = "mnist") -> np.ndarray:
 
     Source: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
     """
-    ink, is_ink = _separate_ink(luminance)
+    ink, is_ink = _separate_ink(_on_sheet(luminance) if dataset in DIGITS else luminance)
     shape = _digit(is_ink) if dataset in DIGITS else is_ink
     # Keep the soft edges of the strokes.
     ink[distance_transform_edt(~shape) > max(2, 0.01 * max(shape.shape))] = 0
@@ -72,6 +90,38 @@ def to_mnist(luminance: np.ndarray, dataset: str = "mnist") -> np.ndarray:
 def is_stroke(image: np.ndarray) -> bool:
     """Whether an image from to_mnist shows pen strokes, not a blot."""
     return bool(distance_transform_edt(image > 127).max() <= MAX_HALF_STROKE)
+
+
+def _on_sheet(luminance: np.ndarray) -> np.ndarray:
+    """The picture with its sheet extended over the table or frame around it, or along a side."""
+    is_light = _above_threshold(luminance)
+    sides = is_light[0], is_light[-1], is_light[:, 0], is_light[:, -1]
+    is_outer = is_light if np.concatenate(sides).mean() >= 0.5 else ~is_light
+    pieces = label(~is_outer)
+    if pieces.max() == 0:
+        return luminance
+    margin = max(1, max(pieces.shape) // 100)  # of soft edges
+    sheet = binary_fill_holes(pieces == max(regionprops(pieces), key=lambda piece: piece.area).label)
+    least, most = INK_ON_SHEET
+    if sheet.mean() >= MIN_SHEET and least <= is_outer[sheet].mean() <= most and _rectangle(sheet) >= MIN_RECTANGLE:
+        sheet, paper = binary_erosion(sheet, iterations=margin), ~is_outer
+    else:  # the sheet is around
+        lines = pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]
+        table = np.isin(pieces, [line[0] for line in lines if line[0] and (line == line[0]).mean() >= WHOLE_SIDE])
+        if not table.any() or np.median(luminance[table]) > MAX_TABLE * np.median(luminance[is_outer]):
+            return luminance
+        sheet, paper = ~binary_dilation(table, iterations=margin), is_outer
+    return np.where(sheet, luminance, np.median(luminance[sheet & paper]))
+
+
+def _rectangle(mask: np.ndarray) -> float:
+    """The share that a mask fills of the smallest rectangle around it, in any direction."""
+    points = np.argwhere(mask)
+    corners = points[ConvexHull(points).vertices]
+    sides = np.diff(corners, axis=0, append=corners[:1])
+    angles = np.arctan2(sides[:, 1], sides[:, 0])
+    extents = (np.ptp(corners @ [np.cos(angles + turn), np.sin(angles + turn)], axis=0) + 1 for turn in (0, np.pi / 2))
+    return float(len(points) / np.prod(list(extents), axis=0).min())
 
 
 def _separate_ink(luminance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -82,6 +82,7 @@ class Chains:
         self.modules = dict(trace.module.named_modules(remove_duplicate=False))
         self.found: dict[fx.Node, Match | NoChain] = {}
         self.fused: set[str] = set()
+        self.inlined: set[str] = set()
         pending = list(self.graph.nodes)
         while pending:
             node = pending.pop()
@@ -164,6 +165,7 @@ class Chains:
             raise NoChain("what follows it runs under another grad mode, autocast, checkpoint or saved-tensor hook")
         if match.sums:
             self._check_between(match)
+        self._check_saved(match)
         match.inside.update(*(node.meta.get("inside", ()) for node in match.nodes))
         return match
 
@@ -224,15 +226,35 @@ class Chains:
     def _check_between(self, match: Match) -> None:
         """The call of the norm moves to the sum: nothing in between may change its input or use its statistics."""
         norm = node = match.nodes[0]
-        buffers = {f"{norm.target}.{name}" for name, _ in self.modules[str(norm.target)].named_buffers()}
+        module = self.modules[str(norm.target)]
+        buffers = {f"{norm.target}.{name}" for name, _ in module.named_buffers()}
         buffers.discard(f"{norm.target}.training")
         if any(node.op == "get_attr" and node.target in buffers for node in self.graph.nodes):
             raise NoChain("its running statistics are used in the forward that calls it")
         while (node := node.next) is not match.sums[-1]:
             if buffers and node.target == norm.target:
                 raise NoChain("it is called again before the sum after it")
+            called = self.modules[str(node.target)].modules() if node.op == "call_module" else ()
+            if buffers and node is not norm and module in called:
+                raise NoChain("a module that contains it is called before the sum after it")
             if node not in match.nodes and self._may_write(node, self.modules):
                 raise NoChain("an operation between it and the sum after it may change a tensor in place")
+
+    def _check_saved(self, match: Match) -> None:
+        """What the fused operation saves for backward, and torch's own do not, must not change."""
+        name, kind = match.activation.name, match.activation.kind
+        saved = [match.nodes[-1]] if kind.gradient_from_output and name not in ("identity", "relu") else []
+        if not kind.gradient_from_output:
+            saved += [node for node in match.residuals if isinstance(node, fx.Node)]
+        for node in saved:
+            if any(user not in match.nodes and self._writes(user, node) for user in node.users):
+                raise NoChain(f"the output of {self._name(node)}, which is kept for backward, is changed in place")
+
+    def _writes(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether a user of a node may change it, other than inside another forward."""
+        if user.op == "call_module":
+            return bool(getattr(self.modules[str(user.target)], "inplace", False))
+        return user.args[:1] == (node,) and self._may_write(user, self.modules)
 
     def _may_write(self, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         """Whether the node may change one of its inputs."""
@@ -275,6 +297,7 @@ class Chains:
                 continue
             norm, residuals = match.nodes[0], match.residuals
             self.fused.update(match.members)
+            self.inlined |= match.inside
             with self.graph.inserting_before(match.sums[-1] if match.sums else norm):
                 while len(residuals) > 1:
                     residuals[:2] = [self.graph.call_function(operator.add, tuple(residuals[:2]))]

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..activations import Activation
 from ..modules import FusedLayer
 from .chains import Chains, Match, record_shapes
-from .copying import copy_structure, has_hooks
+from .copying import copy_structure, has_hooks, scratch_copy
 from .forwards import TracedForward, replace_forward, restore_forward
 from .parts import (
     FUSED,
@@ -75,7 +76,9 @@ def fuse(
         raise RuntimeError("process_group requires torch.distributed: call torch.distributed.init_process_group first")
     result = copy_structure(model)
     kinds = {path: class_name(module) for path, module in result.named_modules()}
-    left: dict[str, NoChain] = {}
+    left: dict[str, NoChain] = dict.fromkeys(
+        _frozen_norms(result), NoChain("train() of the model leaves it in eval mode")
+    )
     fused = {path: chain for path in kinds if (chain := _fuse_own_epilogue(path, result, left)) is not None}
     traces = [Traces(result, mode=False)]
     if any(trace.branches for trace in traces[0].values()):
@@ -142,10 +145,26 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be fused before it is wrapped or compiled, got {type(model).__name__}")
 
 
+def _frozen_norms(model: nn.Module) -> list[str]:
+    """The norms that a train() of the model's own keeps in eval mode. It may look for stock classes, so fuse none."""
+    if all(type(module).train is nn.Module.train for module in model.modules()):
+        return []
+    trained = scratch_copy(model)
+    for module in trained.modules():  # a train() may merge weights
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not is_lazy(parameter):
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    try:
+        trained.train()
+    except Exception:  # such as one with further arguments
+        return []
+    return [path for path, module in trained.named_modules() if isinstance(module, NORMS) and not module.training]
+
+
 def _fuse_own_epilogue(path: str, model: nn.Module, left: dict[str, NoChain]) -> "_Chain | None":
     """Converts a norm that applies dropout and activation itself, for which no trace is needed."""
     module = model.get_submodule(path)
-    if not isinstance(module, NORMS) or not module._modules:
+    if not isinstance(module, NORMS) or not module._modules or path in left:
         return None
     try:
         epilogue = stock_norm(module)[1]
@@ -300,8 +319,9 @@ def _absorb(module: nn.Module, norms: list[str]) -> None:
 
 
 def _fuse_norm(module: Any, activation: Activation, dropout_p: float, in_forward: bool = False) -> None:
+    stock, _ = stock_norm(module)
     vars(module)["fused_from"] = type(module)
-    module.__class__ = FUSED[stock_norm(module)[0]]
+    module.__class__ = FUSED[stock]
     module.set_options(dropout_p, activation, "auto")
     module.in_forward = in_forward
     if isinstance(module, FUSED_BATCH_NORMS):
@@ -349,7 +369,7 @@ def _unfuse_by_hand(layer: Any, stock: type[nn.Module]) -> None:
     dropout_p, activation = layer.dropout_p, Activation.of(layer.activation)
     for name in ("dropout_p", "activation", "impl", "process_group"):
         vars(norm).pop(name, None)
-    for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):  # these belong to the whole layer
+    for name in [name for name in vars(parts) if "_hook" in name and "state_dict" not in name]:  # of the whole layer
         vars(parts)[name], vars(norm)[name] = vars(norm)[name], vars(parts)[name]
     vars(layer).clear()
     vars(layer).update(vars(parts))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -17,7 +18,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def copy_structure(model: Model, *, share_buffers: bool = True) -> Model:
-    """Copies the modules and what they refer to, but shares the parameters, hooks and process groups.
+    """Copies the modules and what they refer to, but shares parameters, hooks, process groups and unregistered modules.
 
     With `share_buffers`, buffers and tensors that are plain attributes are shared as well. Does not call __deepcopy__
     or __getstate__ of a module, because they may omit its mode and attributes.
@@ -29,10 +30,18 @@ def copy_structure(model: Model, *, share_buffers: bool = True) -> Model:
     modules = list(model.modules())
     for module in modules:
         kind = type(module)
+        if any(vars(base).get("__slots__") for base in kind.__mro__):
+            raise RuntimeError(f"{kind.__name__} cannot be copied: it has __slots__, use plain attributes")
         if isinstance(module, fx.GraphModule):  # each has its own class, which holds its forward
             kind = type(kind.__name__, kind.__bases__, {"__module__": kind.__module__})
         memo[id(module)] = object.__new__(kind)
     for module in modules:
+        # Share modules that are not registered, such as a teacher in a list.
+        memo.update(
+            (id(v), v)
+            for v in tree_leaves(list(vars(module).values()))
+            if isinstance(v, nn.Module) and id(v) not in memo
+        )
         for value in (*vars(module).values(), *module._buffers.values()):
             if isinstance(value, Tensor):
                 memo[id(value)] = value if share_buffers or is_lazy(value) else value.detach().clone()

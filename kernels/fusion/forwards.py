@@ -2,13 +2,14 @@
 
 import operator
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .chains import Chains
+from .copying import has_hooks
 from .tracing import Call
 
 
@@ -31,7 +32,8 @@ class _Computation(NamedTuple):
 class TracedForward:
     """Replaces a forward in calls like the traced one, as long as the module has the same children.
 
-    `parts` has the paths of the fused modules and their classes, which are known after the conversion.
+    `children` has those of the module and, by path, of modules whose forwards became a part of this one. `parts` has
+    the paths of the fused modules and their classes, which are known after the conversion.
 
     Graphs are stored as steps that refer to each other by number, because pickle would recurse through nodes. If the
     forward branches on training flags, there are two graphs, for all flags off and all on; if one of them is None, the
@@ -39,7 +41,7 @@ class TracedForward:
     """
 
     def __init__(
-        self, call: Call, children: list[str], parts: dict[str, type], branches: list[str], graphs: list[Any]
+        self, call: Call, children: dict[str, Any], parts: dict[str, type], branches: list[str], graphs: list[Any]
     ) -> None:
         self.call, self.children, self.parts, self.branches, self.graphs = call, children, parts, branches, graphs
         self.compute = [graph and _Computation(_generate(graph[0]), *graph[1:]) for graph in graphs]
@@ -53,7 +55,9 @@ class TracedForward:
             for each in (chains if branches else made[:1])
         ]
         parts: dict[str, type] = dict.fromkeys(sorted(set().union(*(each.fused for each in made))), nn.Module)
-        return cls(made[0].trace.call, list(module._modules), parts, branches, graphs)
+        inlined = ["", *sorted(set().union(*(each.inlined for each in made)))]
+        children = {path: _children(module.get_submodule(path)) for path in inlined}
+        return cls(made[0].trace.call, children, parts, branches, graphs)
 
     def __call__(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
         compute = self.compute[0] if not self.branches else self._for_mode(module)
@@ -70,12 +74,17 @@ class TracedForward:
         return pytree.tree_unflatten(leaves[:count], compute.structure)
 
     def _fits(self, module: nn.Module) -> bool:
-        """Whether the module still has the children that it had when it was fused."""
+        """Whether the module still has the children that it had when it was fused, and the inlined ones no hooks."""
         try:
             parts = [(operator.attrgetter(path)(module), kind) for path, kind in self.parts.items()]
+            inlined = [(operator.attrgetter(path)(module), path) for path in self.children if path]
         except AttributeError:
             return False
-        return list(module._modules) == self.children and all(isinstance(part, kind) for part, kind in parts)
+        return (
+            _children(module) == self.children[""]
+            and all(isinstance(part, kind) for part, kind in parts)
+            and not any(has_hooks(part) or _children(part) != self.children[path] for part, path in inlined)
+        )
 
     def _for_mode(self, module: nn.Module) -> "_Computation | None":
         modes = {operator.attrgetter(flag)(module) for flag in self.branches}
@@ -86,6 +95,11 @@ class TracedForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TracedForward, (self.call, self.children, self.parts, self.branches, self.graphs)
+
+
+def _children(module: nn.Module) -> list[tuple[str, bool]]:
+    """The names of a module's children, and whether they are None."""
+    return [(name, child is None) for name, child in module._modules.items()]
 
 
 def _steps(graph: fx.Graph) -> list[tuple[str, Any, Any, Any]]:
@@ -105,10 +119,10 @@ def _generate(steps: list[tuple[str, Any, Any, Any]]) -> Any:
 
 
 def replace_forward(module: nn.Module, forward: TracedForward) -> None:
-    """Makes the module run `forward`. Its class becomes a subclass of its own."""
+    """Makes the module run `forward`. Its class becomes a subclass, the same for all modules of the class."""
     forward.parts.update((path, type(module.get_submodule(path))) for path in forward.parts)
     if "traced_forward" not in vars(module):
-        module.__class__ = _with_traced_forward(type(module))
+        module.__class__ = _with_traced_forward(type(module))  # type: ignore[arg-type]
     vars(module)["traced_forward"] = forward
 
 
@@ -118,6 +132,7 @@ def restore_forward(module: nn.Module) -> None:
     module.__class__ = vars(type(module)).get("original", type(module))
 
 
+@cache
 def _with_traced_forward(original: type[nn.Module]) -> type[nn.Module]:
     @wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,4 +148,4 @@ def _with_traced_forward(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new_with_traced_forward(original: type[nn.Module]) -> nn.Module:
-    return object.__new__(_with_traced_forward(original))
+    return object.__new__(_with_traced_forward(original))  # type: ignore[arg-type]

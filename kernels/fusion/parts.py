@@ -49,6 +49,24 @@ IN_PLACE_OPERATORS = {getattr(operator, name) for name in _IN_PLACE}
 _DROPOUTS = {F.dropout, torch.dropout}
 
 
+# Members of a subclass of a norm that do not change what it does after it was created, and attributes of fused layers.
+_PLAIN = {
+    *(
+        "__module__",
+        "__doc__",
+        "__init__",
+        "__annotations__",
+        "__dict__",
+        "__weakref__",
+        "__constants__",
+        "__parameters__",
+    ),
+    *("__orig_bases__", "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"),
+    *("extra_repr", "reset_parameters", "forward"),  # forward was compared
+}
+_OPTIONS = {"dropout_p", "activation", "impl", "process_group", "in_forward", "fused_from"}
+
+
 class NoChain(Exception):  # noqa: N818 - a finding rather than an error
     """Why a norm does not begin a chain; `status` as in LeftAlone. `is_returned`: the forward returns its output."""
 
@@ -73,6 +91,11 @@ def stock_norm(module: nn.Module) -> tuple[type[nn.Module], tuple[Activation, fl
         raise NoChain(f"there is no fused {name}")
     if parametrize.is_parametrized(module):
         raise NoChain("it is parametrized")
+    own = {member for base in kind.__mro__[: kind.__mro__.index(stock)] for member in vars(base)} - _PLAIN
+    if name not in _TIMM_NORMS and own:
+        raise NoChain(f"{name} defines {min(own)}, which a fused layer would lose")
+    if taken := _OPTIONS & vars(module).keys():
+        raise NoChain(f"it has an attribute {min(taken)}, which a fused layer uses")
     if getattr(module, "_fast_norm", False):
         raise NoChain("it uses timm's fast norm, which computes in another dtype")
     if issubclass(stock, _INSTANCE_NORMS) and vars(module)["track_running_stats"]:

@@ -17,17 +17,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .bytecode import CHECKS_TYPE, GENERATORS, problem_of
 from .copying import copy_to_trace
 from .parts import IN_PLACE_OPERATORS, NORMS, activation_of_module
 from .report import class_name
 
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_CHECKS_TYPE = "it, or a function that it calls, checks the type of a value"
 CALLS_DIFFER = "it is called with different arguments"
 _TENSOR_LAYERS = (*NORMS, nn.modules.conv._ConvNd, nn.Linear, nn.modules.dropout._DropoutNd)
 _UNKNOWN = object()  # replaces what a callee put into an argument of its caller: a trace that uses it fails
 _TRACING = RLock()  # torch.fx patches classes while it traces, and so does _rejecting_functions
+
+
+_BUILTIN = ("builtins", "typing")
 
 
 class Untraceable(Exception):  # noqa: N818 - a finding rather than an error
@@ -163,7 +165,7 @@ class _Proxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """isinstance reads this if the type does not match; a tensor would give another answer."""
-        self.tracer.note(_CHECKS_TYPE)
+        self.tracer.note(CHECKS_TYPE)
         return _Proxy
 
     def __getattr__(self, name: str) -> Any:
@@ -172,6 +174,12 @@ class _Proxy(fx.Proxy):
         if not callable(getattr(Tensor, name)):  # such as shape: a value, not a method
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Proxy":
+        raise Untraceable("it copies a value by copy.deepcopy")
+
+    def __hash__(self) -> int:
+        raise Untraceable("it uses a value as a key")
 
     def __repr__(self) -> str:
         raise Untraceable("it converts a value to a string, which a trace would do only once")
@@ -268,7 +276,7 @@ class _Tracer(fx.Tracer):
         if "forward" in vars(module):
             raise Untraceable("it is overridden on the instance")
         before = _referenced_by(module)
-        if any(issubclass(type(value), _GENERATORS) for value in before):
+        if any(issubclass(type(value), GENERATORS) for value in before):
             raise Untraceable("it holds a generator of random numbers")
         self.note(call.problem)
         if type(module).__reduce__ is not object.__reduce__:  # such as a GraphModule
@@ -277,9 +285,8 @@ class _Tracer(fx.Tracer):
                 if isinstance(module, fx.GraphModule)
                 else f"{class_name(module)} overrides __reduce__"
             )
-        code = getattr(type(module).forward, "__code__", None)
-        if code is not None and "type" in code.co_names:
-            self.note(_CHECKS_TYPE)
+        if any("__init_subclass__" in vars(kind) for kind in type(module).__mro__ if kind.__module__ not in _BUILTIN):
+            self.note(f"{class_name(module)} overrides __init_subclass__")
         with _rejecting_random_numbers(), _patched_isinstance(getattr(type(module).forward, "__globals__", {})):
             graph = self.trace(module, call)  # type: ignore[arg-type]
         after = _referenced_by(module)
@@ -296,6 +303,7 @@ class _Tracer(fx.Tracer):
             node.meta["stored"] = True
         if any(node.op.startswith("call") for node in stored):
             self.note("it stores a value")
+        self.note(problem_of(module))
         for node in reversed(graph.nodes):
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
@@ -335,6 +343,8 @@ class _Tracer(fx.Tracer):
         return compute, ()
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any("__call__" in vars(kind) for kind in type(m).__mro__ if not kind.__module__.startswith("torch.")):
+            raise Untraceable(f"it calls a {class_name(m)}, which overrides __call__")
         proxy = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         trace = self.traces.trace(m, args, kwargs)
         if trace is None:

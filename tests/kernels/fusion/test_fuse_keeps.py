@@ -339,6 +339,70 @@ def test_a_part_that_is_replaced_afterwards(index, other):
         torch.testing.assert_close(each(x), stock(x))
 
 
+class InlinedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.extra = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Sequential()
+        self.register_module("down", None)
+
+    def forward(self, x):
+        y = self.extra(self.features(x))
+        return F.relu(y if self.down is None else y + self.down(x))
+
+
+def doubles(module, args, output):
+    return output * 2
+
+
+CHANGES = {
+    "append": lambda model: model.features.append(nn.Softmax(1)),
+    "fill": lambda model: model.extra.append(nn.Softmax(1)),
+    "hook": lambda model: model.features.register_forward_hook(doubles),
+    "hook on an empty one": lambda model: model.extra.register_forward_hook(doubles),
+    "child instead of None": lambda model: setattr(model, "down", nn.Conv2d(3, 4, 1, bias=False).double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_inlined_part_that_changes_afterwards(change):
+    torch.manual_seed(0)
+    stock = InlinedNorm().double().eval()
+    model, x = fuse(stock), image()
+    assert len(model.fusion_report.fused) == 1
+    stock, before = copy.deepcopy(stock), model(x)
+    for each in (stock, model):
+        torch.manual_seed(1)
+        CHANGES[change](each)
+    torch.testing.assert_close(model(x), stock(x))
+    assert not torch.equal(model(x), before)
+
+
+def test_a_child_that_becomes_none():
+    torch.manual_seed(0)
+    stock = InlinedNorm().double().eval()
+    stock.down = nn.Conv2d(3, 4, 1).double()
+    model, x = fuse(stock), image()
+    assert len(model.fusion_report.fused) == 1
+    model.down = stock.down = None
+    torch.testing.assert_close(model(x), stock(x))
+
+
+def test_an_unregistered_module_is_shared():
+    class Student(nn.Sequential):
+        def __init__(self, teacher) -> None:
+            super().__init__(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+            self.teacher = {"of": [teacher]}
+
+    teacher = nn.Conv2d(3, 4, 1)
+    assert fuse(Student(teacher)).teacher["of"][0] is teacher
+
+
+def test_modules_of_one_class_stay_of_one_class():
+    models = [fuse(InlinedNorm()) for _ in range(2)]
+    assert type(models[0]) is type(models[1])
+    torch.func.stack_module_state(models)
+
+
 def test_fuse_keeps_no_model_alive():
     model = fuse(nn.Sequential(SumOfNorms()))
     references = [weakref.ref(model), weakref.ref(model[0])]

@@ -1,10 +1,12 @@
 """fuse leaves alone what is not certain, and says why."""
 
 import copy
+import functools
 import logging
 import random
 import re
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -397,7 +399,238 @@ class LooksAt(Chains):
         return x
 
 
+def by_decorator(function):
+    @functools.wraps(function)
+    def wrapper(self, *args):
+        return function(self, *args)
+
+    return wrapper
+
+
+def doubled_if_tensor(x):
+    return x * 2 if type(x) is torch.Tensor else x
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+class Policy(nn.Module):
+    """A helper, whose methods a forward calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.count = random.Random(0), 0
+
+    def draw(self):
+        return self.generator.random()
+
+
+class Meter(nn.Module):
+    count = 0
+
+    def tick(self):
+        self.count += 1
+        return self.count
+
+
+class Hidden(Chains):
+    """A chain whose output goes through a function of the module and the value, of which a trace shows one outcome."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        type(self).compute = function  # a method, as functions that are found by their name
+        if "policy" in function.__code__.co_names:
+            self.policy = Policy()
+        self.meter = Meter()
+
+    def forward(self, x):
+        return self.compute(self.relu(self.norm1(self.conv1(x))))
+
+
+def hidden(function):
+    """Hidden with a class of its own."""
+    return type("Hidden", (Hidden,), {"__init__": Hidden.__init__, "__module__": __name__})(function)
+
+
+def catches(self, x):
+    try:
+        return self.conv1(x)  # which has another number of channels
+    except RuntimeError:
+        return x * 2
+
+
+def swallows(self, x):
+    try:
+        return x * 2 if x.mean() > 0 else x
+    except:  # noqa: E722
+        return x * 3
+
+
+def in_a_comprehension(self, x):
+    return sum([each * 2 for each in (x,) if type(each) is torch.Tensor])
+
+
+def sets_attribute(self, x):
+    self.norm2.momentum = 0.5
+    return x
+
+
+def forks(self, x):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return F.dropout(x, 0.5, True)
+
+
+def copies(self, x):
+    return x + copy.deepcopy(x.detach())
+
+
+class Decorated(Chains):
+    @by_decorator
+    def forward(self, x):
+        x = self.relu(self.norm1(self.conv1(x)))
+        return x * 2 if type(x) is torch.Tensor else x
+
+
+class CallsTwice(nn.Module):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+    def forward(self, x):
+        return x + 1
+
+
+class CallOverridden(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = CallsTwice()
+
+    def forward(self, x):
+        return self.twice(self.relu(self.norm1(self.conv1(x))))
+
+
+class Registered(nn.Module):
+    names: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls) -> None:
+        assert cls.__name__ not in Registered.names
+        Registered.names.append(cls.__name__)
+
+
+class OfARegistry(Registered, Chains):
+    def forward(self, x):
+        return self.relu(self.norm1(self.conv1(x)))
+
+
+class ReadsStatistics(nn.Module):
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return x * self.norm.running_mean.sum()
+
+
+class StatisticsInAChild(Chains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = ReadsStatistics(self.norm1)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.norm1(x)
+        return self.relu(y + self.child(x))
+
+
+class ChangesOutput(Chains):
+    """An in-place sum after an activation whose input torch saves, and the fused operation its output."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.activation(self.norm1(x))
+        y += x
+        return y
+
+
+class ChangesResidual(Chains):
+    """An in-place sum into a residual that the fused operation saves."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        skip = self.conv2(x)
+        y = F.silu(self.norm1(x) + skip)
+        skip += 1
+        return y + skip
+
+
+class Frozen(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class AnyDimensions(nn.BatchNorm2d):
+    def _check_input_dim(self, input):
+        pass
+
+
+class OwnMethod(nn.BatchNorm2d):
+    def half_weight(self):
+        return self.weight / 2
+
+
+def with_attribute():
+    norm = nn.BatchNorm2d(4)
+    norm.activation = "mine"
+    return norm
+
+
+class FreezesNorms(Chains):
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, x):
+        return self.relu(self.norm1(self.conv1(x)))
+
+
 LEFT = [
+    (lambda: hidden(lambda self, x: doubled_if_tensor(x)), "checks the type of a value"),
+    (lambda: hidden(in_a_comprehension), "checks the type of a value"),
+    (lambda: hidden(lambda self, x: x if callable(x) else x * 2), "checks the type of a value"),
+    (Decorated, "checks the type of a value"),
+    (lambda: hidden(catches), "catches exceptions"),
+    (lambda: hidden(swallows), "catches exceptions"),
+    (lambda: hidden(lambda self, x: x * 2 if self.training is True else x), "by identity"),
+    (lambda: hidden(lambda self, x: x * 2 if x.dtype is torch.float64 else x), "by identity"),
+    (lambda: hidden(lambda self, x: x * {True: 2.0}.get(self.training, 1.0)), "uses a value as a key"),
+    (lambda: hidden(lambda self, x: x if GENERATOR.random() < 0.5 else x * 2), "generator of random numbers"),
+    (
+        lambda: hidden(lambda self, x: x if np.random.default_rng().random() < 2 else x * 2),
+        "generator of random numbers",
+    ),
+    (lambda: hidden(lambda self, x: x if self.policy.draw() < 2 else x * 2), "generator of random numbers"),
+    (lambda: hidden(lambda self, x: x * self.meter.tick()), "sets an attribute"),
+    (lambda: hidden(sets_attribute), "sets an attribute"),
+    (lambda: hidden(lambda self, x: x + len(list(self.buffers()))), "all buffers"),
+    (lambda: hidden(lambda self, x: x if torch.is_grad_enabled() else x * 2), "state of torch"),
+    (lambda: hidden(forks), "state of torch"),
+    (lambda: hidden(copies), "copy.deepcopy"),
+    (CallOverridden, "overrides __call__"),
+    (OfARegistry, "overrides __init_subclass__"),
+    (StatisticsInAChild, "a module that contains it is called before the sum"),
+    (lambda: ChangesOutput(nn.LeakyReLU(0.1)), "is changed in place"),
+    (lambda: ChangesOutput(nn.ReLU6()), "is changed in place"),
+    (ChangesResidual, "is changed in place"),
+    (lambda: sequence(AnyDimensions(4), nn.ReLU()), "defines _check_input_dim"),
+    (lambda: sequence(OwnMethod(4), nn.ReLU()), "defines half_weight"),
+    (lambda: sequence(with_attribute(), nn.ReLU()), "has an attribute activation"),
     (UsedTwice, "used 2 times"),
     (UsedTwiceInTraining, "used 2 times"),
     (Statement, "used 2 times"),
@@ -590,3 +823,32 @@ def test_what_cannot_be_traced_ends_and_is_reported(network, expected_counts, re
     model = fuse(network())
     assert counts(model) == expected_counts, str(model.fusion_report)
     assert reason in str(model.fusion_report)
+
+
+@pytest.mark.parametrize("network", [FreezesNorms, lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Frozen(4), nn.ReLU())])
+def test_norms_that_train_freezes_stay_frozen(network):
+    torch.manual_seed(0)
+    stock = network().double().train()
+    model = fuse(stock)
+    assert not model.fusion_report.fused, str(model.fusion_report)
+    same_step(model.train(), copy.deepcopy(stock).train(), image())
+
+
+def test_a_train_that_changes_weights_does_not_change_those_of_the_model():
+    class Merges(nn.Conv2d):
+        def train(self, mode=True):
+            self.weight.data += 1
+            return super().train(mode)
+
+    stock = nn.Sequential(Merges(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    before = stock[0].weight.detach().clone()
+    assert len(fuse(stock).fusion_report.fused) == 1
+    assert torch.equal(stock[0].weight, before)
+
+
+def test_slots_are_an_error():
+    class Slotted(nn.Module):
+        __slots__ = ("scale",)
+
+    with pytest.raises(RuntimeError, match="Slotted cannot be copied: it has __slots__"):
+        fuse(nn.Sequential(Slotted(), nn.BatchNorm2d(4), nn.ReLU()))

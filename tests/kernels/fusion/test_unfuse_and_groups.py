@@ -179,3 +179,34 @@ class Other(BatchNormReLU2d):
 def test_a_fused_layer_of_an_unknown_class_is_an_error():
     with pytest.raises(RuntimeError, match="0 cannot be unfused: it is a Other, not a BatchNormAct2d"):
         unfuse(nn.Sequential(Other(4)))
+
+
+HOOKS = {
+    "forward": lambda layer, log: layer.register_forward_hook(lambda *_: log.append("forward"), always_call=True),
+    "forward with keywords": lambda layer, log: layer.register_forward_hook(
+        lambda module, args, kwargs, output: log.append(sorted(kwargs)), with_kwargs=True
+    ),
+    "before with keywords": lambda layer, log: layer.register_forward_pre_hook(
+        lambda module, args, kwargs: log.append((len(args), sorted(kwargs))), with_kwargs=True
+    ),
+    "backward": lambda layer, log: layer.register_full_backward_hook(
+        lambda module, inputs, outputs: log.append(len(inputs))
+    ),
+    "before backward": lambda layer, log: layer.register_full_backward_pre_hook(
+        lambda module, outputs: log.append(len(outputs))
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_a_layer_made_by_hand_see_its_calls(hook):
+    logs = []
+    layer = BatchNormReLU2d(4)
+    log = []
+    HOOKS[hook](layer, log)
+    for each in (layer, unfuse(layer)):
+        x = torch.randn(2, 4, 3, 3, requires_grad=True)
+        each(x, residual=x * 2).sum().backward()
+        logs.append(log.copy())
+        log.clear()
+    assert logs[0] == logs[1] != []
