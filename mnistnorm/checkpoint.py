@@ -80,8 +80,8 @@ class Checkpoint:
         write_atomically(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> "Checkpoint":
-        """Loads a checkpoint to the CPU, without executing code from it.
+    def load(cls, path: Path, hint: str = CHECKPOINT_HINT) -> "Checkpoint":
+        """Loads a checkpoint to the CPU, without executing code from it. `hint` ends the messages of errors.
 
         Raises:
             UserError: `path` cannot be read or is not a checkpoint of this network.
@@ -89,16 +89,16 @@ class Checkpoint:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}; {CHECKPOINT_HINT}") from error
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}; {hint}") from error
         try:
             # torch.load does not verify the checksums.
             if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises all kinds of errors for damaged files
-            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged; {CHECKPOINT_HINT}") from error
+            raise UserError(f"{path} is not a checkpoint, or is truncated or damaged; {hint}") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}; {CHECKPOINT_HINT}")
+            raise UserError(f"{path} is not a checkpoint of mnistnorm, whose format is {FORMAT!r}; {hint}")
         try:
             content["settings"] = Settings(**content["settings"])
             content["normalization"] = Normalization(**content["normalization"])
@@ -107,7 +107,7 @@ class Checkpoint:
             if [type(name) for name in checkpoint.classes] != [str] * NUM_CLASSES:
                 raise ValueError(f"its classes are {checkpoint.classes}")
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{one_line(error)}; {CHECKPOINT_HINT}"
+            reason = f"{one_line(error)}; {hint}"
             raise UserError(f"{path} is a checkpoint of another network or version: {reason}") from error
         return checkpoint
 

@@ -126,8 +126,10 @@ def compare(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     out = args.out
     if args.resume:
-        set_saved_defaults(parser, saved_flags(out))
+        saved = saved_flags(out)
+        set_saved_defaults(parser, saved)
         args = parser.parse_args(argv)
+        args.norms, args.seeds = saved["norms"] + args.norms, saved["seeds"] + args.seeds
     norms, seeds = list(dict.fromkeys(args.norms)), list(dict.fromkeys(args.seeds))
     runs = {norm: [settings_of(args, norm=norm, seed=seed) for seed in seeds] for norm in norms}
 

@@ -146,11 +146,7 @@ def _stands_out(ink: np.ndarray, is_paper: np.ndarray) -> bool:
 def _on_paper(luminance: np.ndarray, paper: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """The share of paper along the border, the contrast of each pixel to the paper, and a mask of the paper."""
     is_light = _above_threshold(luminance - paper)
-    rows, columns = (is_light.mean(axis) for axis in (1, 0))
-    inside = tuple(slice(_edge(share), len(share) - _edge(share[::-1])) for share in (rows, columns))
-    if not 0.001 < is_light[inside].mean() < 0.999:  # the supposed edges are the paper
-        inside = (slice(None), slice(None))
-    is_light, paper, difference = is_light[inside], paper[inside], (luminance - paper)[inside]
+    difference = luminance - paper
     border = np.concatenate([is_light[[0, -1]].ravel(), is_light[:, [0, -1]].ravel()])
     dark_ink = border.mean() >= 0.5
     is_paper = is_light if dark_ink else ~is_light
@@ -191,17 +187,6 @@ def _above_threshold(values: np.ndarray) -> np.ndarray:
     """Which pixels are above Otsu's threshold."""
     smooth = gaussian(values, min(1, max(values.shape) / 200), preserve_range=True)
     return smooth > threshold_otsu(smooth)
-
-
-def _edge(light: np.ndarray) -> int:
-    """The width of a scan's edge: leading lines that are all light or all dark, before a line of the opposite.
-
-    `light` is the share of light pixels in each line.
-    """
-    for count in range(min(max(2, len(light) // 33), len(light) // 4), 0, -1):
-        if any((share[:count] >= 0.9).all() and share[count] <= 0.2 for share in (light, 1 - light)):
-            return count
-    return 0
 
 
 def _digit(is_ink: np.ndarray) -> np.ndarray:

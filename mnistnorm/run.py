@@ -108,7 +108,7 @@ def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
     """
     if not (out / LAST).exists():
         raise UserError(f"there is no run to resume in {out}: name its folder with --out or leave out --resume")
-    checkpoint = Checkpoint.load(out / LAST)
+    checkpoint = Checkpoint.load(out / LAST, hint="start again with --overwrite, or train in another folder (--out)")
     for name, value in asdict(settings or checkpoint.settings).items():
         saved = getattr(checkpoint.settings, name)
         if saved != value and name not in MACHINE_SETTINGS:

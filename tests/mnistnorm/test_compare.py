@@ -114,8 +114,11 @@ def test_a_run_that_lost_its_checkpoint_is_trained_again(comparison: tuple[list[
     out = tmp_path / "comparison"
     shutil.copytree(comparison[1], out)
     (out / "layer-seed3" / "last.pt").unlink()
-    assert compare.main(["--resume", "--out", str(out)]) == 0
+    before = [row["norm"] for row in json.loads((out / "comparison.json").read_text())["results"]]
+    assert compare.main(["--resume", "--norms", "layer", "--out", str(out)]) == 0
     assert (out / "layer-seed3" / "last.pt").exists()
+    # The other norms stay in the table.
+    assert [row["norm"] for row in json.loads((out / "comparison.json").read_text())["results"]] == before
 
 
 @pytest.mark.slow

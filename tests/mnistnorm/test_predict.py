@@ -120,6 +120,26 @@ def with_dark_edges_all_around(digit: np.ndarray) -> np.ndarray:
     return np.pad(sheet(digit), 2, constant_values=5)
 
 
+def with_wide_dark_edges(digit: np.ndarray) -> np.ndarray:
+    return np.pad(sheet(digit), ((8, 15), (20, 8)), constant_values=5)
+
+
+def on_a_dark_table(digit: np.ndarray) -> np.ndarray:
+    return np.pad(sheet(digit), 40, constant_values=60)
+
+
+def on_a_table_at_an_angle(digit: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(on_a_dark_table(digit).astype(np.float32)).rotate(8, fillcolor=60))
+
+
+def beside_the_table(digit: np.ndarray) -> np.ndarray:
+    return np.pad(sheet(digit), ((0, 0), (0, 60)), constant_values=60)
+
+
+def on_a_board_in_a_frame(digit: np.ndarray) -> np.ndarray:
+    return np.pad(255 - sheet(digit), 20, constant_values=160)
+
+
 def with_a_speck(digit: np.ndarray) -> np.ndarray:
     paper = sheet(digit)
     paper[3, 5] = 40
@@ -141,11 +161,12 @@ def light_on_dark(digit: np.ndarray) -> np.ndarray:
     "drawn",
     [
         *(in_a_shadow, with_a_vignette, with_two_dark_edges, with_a_speck, light_on_dark),
+        *(with_wide_dark_edges, on_a_table_at_an_angle, on_a_board_in_a_frame),
         *(
             pytest.param(drawn, marks=pytest.mark.slow)
             for drawn in (
                 *(in_a_deep_shadow, in_a_hard_shadow, in_a_shadow_with_specks_and_noise),
-                *(with_dark_edges_all_around, with_many_specks),
+                *(with_dark_edges_all_around, with_many_specks, on_a_dark_table, beside_the_table),
             )
         ),
     ],
@@ -223,6 +244,13 @@ def test_a_speck_beside_the_digit_changes_nothing(mnist: Dataset) -> None:
     expected = to_mnist(paper)
     paper[100:102, 80:82] = 40
     assert np.abs(to_mnist(paper).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("width", [3, 8, 20])
+def test_an_edge_of_a_blank_sheet_is_no_digit(width: int) -> None:
+    paper = np.pad(np.full((300, 240), 240.0), ((0, 0), (0, width)), constant_values=10)
+    with pytest.raises(ValueError, match="nothing but paper"):
+        to_mnist(paper)
 
 
 def test_clothes_may_show_several_shapes(mnist: Dataset) -> None:
