@@ -49,7 +49,9 @@ def run_program(program: Callable[[Sequence[str] | None], int], argv: Sequence[s
     except UserError as user_error:
         message, exit_code = str(user_error), user_error.exit_code
     except OSError as error:
-        message, exit_code = str(error), 1
+        message, exit_code = error.strerror or str(error), 1
+        if error.filename:
+            message = f"cannot use {error.filename}: {message}; check its path and permissions"
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -4,8 +4,9 @@ import dis
 import random
 from collections.abc import Iterator
 from functools import lru_cache
+from inspect import getattr_static
 from itertools import pairwise
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,11 @@ _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
 
 def problem_of(module: nn.Module) -> str | None:
     """Why a trace of the module's forward may be wrong, although torch.fx can record it; None if there is no reason."""
-    helpers = [type(child) for child in module.modules() if type(child).forward is nn.Module.forward]
-    if any(
-        isinstance(value, GENERATORS)
-        for child in module.modules()
-        if type(child) in helpers
-        for value in vars(child).values()
-    ):
+    # Modules without a forward, which only their methods use.
+    helpers = [child for child in module.modules() if type(child).forward is nn.Module.forward]
+    if any(isinstance(value, GENERATORS) for helper in helpers for value in vars(helper).values()):
         return _DRAWS
-    return _problem_of((type(module), *dict.fromkeys(helpers)))
+    return _problem_of((type(module), *dict.fromkeys(map(type, helpers))))
 
 
 @lru_cache(maxsize=4096)
@@ -56,20 +53,17 @@ def _functions(kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[FunctionTyp
     seen = set()
     while pending:
         function = pending.pop()
-        function = function.fget if isinstance(function, property) else getattr(function, "__func__", function)
-        if (
-            not isinstance(function, FunctionType)
-            or function in seen
-            or (function.__module__ or "").startswith(_SKIPPED)
-        ):
+        if isinstance(function, (property, classmethod, staticmethod)):
+            function = function.fget if isinstance(function, property) else function.__func__
+        if not isinstance(function, FunctionType) or function in seen or str(function.__module__).startswith(_SKIPPED):
             continue
         seen.add(function)
         names = {name for code in _codes(function.__code__) for name in code.co_names}
         values = [function.__globals__.get(name) for name in names]
-        values += [getattr(kind, name, None) for kind in kinds for name in names]
-        values += [cell.cell_contents for cell in function.__closure__ or () if cell != type(cell)()]
+        values += [getattr_static(kind, name, None) for kind in kinds for name in names]
+        values += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # not an empty one
         yield function, values
-        pending += [*values, getattr(function, "__wrapped__", None)]
+        pending += [*values, vars(function).get("__wrapped__")]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -41,6 +41,14 @@ def test_lack_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_used_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def read(_: Sequence[str] | None) -> int:
+        return len(tmp_path.read_bytes())
+
+    assert run_program(read, None) == 1
+    assert capsys.readouterr().err == f"error: cannot use {tmp_path}: Is a directory; check its path and permissions\n"
+
+
 def test_other_errors_are_not_hidden() -> None:
     def fail(_: Sequence[str] | None) -> int:
         raise RuntimeError("a fault")

@@ -161,12 +161,13 @@ def light_on_dark(digit: np.ndarray) -> np.ndarray:
     "drawn",
     [
         *(in_a_shadow, with_a_vignette, with_two_dark_edges, with_a_speck, light_on_dark),
-        *(with_wide_dark_edges, on_a_table_at_an_angle, on_a_board_in_a_frame),
+        with_wide_dark_edges,
         *(
             pytest.param(drawn, marks=pytest.mark.slow)
             for drawn in (
                 *(in_a_deep_shadow, in_a_hard_shadow, in_a_shadow_with_specks_and_noise),
                 *(with_dark_edges_all_around, with_many_specks, on_a_dark_table, beside_the_table),
+                *(on_a_table_at_an_angle, on_a_board_in_a_frame),
             )
         ),
     ],
