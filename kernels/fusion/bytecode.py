@@ -28,7 +28,7 @@ _NAMES = {
     **dict.fromkeys(("buffers", "named_buffers", "state_dict"), "it reads all buffers of a module"),
 }
 # Modules whose functions are not searched; __package__ has what replaces isinstance during a trace.
-_SKIPPED = ("torch.", str(__package__))
+_SKIPPED = ("torch.", f"{__package__}.")
 _CATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
 
 
@@ -55,7 +55,7 @@ def _functions(kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[FunctionTyp
         function = pending.pop()
         if isinstance(function, (property, classmethod, staticmethod)):
             function = function.fget if isinstance(function, property) else function.__func__
-        if not isinstance(function, FunctionType) or function in seen or str(function.__module__).startswith(_SKIPPED):
+        if not isinstance(function, FunctionType) or function in seen or f"{function.__module__}.".startswith(_SKIPPED):
             continue
         seen.add(function)
         names = {name for code in _codes(function.__code__) for name in code.co_names}

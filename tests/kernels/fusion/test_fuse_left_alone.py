@@ -846,6 +846,17 @@ def test_a_train_that_changes_weights_does_not_change_those_of_the_model():
     assert torch.equal(stock[0].weight, before)
 
 
+def test_what_functions_of_torch_do_does_not_matter():
+    """torch._assert, which timm's forwards call, checks types."""
+
+    class Asserts(Chains):
+        def forward(self, x):
+            torch._assert(True, "never")
+            return self.relu(self.norm1(self.conv1(x)))
+
+    assert len(fuse(Asserts()).fusion_report.fused) == 1
+
+
 def test_slots_are_an_error():
     class Slotted(nn.Module):
         __slots__ = ("scale",)
