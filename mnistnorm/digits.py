@@ -111,7 +111,8 @@ def _on_sheet(luminance: np.ndarray) -> np.ndarray:
         if not table.any() or np.median(luminance[table]) > MAX_TABLE * np.median(luminance[is_outer]):
             return luminance
         sheet, paper = ~binary_dilation(table, iterations=margin), is_outer
-    return np.where(sheet, luminance, np.median(luminance[sheet & paper]))
+    visible = luminance[sheet & paper]
+    return np.where(sheet, luminance, np.median(visible)) if visible.size else luminance
 
 
 def _rectangle(mask: np.ndarray) -> float:
@@ -140,6 +141,8 @@ def _separate_ink(luminance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stands_out(ink: np.ndarray, is_paper: np.ndarray) -> bool:
+    if is_paper.all() or not is_paper.any():
+        return False
     return bool(ink[~is_paper].mean() - ink[is_paper].mean() >= MIN_SEPARATION * ink[is_paper].std())
 
 

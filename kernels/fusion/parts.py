@@ -51,17 +51,8 @@ _DROPOUTS = {F.dropout, torch.dropout}
 
 # Members of a subclass of a norm that do not change what it does after it was created, and attributes of fused layers.
 _PLAIN = {
-    *(
-        "__module__",
-        "__doc__",
-        "__init__",
-        "__annotations__",
-        "__dict__",
-        "__weakref__",
-        "__constants__",
-        "__parameters__",
-    ),
-    *("__orig_bases__", "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"),
+    *("__module__", "__doc__", "__init__", "__annotations__", "__annotate_func__", "__annotations_cache__", "__dict__"),
+    *("__weakref__", "__constants__", "__parameters__", "__orig_bases__", "__firstlineno__", "__static_attributes__"),
     *("extra_repr", "reset_parameters", "forward"),  # forward was compared
 }
 _OPTIONS = {"dropout_p", "activation", "impl", "process_group", "in_forward", "fused_from"}

@@ -3,6 +3,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,14 @@ def test_an_edge_of_a_blank_sheet_is_no_digit(width: int) -> None:
     paper = np.pad(np.full((300, 240), 240.0), ((0, 0), (0, width)), constant_values=10)
     with pytest.raises(ValueError, match="nothing but paper"):
         to_mnist(paper)
+
+
+def test_tiny_pictures_are_digits_or_errors() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        height, width = rng.integers(1, 14, 2)
+        with suppress(ValueError):
+            assert to_mnist(rng.choice([10.0, 120.0, 240.0], (height, width))).shape == (28, 28)
 
 
 def test_clothes_may_show_several_shapes(mnist: Dataset) -> None:
