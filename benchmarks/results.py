@@ -107,7 +107,7 @@ def ladder_table(rows: list[Row]) -> str:
 
 def training_table(rows: list[Row]) -> str:
     loops = [loop.replace("-", ", ") for loop in rows[0]["loops"]]
-    header = ("norm", "dropout", *loops, "fused / course", "fused / stock", "memory of a step")
+    header = ("norm", "dropout", *loops, "fused / course", "fused / stock", "memory of a step of each")
     lines = []
     for row in rows:
         figures = row["loops"].values()

@@ -124,11 +124,16 @@ def fraction(text: str) -> float:
 thread_count = at_least(1, high=BOUNDS["threads"][1] - 1)
 
 
+def not_empty(text: str) -> str:
+    """Argument type: any text but the empty one, which a shell passes for a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a value, got ''")
+    return text
+
+
 def folder_flag(text: str) -> Path:
     """Argument type: a folder, which need not exist."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a folder, got ''")
-    return Path(text)
+    return Path(not_empty(text))
 
 
 def output_file(text: str) -> Path:
@@ -163,6 +168,8 @@ def add_setting(group: argparse._ActionsContainer, name: str, help: str) -> None
             options["type"] = at_least(low, high=end - 1) if kind is int else at_least(low, float)
     elif kind in (bool, bool | None):
         options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = not_empty
     group.add_argument(f"--{name.replace('_', '-')}", help=help, **options)
 
 

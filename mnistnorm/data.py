@@ -5,6 +5,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -85,6 +86,8 @@ class Normalization:
         values = torch.arange(256, device=images.device, dtype=torch.float64) / 255
         mean = (counts @ values) / counts.sum()
         variance = (counts @ (values - mean).square()) / counts.sum()
+        if counts.count_nonzero() == 1:  # the mean may be rounded
+            variance.zero_()
         return cls(mean.item(), variance.sqrt().item())
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -146,9 +149,9 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
         if path is None:
             raise UserError(f"neither {file} nor {file}.gz is in {root}: {advice}")
         try:
-            arrays.append(_read_idx(path, "images" in file, MNIST_MD5[file] if name == "mnist" else None))
+            arrays.append(_read_idx(path, "images" in file, MNIST_MD5.get(file), is_mnist=name == "mnist"))
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise UserError(f"{path} is damaged: {one_line(error)}; replace it, or {advice}") from error
+            raise UserError(f"{path} cannot be used: {one_line(error)}; replace it, or {advice}") from error
     for images in (0, 2):
         if len(arrays[images]) != len(arrays[images + 1]):
             counts = f"{len(arrays[images]):,} images, but its label file has {len(arrays[images + 1]):,} labels"
@@ -177,18 +180,25 @@ def _find(root: Path, source: type[datasets.MNIST], name: str) -> Path | None:
 
 
 def _download(name: str, root: Path) -> None:
+    is_new = not root.exists()
+    raw = root / DATASETS[name].__name__ / "raw"
     try:
         for train in (True, False):
             DATASETS[name](root, train=train, download=True)
     except (OSError, RuntimeError) as error:
+        for folder in (raw, raw.parent, root) if is_new else (raw, raw.parent):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
         reason = f"{one_line(error)}; put its four files there, or name a folder that has them with --data-dir"
         raise UserError(f"{root} has no files of {name}, and they cannot be downloaded: {reason}") from error
     except (AssertionError, LookupError, TypeError, ValueError):
         pass  # A damaged file is reported when it is read.
 
 
-def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
+def _read_idx(path: Path, images: bool, md5: str | None, *, is_mnist: bool) -> Tensor:
     """Reads a file of images, uint8 (N, 1, 28, 28), or of labels, int64 (N,).
+
+    `md5` is that of MNIST's file of this name, which the file must be if `is_mnist`, and must not be otherwise.
 
     Source of the format: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
 
@@ -218,8 +228,8 @@ def _read_idx(path: Path, images: bool, md5: str | None) -> Tensor:
         values = (values[:, 0] if dimensions == 2 else values).long()  # QMNIST has eight columns, the label first
         if values.ndim != 1 or not len(values) or values.min() < 0 or values.max() > 9:
             raise ValueError("it does not hold labels from 0 to 9")
-    if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise ValueError("its content differs from MNIST's file")
+    if (hashlib.md5(content, usedforsecurity=False).hexdigest() == md5) != is_mnist:
+        raise ValueError("its content differs from MNIST's file" if is_mnist else "it is MNIST's file")
     return values
 
 

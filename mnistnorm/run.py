@@ -253,7 +253,7 @@ def build_trainer(settings: Settings) -> Trainer:
     if settings.compile:
         _check_compiler(device)
         model.compile()
-    data_dir = Path(settings.data_dir) if settings.data_dir else None
+    data_dir = None if settings.data_dir is None else Path(settings.data_dir)
     dataset = distributed.from_main(lambda: load_dataset(settings.dataset, data_dir))
     if settings.val_split:
         dataset = dataset.with_validation(settings.val_split)

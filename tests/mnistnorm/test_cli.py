@@ -1,6 +1,7 @@
 import io
 import math
 import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,11 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
 def test_usage_names_the_command_that_was_typed(command: str, prog: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [command])
     assert Parser("mnistnorm.test", "").format_usage().startswith(f"usage: {prog} ")
+
+
+def test_the_package_names_its_programs() -> None:
+    with pytest.raises(SystemExit, match=r"python -m mnistnorm\.train, \.compare, \.predict or \.summary"):
+        runpy.run_module("mnistnorm", run_name="__main__")
 
 
 def test_flags_take_what_settings_take() -> None:

@@ -51,7 +51,7 @@ def test_a_truncated_file_in_a_data_folder_is_named(keep: int, few_digits: list[
     shutil.copytree(few_digits[-1], root)
     victim = root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte"
     victim.write_bytes(victim.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is damaged: it .*; replace it") as failure:
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte cannot be used: it .*; replace it") as failure:
         load_dataset("fashion-mnist", root)
     assert "\n" not in str(failure.value)
 
@@ -61,13 +61,14 @@ def test_a_truncated_file_in_a_data_folder_is_named(keep: int, few_digits: list[
     [
         (
             "a label of 10",
-            "train-labels-idx1-ubyte is damaged: it does not hold labels from 0 to 9",
+            "train-labels-idx1-ubyte cannot be used: it does not hold labels from 0 to 9",
         ),
         (
             "images of 20 x 28",
-            r"train-images-idx3-ubyte is damaged: it holds values of shape \(320, 20, 28\)",
+            r"train-images-idx3-ubyte cannot be used: it holds values of shape \(320, 20, 28\)",
         ),
-        ("no images", r"train-images-idx3-ubyte is damaged: it holds values of shape \(0, 28, 28\), not images"),
+        ("no images", r"train-images-idx3-ubyte cannot be used: it holds values of shape \(0, 28, 28\), not images"),
+        ("images of one grey", "train-images-idx3-ubyte cannot be trained on: std must be above 0"),
         ("blank images", "train-images-idx3-ubyte cannot be trained on: std must be above 0"),
         ("a label too few", "train-images-idx3-ubyte has 320 images, but its label file has 319 labels"),
     ],
@@ -84,6 +85,8 @@ def test_files_that_are_readable_but_wrong_are_named(
         images.write_bytes(struct.pack(">IIII", 2051, 320, 20, 28) + bytes(320 * 20 * 28))
     elif damage == "blank images":
         images.write_bytes(images.read_bytes()[:16] + bytes(320 * 28 * 28))
+    elif damage == "images of one grey":
+        images.write_bytes(images.read_bytes()[:16] + bytes([7]) * (320 * 28 * 28))
     elif damage == "no images":
         images.write_bytes(struct.pack(">IIII", 2051, 0, 28, 28))
     else:
@@ -114,11 +117,11 @@ def test_the_files_may_lie_as_they_come(
     ("content", "reason"),
     [
         (None, "neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte.gz is in .*: name a folder"),
-        (b"", "t10k-labels-idx1-ubyte is damaged: it is not an IDX file of bytes or integers"),
-        (b"<html>Not found</html>", "t10k-labels-idx1-ubyte is damaged: it is not an IDX file of bytes or integers"),
-        (b"\0\0\x08\1\0\0", "t10k-labels-idx1-ubyte is damaged: it ends within its header"),
-        (b"\0\0\x08\1\0\0\0\5\1\2", "t10k-labels-idx1-ubyte is damaged: it has 10 bytes, but its header says 13"),
-        (b"\0\0\x08\1\0\0\0\1\1", "t10k-labels-idx1-ubyte is damaged: its content differs from MNIST's"),
+        (b"", "t10k-labels-idx1-ubyte cannot be used: it is not an IDX file of bytes or integers"),
+        (b"<html>Not found</html>", "t10k-labels-idx1.* cannot be used: it is not an IDX file of bytes or integers"),
+        (b"\0\0\x08\1\0\0", "t10k-labels-idx1-ubyte cannot be used: it ends within its header"),
+        (b"\0\0\x08\1\0\0\0\5\1\2", "t10k-labels-idx1-ubyte cannot be used: it has 10 bytes, but its header says 13"),
+        (b"\0\0\x08\1\0\0\0\1\1", "t10k-labels-idx1-ubyte cannot be used: its content differs from MNIST's"),
     ],
 )
 def test_a_missing_or_damaged_file_is_named_and_nothing_downloaded(
@@ -138,17 +141,26 @@ def test_a_missing_or_damaged_file_is_named_and_nothing_downloaded(
 
 def test_another_mnist_in_a_data_folder_is_refused(few_digits: list[str], tmp_path: Path) -> None:
     shutil.copytree(Path(few_digits[-1]) / "FashionMNIST", tmp_path / "MNIST")
-    with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged: its content differs from MNIST's file"):
+    with pytest.raises(UserError, match=r"train-images-idx3.* cannot be used: its content differs from MNIST's file"):
         load_dataset("mnist", tmp_path)
 
 
-def test_a_failing_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mnist_is_not_taken_for_another_data_set() -> None:
+    with pytest.raises(UserError, match=r"train-images-idx3.* cannot be used: it is MNIST's file; replace it"):
+        load_dataset("fashion-mnist", data.PACKAGED_MNIST)
+
+
+def test_a_failing_download_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.datasets.KMNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
-    with pytest.raises(
-        UserError, match=r"has no files of kmnist, and they cannot be downloaded.*--data-dir"
-    ) as failure:
-        load_dataset("kmnist", tmp_path)
-    assert "\n" not in str(failure.value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    for folder in (tmp_path / "own", None):  # None: ./data, which is created
+        with pytest.raises(
+            UserError, match=r"has no files of kmnist, and they cannot be downloaded.*--data-dir"
+        ) as failure:
+            load_dataset("kmnist", folder)
+        assert "\n" not in str(failure.value)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "own"]
 
 
 @pytest.mark.parametrize("name", ["mnist", "kmnist"])

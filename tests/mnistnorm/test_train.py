@@ -299,7 +299,8 @@ def test_a_signal_during_the_last_evaluation_stops_after_the_report(
         (["--cuda-graph"], "--cuda-graph is for one process on a GPU without --compile, not for --device cpu: use"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--fuse"], "unrecognized arguments: --fuse"),
-        (["--out", ""], "--out: expected a folder, got ''"),
+        (["--out", ""], "--out: expected a value, got ''"),
+        (["--data-dir", ""], "--data-dir: expected a value, got ''"),
     ],
 )
 def test_wrong_usage_is_one_line(
