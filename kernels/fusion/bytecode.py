@@ -24,6 +24,7 @@ _GLOBALS = {"type": CHECKS_TYPE, "callable": CHECKS_TYPE}
 _NAMES = {
     **dict.fromkeys(("default_rng", "RandomState", "Random", "SystemRandom"), _DRAWS),
     **dict.fromkeys(("fork_rng", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"), _READS_STATE),
+    "__class__": CHECKS_TYPE,  # also in super(self.__class__, self), which recurses in a subclass
     # Training flags and tensors are buffers of the modules that are traced.
     **dict.fromkeys(("buffers", "named_buffers", "state_dict"), "it reads all buffers of a module"),
 }

@@ -588,6 +588,18 @@ def with_attribute():
     return norm
 
 
+class OneChain(Chains):
+    def forward(self, x):
+        return self.relu(self.norm1(self.conv1(x)))
+
+
+class CallsSuperOfItsClass(OneChain):
+    """In a subclass, this calls itself."""
+
+    def forward(self, x):
+        return super(self.__class__, self).forward(x)
+
+
 class FreezesNorms(Chains):
     def train(self, mode=True):
         super().train(mode)
@@ -605,6 +617,8 @@ LEFT = [
     (lambda: hidden(in_a_comprehension), "checks the type of a value"),
     (lambda: hidden(lambda self, x: x if callable(x) else x * 2), "checks the type of a value"),
     (Decorated, "checks the type of a value"),
+    (CallsSuperOfItsClass, "checks the type of a value"),
+    (lambda: hidden(lambda self, x: x * len(self.__class__.__mro__)), "checks the type of a value"),
     (lambda: hidden(catches), "catches exceptions"),
     (lambda: hidden(swallows), "catches exceptions"),
     (lambda: hidden(lambda self, x: x * 2 if self.training is True else x), "by identity"),
