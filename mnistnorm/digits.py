@@ -51,6 +51,9 @@ INK_ON_SHEET = 0.002, 0.3
 WHOLE_SIDE = 0.9
 MAX_TABLE = 0.4
 
+# The least share that the rectangle around a closely cropped digit covers of the picture.
+MIN_CROPPED = 0.7
+
 # Pieces below this share of the largest piece's area are specks.
 SPECK = 0.02
 
@@ -132,9 +135,10 @@ def _separate_ink(luminance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("it shows nothing but paper")
     border, ink, is_paper = _on_paper(luminance, paper)
     if border < PAPER_BORDER:  # the digit is cropped closely, or a shadow was taken for ink
-        without_shadow = _on_paper(luminance, paper + _shadow(luminance - paper))
-        if without_shadow[0] >= PAPER_BORDER and _stands_out(*without_shadow[1:]):
-            _, ink, is_paper = without_shadow
+        border, lit, is_lit_paper = _on_paper(luminance, paper + _shadow(luminance - paper))
+        inner = clear_border(_above_threshold(lit))  # without the remains of the shadow's edge
+        if border >= PAPER_BORDER and inner.any() and _stands_out(lit, is_lit_paper):
+            return lit, inner
     if not _stands_out(ink, is_paper):
         raise ValueError("nothing stands out from its paper")
     return ink, _above_threshold(ink)
@@ -202,6 +206,10 @@ def _digit(is_ink: np.ndarray) -> np.ndarray:
     # A shape that touches the border is a neighbour or the table, unless there are no other shapes.
     inner = [shape for shape in regionprops(clear_border(shapes)) if shape.area >= 0.1 * largest.area]
     *others, digit = sorted(inner or regionprops(shapes), key=lambda shape: shape.image.shape[0])
+    # A shape in a corner is a shadow, unless the digit is cropped closely.
+    rectangle = regionprops((shapes > 0).astype(np.uint8))[0].area_bbox
+    if digit.label in shapes[np.ix_([0, -1], [0, -1])] and rectangle < MIN_CROPPED * shapes.size:
+        raise ValueError("nothing stands out from its paper")
     height, width = digit.image.shape
     if count := sum(other.image.shape[0] >= 0.5 * height for other in others):
         raise ValueError(f"it shows {count + 1} separate shapes")
