@@ -260,7 +260,7 @@ def test_an_edge_of_a_blank_sheet_is_no_digit(width: int) -> None:
 def test_a_shadow_on_a_blank_sheet_is_no_digit(angle: float, strength: float) -> None:
     across = 1.5 * (np.cos(angle) * X + np.sin(angle) * Y)
     paper = 235 * (1 - strength * (across + 0.5).clip(0, 1))
-    with pytest.raises(ValueError, match="nothing stands out|not a digit"):
+    with pytest.raises(ValueError, match=r"nothing stands out|not a digit"):
         to_mnist(paper + np.random.default_rng(0).normal(0, 2, paper.shape))
 
 
