@@ -138,8 +138,6 @@ class Chains:
                     self.found[other] = NoChain(_OTHER_OPERAND, "no activation")
 
     def _match(self, norm: fx.Node, module: nn.Module) -> Match:
-        if stock_norm(module)[1]:
-            raise NoChain("a part of it has hooks")
         if len(norm.args) != 1 or norm.kwargs or "forward" in vars(module):
             raise NoChain("called with other than one positional argument, or its forward is overridden")
         match = Match([norm])
@@ -156,6 +154,8 @@ class Chains:
                 self._inline(user, called)
                 continue
             self._add(match, user)
+        if stock_norm(module)[1]:
+            raise NoChain("a part of it has hooks")
         for node in match.nodes[:-1]:
             if node.meta.get("stored"):
                 raise NoChain(f"the output of {self._name(node)} is stored in an attribute")

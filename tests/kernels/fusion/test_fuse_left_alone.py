@@ -746,6 +746,13 @@ def test_other_norms_are_left_alone_and_reported():
     assert [norm.reason for norm in report.left] == [f"there is no fused {name}" for name in names]
 
 
+@pytest.mark.parametrize(("after", "chains"), [(nn.ReLU, 1), (nn.Flatten, 0)])
+def test_only_norms_before_an_activation_count_as_chains(after, chains):
+    report = fuse(nn.Sequential(nn.SyncBatchNorm(4), after())).fusion_report
+    assert report.chains == chains
+    assert len(report.left) == 1
+
+
 def test_a_sum_that_broadcasts_on_the_example_is_left_alone(capsys):
     report = fuse(BroadcastSum(), example_inputs=torch.randn(IMAGE)).fusion_report
     assert [chain.norm for chain in report.fused] == ["norm1"]
