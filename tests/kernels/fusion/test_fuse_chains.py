@@ -184,6 +184,16 @@ def test_a_subclass_that_inherits_its_forward():
     assert type(unfuse(model)[1]) is Inherits
 
 
+def fast(norm):
+    norm._fast_norm = True
+    return norm
+
+
+def hooked(norm):
+    norm.act.register_forward_hook(lambda module, args, output: output * 2)
+    return norm
+
+
 def timm_layers():
     layers = pytest.importorskip("timm.layers")
     drop = nn.Dropout
@@ -197,6 +207,9 @@ def timm_layers():
         "layer over channels": layers.LayerNormAct2d(4),
         "frozen": layers.FrozenBatchNormAct2d(4),
         "elu": layers.BatchNormAct2d(4, act_layer=nn.ELU),
+        "dropout without an activation": layers.BatchNormAct2d(4, apply_act=False, drop_layer=lambda: drop(0.25)),
+        "fast": fast(layers.GroupNormAct(4, num_groups=2)),
+        "hooked": hooked(layers.BatchNormAct2d(4)),
     }
 
 
@@ -212,6 +225,9 @@ def timm_layers():
         ("layer over channels", "there is no fused timm.layers.norm_act.LayerNormAct2d"),
         ("frozen", "there is no fused timm.layers.norm_act.FrozenBatchNormAct2d"),
         ("elu", "its parts torch.nn.Identity and torch.nn.ELU cannot be fused"),
+        ("dropout without an activation", "it has a dropout without an activation"),
+        ("fast", "it uses timm's fast norm, which computes in another dtype"),
+        ("hooked", "a part of it has hooks"),
     ],
 )
 def test_layers_of_timm(name, reason):

@@ -356,6 +356,7 @@ def doubles(module, args, output):
 
 CHANGES = {
     "append": lambda model: model.features.append(nn.Softmax(1)),
+    "replace": lambda model: setattr(model, "features", nn.Conv2d(3, 4, 3).double()),
     "fill": lambda model: model.extra.append(nn.Softmax(1)),
     "hook": lambda model: model.features.register_forward_hook(doubles),
     "hook on an empty one": lambda model: model.extra.register_forward_hook(doubles),

@@ -108,6 +108,10 @@ def test_process_group_reaches_every_batch_norm(tmp_path):
         assert fuse(fuse(Sum()), process_group=group).norm2.process_group is group
         with pytest.raises(TypeError, match=r"1 cannot be synchronised: it is a test_unfuse_and_groups\.OwnForward"):
             fuse(sequence(OwnForward(4)), process_group=group)
+        hooked = pytest.importorskip("timm.layers").BatchNormAct2d(4)
+        hooked.act.register_forward_hook(lambda *_: None)
+        with pytest.raises(TypeError, match=r"1 cannot be synchronised: .* it has its own activation"):
+            fuse(sequence(hooked), process_group=group)
         assert fuse(sequence(Subclass(4)), process_group=group)[1].process_group is group
         alone = fuse(nn.BatchNorm2d(4), process_group=group)
         x = torch.randn(5, 4, 3, 3)
