@@ -46,7 +46,8 @@ def fuse(
     The result shares the parameters and buffers of `model`, which is not changed: train only one of them. Paths,
     state_dict keys, modes, hooks and existing optimizers stay valid. A chain is fused only if torch.fx shows that
     nothing else uses the norm's output. `result.fusion_report`, a `FusionReport`, lists what was fused, and why the
-    rest was not. Python values that forwards read, other than `training` and tensors, must not change afterwards.
+    rest was not. Python values that forwards read, other than tensors and the `training` of modules of the model, must
+    not change afterwards.
 
     A forward that has a chain is replaced by a traced one. The original forward still runs for calls unlike the traced
     one, such as other values of arguments with a default, and after children of the module were added or removed or
