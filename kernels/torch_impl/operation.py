@@ -36,6 +36,12 @@ class TorchOperation(Operation):
         self._creates_weight = weight is None and (
             epilogue.dropout_p > 0 or is_half or (bias is not None and compat.GROUP_NORM_NEEDS_WORKAROUNDS)
         )
+        # Whether weight and bias differ from what the norm is computed with; see `_scaled`.
+        self._scales = (
+            self._creates_weight
+            or epilogue.dropout_p > 0
+            or any(each is not None and not self._is_plain(each) for each in (weight, bias))
+        )
         self._has_single_values = has_single_values(norm, input)
         self._parameter_shape = norm.parameter_shape(input)
         self._memory_format = torch.contiguous_format if isinstance(norm, LayerNorm) else memory_format_of(input)
@@ -138,6 +144,8 @@ class TorchOperation(Operation):
 
     def _scaled(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the dtype of the statistics, times 1 / (1 - p)."""
+        if not self._scales:
+            return weight, bias
         if self._creates_weight:
             weight = input.new_ones(self._parameter_shape, dtype=self.dtype)
         return self._scaled_one(weight), self._scaled_one(bias)
@@ -145,8 +153,13 @@ class TorchOperation(Operation):
     def _scaled_one(self, parameter: Tensor | None) -> Tensor | None:
         if parameter is None:
             return None
-        parameter = parameter.to(self.dtype).contiguous()  # torch's channels-last kernels ignore a weight's strides
+        if not self._is_plain(parameter):
+            parameter = parameter.to(self.dtype).contiguous()
         return parameter * self.epilogue.scale if self.epilogue.dropout_p > 0 else parameter
+
+    def _is_plain(self, parameter: Tensor) -> bool:
+        # torch's channels-last kernels ignore a weight's strides.
+        return parameter.dtype == self.dtype and parameter.is_contiguous()
 
     def _unscaled(self, gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
         """Converts the gradient of a scaled parameter to that of the parameter."""
