@@ -51,8 +51,9 @@ def batch_norm_relu(
         num_batches_tracked: 0-dim; incremented in place when `training`.
         residual: added before the activation; of the input's shape, dtype (no type promotion) and device.
         dropout_p: probability to zero an element of the normalized tensor, regardless of `training` (the modules pass
-            0 in eval mode). NaN is zeroed, too. Each replay of a CUDA graph draws a new mask. Under torch.compile,
-            torch.export and torch.func the mask follows torch.manual_seed as well, but differs from the eager one.
+            0 in eval mode). NaN is zeroed, too. Each replay of a CUDA graph should draw a new mask; no graph has run
+            yet. Under torch.compile, torch.export and torch.func the mask follows torch.manual_seed as well, but
+            differs from the eager one.
         activation: "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu", "gelu_tanh", "hardswish", "identity", or
             a module of torch.nn that computes one of them, with its parameters: nn.LeakyReLU(0.2).
         process_group: compute the batch statistics over the batches of all its processes, which must have the same

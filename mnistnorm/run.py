@@ -107,7 +107,10 @@ def load_run(out: Path, settings: Settings | None = None) -> Checkpoint:
         UserError: there is none, or its settings other than MACHINE_SETTINGS differ from `settings`.
     """
     if not (out / LAST).exists():
-        raise UserError(f"there is no run to resume in {out}: name its folder with --out or leave out --resume")
+        raise UserError(
+            f"there is no run to resume in {out}: name its folder with --out, leave out --resume, or replace what is "
+            "there (--overwrite)"
+        )
     checkpoint = Checkpoint.load(out / LAST, hint="start again with --overwrite, or train in another folder (--out)")
     for name, value in asdict(settings or checkpoint.settings).items():
         saved = getattr(checkpoint.settings, name)

@@ -143,7 +143,10 @@ def _check_model(model: nn.Module) -> None:
         isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl for module in model.modules()
     )
     if compiled or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TypeError(f"model must be fused before it is wrapped or compiled, got {type(model).__name__}")
+        raise TypeError(
+            "model must be fused or unfused before it is wrapped or compiled: pass the module inside, not "
+            f"{type(model).__name__}"
+        )
 
 
 def _frozen_norms(model: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks.instruments.counting import Operators
 from mnistnorm import run as run_module
-from mnistnorm import train
 from mnistnorm.cli import settings_of
 from mnistnorm.cnn import CNN, NORMS
 from mnistnorm.data import Augmentation, Dataset, TrainingBatches
@@ -36,6 +35,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"optimizer": "sgd", "weight_decay": 0.1},
     {"augment": False},
 ]
+
+
+@pytest.fixture
+def train() -> ModuleType:
+    """The program, which needs packages that a GPU machine may lack."""
+    from mnistnorm import train
+
+    return train
 
 
 def names(options: dict[str, Any]) -> str:
@@ -363,7 +370,11 @@ def described(run: Trainer) -> list[str]:
 
 
 def test_a_capture_that_failed_is_said_once(
-    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train: ModuleType,
+    quick: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Failed:
         failure = "a number was read"
@@ -383,7 +394,7 @@ def test_a_capture_that_failed_is_said_once(
 
 @pytest.mark.parametrize(("seconds", "reads"), [(math.inf, 2), (0.0, 2 + 10)])
 def test_the_progress_bar_reads_from_the_device_now_and_then(
-    seconds: float, reads: int, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: float, reads: int, train: ModuleType, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And each of the two epochs at its end."""
     seen = []
@@ -465,7 +476,7 @@ def test_a_capture_that_fails_on_a_gpu_leaves_eager_steps() -> None:
 
 @needs_gpu
 def test_a_run_on_a_gpu_says_how_it_steps_and_resumes(
-    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: ModuleType, quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*quick[:-1], "cuda", "--out", str(tmp_path)]  # the last ones are --device cpu
     assert train.main(flags) == 0

@@ -71,14 +71,14 @@ def test_not_a_module():
     for function in (fuse, unfuse):
         with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
             function(F.relu)
-        with pytest.raises(TypeError, match="fused before it is wrapped or compiled, got DataParallel"):
+        with pytest.raises(TypeError, match=r"unfused before it is wrapped .* inside, not DataParallel"):
             function(nn.DataParallel(Sum()))
-        with pytest.raises(TypeError, match="fused before it is wrapped or compiled, got OptimizedModule"):
+        with pytest.raises(TypeError, match=r"unfused before it is wrapped .* inside, not OptimizedModule"):
             function(torch.compile(Sum()))
-        with pytest.raises(TypeError, match="fused before it is wrapped or compiled, got RecursiveScriptModule"):
+        with pytest.raises(TypeError, match=r"unfused before it is wrapped .* inside, not RecursiveScriptModule"):
             function(torch.jit.script(nn.ReLU()))
         for inside in (compiled_inside, nn.Sequential(torch.jit.script(nn.ReLU()))):
-            with pytest.raises(TypeError, match="fused before it is wrapped or compiled, got Sequential"):
+            with pytest.raises(TypeError, match=r"unfused before it is wrapped .* inside, not Sequential"):
                 function(inside)
 
 
