@@ -133,7 +133,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         plane = input.shape[2:].numel()
         scratch, means, rstds = torch.native_group_norm(input, ones, None, samples, channels, plane, channels, 1e-30)
         mean = means.mean(0)
-        var = rstds.pow_(-2).mean(0).add_((means - mean).square_().mean(0))
+        var = rstds.reciprocal_().square_().mean(0).add_((means - mean).square_().mean(0))
     else:
         columns = _Columns.of(input)
         mean = columns.mean(columns.values)
